@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module's configuration: the block in homeserver.yaml, then the environment, then the default.
+
+Everything is checked here, files that hold secrets included, because an error that is raised in
+`parse_config` reaches the admin as a sentence and one that is raised later as a traceback. All
+problems are collected and told in one go; no secret is ever part of a message.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import attr
+import yaml
+from synapse.config._base import Config, ConfigError
+from synapse.config.ratelimiting import RatelimitSettings
+
+from synapse_lk_jwt.access import ServerList
+
+T = TypeVar("T")
+
+DEFAULT_PATH_PREFIX = "/_synapse/client/livekit/jwt"
+
+# What Synapse serves itself outside of `/_matrix`. A module's resource replaces what is mounted at
+# the same path or below it.
+SYNAPSE_PATHS = (
+    "/.well-known",
+    "/_synapse/admin",
+    "/_synapse/client/media_upload_limit_exceeded",
+    "/_synapse/client/new_user_consent",
+    "/_synapse/client/oidc",
+    "/_synapse/client/password_reset",
+    "/_synapse/client/pick_idp",
+    "/_synapse/client/pick_username",
+    "/_synapse/client/rendezvous",
+    "/_synapse/client/saml2",
+    "/_synapse/client/sso_register",
+    "/_synapse/client/unsubscribe",
+    "/_synapse/client/v1/config/federation_whitelist",
+    "/_synapse/mas",
+    "/_synapse/metrics",
+    "/_synapse/replication",
+    "/health",
+)
+
+# Synapse hands everything below these to one resource, so nothing of ours would be reached there.
+SYNAPSE_SUBTREES = ("/_matrix", "/_synapse/admin", "/_synapse/metrics", "/health")
+
+# LiveKit complains about shorter secrets in its log, and so does RFC 7518 (section 3.2) for HS256.
+RECOMMENDED_SECRET_LENGTH = 32
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
+class LiveKitJwtConfig:
+    """The configuration as working values: whoever holds one need not check again.
+
+    Attributes:
+        livekit_url: the WebSocket URL handed to clients, as the admin wrote it.
+        livekit_internal_url: where LiveKit's API is, `http(s)://`, without a slash at the end.
+        livekit_key: LiveKit's API key.
+        livekit_secret: the secret of that key.
+        full_access_homeservers: servers whose users may start calls; our own need not be listed.
+        remote_can_publish: other servers whose users may publish.
+        require_room_membership: whether a token takes being joined to the Matrix room.
+        token_lifetime_ms: milliseconds from issue to `exp`.
+        can_update_own_metadata: the LiveKit grant of that name.
+        path_prefix: path of the service endpoints, without a slash at the end.
+        service_url: what to advertise, or None for `public_baseurl` + `path_prefix`.
+        advertise: whether to add the service to `rtc/transports` and `.well-known`.
+        sanity_check_interval_ms: milliseconds between two polls of the SFU; 0 is off.
+        rc_token: rate of token requests per user.
+        rc_openid: rate of OpenID look-ups on other servers per client address.
+        warnings: what to tell the admin at start, one sentence or two each.
+    """
+
+    livekit_url: str
+    livekit_internal_url: str
+    livekit_key: str
+    livekit_secret: str = attr.ib(repr=False)
+    full_access_homeservers: ServerList
+    remote_can_publish: ServerList
+    require_room_membership: bool
+    token_lifetime_ms: int
+    can_update_own_metadata: bool
+    path_prefix: str
+    service_url: str | None
+    advertise: bool
+    sanity_check_interval_ms: int
+    rc_token: RatelimitSettings
+    rc_openid: RatelimitSettings
+    warnings: tuple[str, ...]
+
+
+KEYS = (
+    "livekit_url",
+    "livekit_internal_url",
+    "livekit_key",
+    "livekit_key_path",
+    "livekit_secret",
+    "livekit_secret_path",
+    "livekit_key_file",
+    "full_access_homeservers",
+    "remote_can_publish",
+    "require_room_membership",
+    "token_lifetime",
+    "can_update_own_metadata",
+    "path_prefix",
+    "service_url",
+    "advertise",
+    "sanity_check_interval",
+    "rc_token",
+    "rc_openid",
+)
+
+
+class _Wrong(Exception):
+    """One value is wrong; the text says what to write instead."""
+
+
+def parse_config(
+    config: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> LiveKitJwtConfig:
+    """Turns the module's block of homeserver.yaml into a checked configuration.
+
+    Args:
+        config: the `config:` mapping of the module.
+        environ: the environment to fall back on; the process's own by default.
+
+    Raises:
+        ConfigError: naming every key that is wrong and what to write instead.
+    """
+    return _Parser(config, os.environ if environ is None else environ).parse()
+
+
+class _Parser:
+    """Reads one configuration and collects what is wrong with it."""
+
+    def __init__(self, config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        if not isinstance(config, Mapping):
+            raise ConfigError("must be a mapping of keys to values")
+        self._config = config
+        # An empty variable counts as unset: compose files and unit files pass them on like that.
+        self._environ = {name: value for name, value in environ.items() if value.strip()}
+        self._problems: list[tuple[str, str]] = []
+        self._warnings: list[str] = []
+
+    def parse(self) -> LiveKitJwtConfig:
+        for name in map(str, self._config):
+            if name not in KEYS:
+                self._problems.append((name, _unknown(name)))
+
+        if "livekit_url" not in self._config and "LIVEKIT_URL" not in self._environ:
+            self._problems.append(
+                ("livekit_url", "is missing; write livekit_url: wss://sfu.example.com")
+            )
+        livekit_url = self._value("livekit_url", _websocket_url, "", "LIVEKIT_URL")
+        internal_url = self._value("livekit_internal_url", _api_url, "")
+        key, secret = self._credentials()
+
+        values: dict[str, Any] = {
+            "full_access_homeservers": self._full_access_homeservers(),
+            "remote_can_publish": self._value("remote_can_publish", _servers, ServerList(("*",))),
+            "require_room_membership": self._value("require_room_membership", _boolean, True),
+            "token_lifetime_ms": self._token_lifetime(),
+            "can_update_own_metadata": self._value(
+                "can_update_own_metadata", _boolean, False, "LIVEKIT_CAN_UPDATE_OWN_METADATA"
+            ),
+            "path_prefix": self._value("path_prefix", _path_prefix, DEFAULT_PATH_PREFIX),
+            "service_url": self._value("service_url", _http_url, "") or None,
+            "advertise": self._value("advertise", _boolean, True),
+            "sanity_check_interval_ms": self._sanity_check_interval(),
+            "rc_token": self._rate("rc_token", per_second=1, burst_count=20),
+            "rc_openid": self._rate("rc_openid", per_second=10, burst_count=100),
+        }
+        if self._problems:
+            raise self._error()
+
+        assert key is not None
+        assert secret is not None
+        return LiveKitJwtConfig(
+            livekit_url=livekit_url,
+            livekit_internal_url=internal_url or _api_url(livekit_url),
+            livekit_key=key,
+            livekit_secret=secret,
+            warnings=tuple(self._warnings),
+            **values,
+        )
+
+    def _error(self) -> ConfigError:
+        lines = [f"{key}: {text}" for key, text in self._problems]
+        if len(lines) == 1:
+            return ConfigError(lines[0], path=(self._problems[0][0],))
+        return ConfigError(f"{len(lines)} problems\n  " + "\n  ".join(lines))
+
+    def _check(self, key: str, check: Callable[[Any], T], value: Any, default: T) -> T:
+        try:
+            return check(value)
+        except _Wrong as e:
+            self._problems.append((key, str(e)))
+            return default
+
+    def _value(
+        self, key: str, check: Callable[[Any], T], default: T, variable: str | None = None
+    ) -> T:
+        """The value of a key, else of an environment variable, else the default."""
+        if key in self._config:
+            return self._check(key, check, self._config[key], default)
+        if variable is not None and variable in self._environ:
+            return self._check(variable, check, self._environ[variable], default)
+        return default
+
+    def _credentials(self) -> tuple[str | None, str | None]:
+        """LiveKit's API key and secret; None for what is missing or wrong, which is noted."""
+        four = ("livekit_key", "livekit_key_path", "livekit_secret", "livekit_secret_path")
+        given = [key for key in four if key in self._config]
+        if "livekit_key_file" in self._config:
+            if given:
+                self._problems.append(
+                    ("livekit_key_file", f"holds key and secret; remove {' and '.join(given)}")
+                )
+                return None, None
+            return self._key_file("livekit_key_file", self._config["livekit_key_file"])
+
+        variables = (
+            "LIVEKIT_KEY",
+            "LIVEKIT_KEY_FROM_FILE",
+            "LIVEKIT_SECRET",
+            "LIVEKIT_SECRET_FROM_FILE",
+        )
+        if "LIVEKIT_KEY_FILE" in self._environ and not given:
+            both = [name for name in variables if name in self._environ]
+            if both:
+                self._problems.append(
+                    ("LIVEKIT_KEY_FILE", f"holds key and secret; unset {' and '.join(both)}")
+                )
+                return None, None
+            return self._key_file("LIVEKIT_KEY_FILE", self._environ["LIVEKIT_KEY_FILE"])
+
+        key = self._text_or_file("livekit_key", "LIVEKIT_KEY")
+        secret = self._text_or_file("livekit_secret", "LIVEKIT_SECRET")
+        if secret is not None:
+            self._check_secret_length(secret)
+        return key, secret
+
+    def _text_or_file(self, key: str, variable: str) -> str | None:
+        """One of key and secret: written out, or in a file of its own."""
+        for values, direct, path in (
+            (self._config, key, f"{key}_path"),
+            (self._environ, variable, f"{variable}_FROM_FILE"),
+        ):
+            if direct in values and path in values:
+                self._problems.append((direct, f"is given twice; remove it or remove {path}"))
+                return None
+            if direct in values:
+                return self._check(direct, _credential, values[direct], None)
+            if path in values:
+                return self._check(path, _credential_file, values[path], None)
+        self._problems.append(
+            (key, f"is missing; write {key} or {key}_path, as in LiveKit's own configuration")
+        )
+        return None
+
+    def _key_file(self, name: str, path: Any) -> tuple[str | None, str | None]:
+        pair = self._check(name, _key_and_secret_file, path, None)
+        if pair is None:
+            return None, None
+        self._check_secret_length(pair[1])
+        return pair
+
+    def _check_secret_length(self, secret: str) -> None:
+        if len(secret) < RECOMMENDED_SECRET_LENGTH:
+            self._warnings.append(
+                f"livekit_secret has fewer than {RECOMMENDED_SECRET_LENGTH} characters and can be"
+                " guessed by whoever holds a token. Make a longer one with"
+                " 'livekit-server generate-keys' and give it to LiveKit too."
+            )
+
+    def _full_access_homeservers(self) -> ServerList:
+        key = "full_access_homeservers"
+        if key in self._config:
+            servers = self._check(key, _servers, self._config[key], ServerList(()))
+        else:
+            servers = self._full_access_from_environment()
+        if servers.is_everyone:
+            self._warnings.append(
+                "full_access_homeservers is '*': users of every homeserver can start calls on your"
+                " SFU. To restrict it to your own users, write full_access_homeservers: [] and set"
+                " room: {auto_create: false} in LiveKit's configuration."
+            )
+        return servers
+
+    def _full_access_from_environment(self) -> ServerList:
+        name, legacy = "LIVEKIT_FULL_ACCESS_HOMESERVERS", "LIVEKIT_LOCAL_HOMESERVERS"
+        for variable in (name, legacy):
+            # A variable that holds nothing but separators lists nobody, and so counts as empty.
+            if not re.sub(r"[,\s]+", "", self._environ.get(variable, "")):
+                continue
+            if variable == legacy:
+                self._warnings.append(
+                    f"{legacy} is deprecated: rename it to {name}, or write"
+                    " full_access_homeservers in the module's configuration."
+                )
+            return self._check(variable, _servers, self._environ[variable], ServerList(()))
+        return ServerList(("*",))
+
+    def _token_lifetime(self) -> int:
+        lifetime = self._value("token_lifetime", _token_lifetime, 3_600_000)
+        if lifetime < 60_000:
+            self._warnings.append(
+                f"token_lifetime is {lifetime / 1000:g} seconds: clients that take longer to"
+                " connect, or to connect again, are turned away. One hour, '1h', is the default."
+            )
+        return lifetime
+
+    def _sanity_check_interval(self) -> int:
+        key, variable = "sanity_check_interval", "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS"
+        if key not in self._config and variable in self._environ:
+            return self._check(variable, _seconds, self._environ[variable], 0)
+        return self._value(key, _interval, 30_000)
+
+    def _rate(self, key: str, per_second: float, burst_count: int) -> RatelimitSettings:
+        default = RatelimitSettings(key=key, per_second=per_second, burst_count=burst_count)
+
+        def check(value: Any) -> RatelimitSettings:
+            if not isinstance(value, dict):
+                raise _Wrong(
+                    f"must hold per_second and burst_count, such as"
+                    f" {{per_second: {per_second}, burst_count: {burst_count}}}"
+                )
+            for name, number in value.items():
+                if name not in ("per_second", "burst_count"):
+                    raise _Wrong(f"has an unknown key {name!r}; it takes per_second, burst_count")
+                if type(number) not in (int, float) or not math.isfinite(number) or number <= 0:
+                    raise _Wrong(f"{name} must be a number above 0")
+            settings = RatelimitSettings(
+                key=key,
+                per_second=value.get("per_second", per_second),
+                burst_count=int(value.get("burst_count", burst_count)),
+            )
+            if settings.burst_count < 1:
+                raise _Wrong("burst_count must be at least 1")
+            return settings
+
+        return self._value(key, check, default)
+
+
+def _unknown(key: str) -> str:
+    near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)
+    return f"is not a key of this module; did you mean {near[0]}?"
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Wrong("must be a string; put the value in quotes")
+    if not value.strip():
+        raise _Wrong("is empty; give it a value or remove the key")
+    return value
+
+
+def _boolean(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
+        # Only the environment has no other way to say it, but a quoted value is as clear.
+        return value.strip().lower() in ("true", "1")
+    raise _Wrong("must be true or false")
+
+
+def _url(value: Any, schemes: tuple[str, ...], example: str) -> str:
+    text = _text(value).strip()
+    wrong = _Wrong(f"must be a URL such as {example}")
+    if re.search(r"[\x00-\x20\x7f-\uffff\\]", text) or len(text) > 2048:
+        raise wrong
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in schemes or not parts.hostname or port == 0:
+        raise wrong
+    if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+", parts.hostname):
+        raise wrong
+    if parts.username is not None or "?" in text or "#" in text:
+        raise _Wrong(f"must be a plain URL without user, '?' and '#', such as {example}")
+    return text
+
+
+def _websocket_url(value: Any) -> str:
+    return _url(value, ("ws", "wss"), "wss://sfu.example.com")
+
+
+def _api_url(value: Any) -> str:
+    url = _url(value, ("http", "https", "ws", "wss"), "http://127.0.0.1:7880")
+    return re.sub(r"^ws", "http", url).rstrip("/")
+
+
+def _http_url(value: Any) -> str:
+    url = _url(value, ("http", "https"), f"https://matrix.example.com{DEFAULT_PATH_PREFIX}")
+    return url.rstrip("/")
+
+
+def _path_prefix(value: Any) -> str:
+    text = _text(value)
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", text) or re.search(r"/\.\.?(/|$)", text):
+        raise _Wrong(f"must be a path such as {DEFAULT_PATH_PREFIX}")
+    path = text.rstrip("/")
+    for taken in SYNAPSE_SUBTREES:
+        if path == taken or path.startswith(f"{taken}/"):
+            raise _Wrong(f"must not lie below {taken}; write {DEFAULT_PATH_PREFIX}")
+    for taken in SYNAPSE_PATHS:
+        if taken == path or taken.startswith(f"{path}/"):
+            raise _Wrong(
+                f"would replace {taken}, which Synapse serves; write {DEFAULT_PATH_PREFIX}"
+            )
+    return path
+
+
+def _servers(value: Any) -> ServerList:
+    example = "['example.org', '*.example.com'], or [] for none"
+    if isinstance(value, str):
+        _text(value)
+        entries = [value]
+    elif isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        entries = value
+    else:
+        raise _Wrong(f"must be a list of server names, such as {example}")
+    names = [name for entry in entries for name in re.split(r"[,\s]+", entry) if name]
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9.:*?\[\]-]+", name):
+            raise _Wrong(f"{name!r} is not a server name; write server names, such as {example}")
+    return ServerList(tuple(names))
+
+
+def _duration(value: Any, example: str) -> int:
+    wrong = _Wrong(f"must be a duration such as '{example}'")
+    if isinstance(value, str) and not value.strip():
+        raise wrong
+    try:
+        return Config.parse_duration(value)
+    except (ValueError, TypeError):
+        raise wrong from None
+
+
+def _token_lifetime(value: Any) -> int:
+    duration = _duration(value, "1h")
+    if duration < 1000:
+        raise _Wrong("must be at least one second; write '1h' (a bare number counts milliseconds)")
+    return duration
+
+
+def _interval(value: Any) -> int:
+    duration = _duration(value, "30s")
+    if duration < 0 or 0 < duration < 1000:
+        raise _Wrong(
+            "must be at least one second, or 0 for off; write '30s' (a bare number counts"
+            " milliseconds)"
+        )
+    return duration
+
+
+def _seconds(value: Any) -> int:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds) or seconds < 0 or 0 < seconds < 1:
+        raise _Wrong("must be a number of seconds, at least 1, or 0 for off; write 30")
+    return int(seconds * 1000)
+
+
+def _credential(value: Any) -> str:
+    text = _text(value).strip()
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+        raise _Wrong("must be one line of text; copy it from LiveKit's configuration")
+    return text
+
+
+def _read_file(path: Any) -> str:
+    name = _text(path)
+    try:
+        with open(name, encoding="utf-8") as file:
+            text = file.read().strip()
+    except (OSError, ValueError) as e:
+        # A ValueError quotes what it could not decode, and that may be the secret.
+        cause = e.strerror if isinstance(e, OSError) else "it is not a text file"
+        raise _Wrong(
+            f"cannot read {name!r} ({cause}); name a file that Synapse's user may read"
+        ) from None
+    if not text:
+        raise _Wrong(f"{name!r} is empty; put the value from LiveKit's configuration into it")
+    return text
+
+
+def _credential_file(path: Any) -> str:
+    text = _read_file(path)
+    try:
+        return _credential(text)
+    except _Wrong as e:
+        raise _Wrong(f"{path!r} {e}") from None
+
+
+def _key_and_secret_file(path: Any) -> tuple[str, str]:
+    """Reads LiveKit's `key_file`: YAML, a map of API keys to secrets."""
+    text = _read_file(path)
+    wrong = _Wrong(
+        f"{path!r} must hold exactly one line 'key: secret', as LiveKit's own key_file does"
+    )
+    try:
+        # BaseLoader leaves scalars as they are written: a secret of digits stays a string.
+        pairs = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506
+    except yaml.YAMLError:
+        # The error quotes the line.
+        raise wrong from None
+    if isinstance(pairs, str) and ":" in pairs:
+        # The stand-alone service also takes 'key:secret', without the blank.
+        key, _, secret = pairs.partition(":")
+        pairs = {key: secret}
+    if not isinstance(pairs, dict) or len(pairs) != 1:
+        raise wrong
+    ((key, secret),) = pairs.items()
+    if not isinstance(key, str) or not isinstance(secret, str):
+        raise wrong
+    try:
+        return _credential(key), _credential(secret)
+    except _Wrong:
+        raise wrong from None

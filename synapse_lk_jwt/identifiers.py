@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which strings are Matrix identifiers, and which can be stored and hashed at all."""
+
+from typing import Any, TypeGuard
+
+from synapse.types import UserID, get_domain_from_id
+from synapse.util.stringutils import parse_and_validate_server_name
+
+MAX_USER_ID_BYTES = 255
+
+
+def is_clean(text: str) -> bool:
+    """Whether the text is free of NUL, which PostgreSQL refuses, and can be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def is_server_name(name: str) -> bool:
+    """Whether this is a valid server name (Matrix specification, appendices, 'Server name')."""
+    try:
+        _, port = parse_and_validate_server_name(name)
+    except ValueError:
+        return False
+    # Synapse reads the port with int(), which also takes signs, blanks and other scripts' digits.
+    return port is None or (0 < port < 65536 and name.endswith(f":{port}"))
+
+
+def is_room_id(room_id: str) -> bool:
+    """Whether this can be a room ID. Those of room version 12 have no server name in them."""
+    return len(room_id) > 1 and room_id[0] == "!"
+
+
+def is_user_id(user_id: Any, of_server: str | None = None) -> TypeGuard[str]:
+    """Whether this is a valid user ID and, where a server is named, one of that very server."""
+    return (
+        isinstance(user_id, str)
+        and is_clean(user_id)
+        and len(user_id.encode("utf-8")) <= MAX_USER_ID_BYTES
+        and UserID.is_valid(user_id)
+        and is_server_name(get_domain_from_id(user_id))
+        and of_server in (None, get_domain_from_id(user_id))
+    )

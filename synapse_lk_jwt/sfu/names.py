@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LiveKit room names and participant identities, derived from Matrix IDs.
+
+Both are hashed so that the SFU learns neither rooms nor users, and must come out the same on every
+homeserver and client: MSC4195 gives the derivation. The three identities must never be mixed; a
+wrong one connects the call and decrypts nothing.
+"""
+
+import hashlib
+
+from canonicaljson import encode_canonical_json
+from unpaddedbase64 import encode_base64
+
+# The slot that clients mean when they ask `/sfu/get`, which has no field for it.
+DEFAULT_SLOT = "m.call#ROOM"
+
+# LiveKit refuses longer ones.
+MAX_IDENTITY_BYTES = 256
+
+
+def _hash(*parts: str) -> str:
+    return encode_base64(hashlib.sha256(encode_canonical_json(parts)).digest())
+
+
+def livekit_room_name(room_id: str, slot_id: str) -> str:
+    """The LiveKit room of a slot (MSC4143) of a Matrix room; MSC4195, 'LiveKit room name'."""
+    return _hash(room_id, slot_id)
+
+
+def device_identity(user_id: str, device_id: str) -> str:
+    """The participant identity of `/sfu/get`: user and device in plain text."""
+    return f"{user_id}:{device_id}"
+
+
+def device_member_identity(user_id: str, device_id: str, member_id: str) -> str:
+    """The participant identity of the service's `/get_token`."""
+    return _hash(user_id, device_id, member_id)
+
+
+def member_identity(user_id: str, member_id: str) -> str:
+    """The participant identity of MSC4195's homeserver endpoints."""
+    return _hash(user_id, member_id)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LiveKit's RoomService, spoken over Twirp with Synapse's own HTTP client.
+
+livekit-api has a client for this, but on asyncio, which does not run on Synapse's reactor. The
+messages are livekit-api's (https://docs.livekit.io/reference/other/roomservice-api/).
+"""
+
+import json
+import logging
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+from livekit.api import VideoGrants
+from livekit.protocol.models import Room
+from livekit.protocol.room import CreateRoomRequest
+from synapse.util.caches.response_cache import ResponseCacheContext
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.web.http_headers import Headers
+
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.http import BodyTooLarge, TimedOut, read_body, within
+from synapse_lk_jwt.sfu.tokens import TokenSigner
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
+
+TIMEOUT_SEC = 10
+MAX_ANSWER_BYTES = 1024 * 1024
+
+# LiveKit closes a room that nobody joined after the first, and one that everybody left after the
+# second of these.
+EMPTY_TIMEOUT_SEC = 300
+DEPARTURE_TIMEOUT_SEC = 20
+
+# How long a room that was there may be taken to be there. Must be well below the departure timeout.
+REMEMBER_MS = 10_000
+
+
+class SfuError(Exception):
+    """The SFU did not do what it was asked. The text names the cause, for the log alone."""
+
+
+class RoomService:
+    """LiveKit's API for rooms.
+
+    What goes wrong is logged once for as long as it stays the same, and so is that it is over.
+    """
+
+    def __init__(self, homeserver: Homeserver, api_url: str, signer: TokenSigner) -> None:
+        """
+        Args:
+            homeserver: whose HTTP client and clock to use.
+            api_url: where LiveKit's API is, `http(s)://`, without a slash at the end.
+            signer: the SFU's API key.
+        """
+        self._homeserver = homeserver
+        self._api_url = api_url
+        self._signer = signer
+        self._rooms = homeserver.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
+        self._trouble: str | None = None
+
+    async def make_sure_of(self, livekit_room: str) -> None:
+        """Makes sure that a LiveKit room exists.
+
+        Calls for one room share the request in flight. Afterwards the room is taken to exist for
+        ten seconds if LiveKit's answer lets us: CreateRoom returns an existing room unchanged, and
+        one that its last participant left 19 seconds ago is gone a second later.
+
+        Raises:
+            SfuError: if LiveKit refuses, or does not answer within ten seconds.
+        """
+        await self._rooms.wrap(livekit_room, self._create, livekit_room, cache_context=True)
+
+    async def _create(self, livekit_room: str, cache_context: ResponseCacheContext[str]) -> None:
+        room = await self._call(
+            "CreateRoom",
+            CreateRoomRequest(
+                name=livekit_room,
+                empty_timeout=EMPTY_TIMEOUT_SEC,
+                departure_timeout=DEPARTURE_TIMEOUT_SEC,
+                max_participants=0,
+            ),
+            VideoGrants(room_create=True),
+            Room,
+        )
+        age_ms = self._homeserver.clock.time_msec() - room.creation_time * 1000
+        # LiveKit counts whole seconds. A room from the future tells that the clocks differ, and
+        # then its age tells nothing.
+        is_young = -1000 < age_ms < REMEMBER_MS
+        cache_context.should_cache = room.num_participants > 0 or is_young
+
+    async def _call(self, method: str, request: Message, grants: VideoGrants, answer: type[M]) -> M:
+        token = self._signer.api_token(grants)
+        headers = {
+            "Authorization": [f"Bearer {token}"],
+            "Content-Type": ["application/protobuf"],
+        }
+
+        async def post() -> M:
+            uri = f"{self._api_url}/twirp/livekit.RoomService/{method}"
+            response = await self._homeserver.http_client.request(
+                "POST", uri, request.SerializeToString(), Headers(headers)
+            )
+            body = await read_body(response, MAX_ANSWER_BYTES)
+            content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]
+            return _decode(response.code, content_type, body, answer, token)
+
+        async def post_twice() -> M:
+            try:
+                return await post()
+            except (SfuError, BodyTooLarge):
+                raise
+            except Exception as e:
+                # A connection that was kept open may have been closed by the other side meanwhile,
+                # and clients do not ask again.
+                logger.debug("%s of LiveKit failed (%s), trying once more", method, e)
+                return await post()
+
+        try:
+            result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
+        except SfuError as e:
+            raise self._failed(str(e)) from None
+        except TimedOut:
+            raise self._failed(f"no answer within {TIMEOUT_SEC} s") from None
+        except BodyTooLarge:
+            raise self._failed("its answer is endless; is this LiveKit's API?") from None
+        except (ConnectError, DNSLookupError) as e:
+            raise self._failed(f"no connection: {e}") from None
+        except Exception as e:
+            raise self._failed(f"the connection broke: {type(e).__name__}: {e}") from None
+        self._succeeded()
+        return result
+
+    def _failed(self, cause: str) -> SfuError:
+        if cause != self._trouble:
+            self._trouble = cause
+            logger.error(
+                "LiveKit at %s cannot be used, calls cannot be started: %s", self._api_url, cause
+            )
+        return SfuError(cause)
+
+    def _succeeded(self) -> None:
+        if self._trouble is not None:
+            self._trouble = None
+            logger.info("LiveKit at %s can be used again", self._api_url)
+
+
+def _decode(status: int, content_type: str, body: bytes, answer: type[M], token: str) -> M:
+    """Turns an HTTP response of the SFU, or of whatever answers there, into a message.
+
+    Raises:
+        SfuError: unless it is LiveKit and did what was asked.
+    """
+    is_protobuf = content_type.startswith("application/protobuf")
+    if status == 200 and is_protobuf:
+        try:
+            return answer.FromString(body)
+        except DecodeError:
+            raise SfuError("its answer cannot be read; is this LiveKit's API?") from None
+    if status in (401, 403):
+        # LiveKit's text quotes the token.
+        raise SfuError(f"it refuses livekit_key and livekit_secret ({status}): are they LiveKit's?")
+    if content_type.startswith("text/html"):
+        raise SfuError(f"a web page ({status}) answers; does a proxy stand in front of it?")
+    try:
+        # Twirp's errors are JSON whatever was asked for.
+        error = json.loads(body)
+        code, message = str(error["code"]), str(error.get("msg", ""))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise SfuError(f"it answers {status}; is this LiveKit's API?") from None
+    raise SfuError(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doors: what clients and other homeservers ask for over HTTP."""

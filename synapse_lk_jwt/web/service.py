@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The service endpoints: what clients ask at `livekit_service_url`, with an OpenID token."""
+
+import logging
+
+from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
+from synapse.http.site import SynapseRequest
+from synapse.types import JsonDict
+from twisted.web.resource import Resource
+from twisted.web.server import Request
+
+from synapse_lk_jwt import openid
+from synapse_lk_jwt.homeserver import (
+    DirectServeJsonResource,
+    Homeserver,
+    UnrecognizedRequestResource,
+)
+from synapse_lk_jwt.issuer import Issuer
+from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.sfu.names import MAX_IDENTITY_BYTES, device_identity, device_member_identity
+from synapse_lk_jwt.web.errors import as_matrix_errors
+from synapse_lk_jwt.web.requests import GetTokenRequest, SfuGetRequest, bad_json, read_json_object
+
+logger = logging.getLogger(__name__)
+
+
+class ServiceResource(UnrecognizedRequestResource):
+    """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
+
+    def __init__(self, homeserver: Homeserver, issuer: Issuer, livekit_url: str) -> None:
+        Resource.__init__(self)
+        sfu = UnrecognizedRequestResource()
+        sfu.putChild(b"get", SfuGetResource(homeserver, issuer, livekit_url))
+        self.putChild(b"sfu", sfu)
+        self.putChild(b"get_token", GetTokenResource(homeserver, issuer, livekit_url))
+        self.putChild(b"healthz", HealthResource(homeserver))
+
+
+class _Endpoint(DirectServeJsonResource):
+    """One path with one verb."""
+
+    METHODS: tuple[bytes, ...] = (b"POST",)
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        super().__init__(clock=homeserver.clock)
+        self._homeserver = homeserver
+
+    async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
+        # Synapse finds the handler by the verb's name, and any string can be a verb.
+        if request.method not in self.METHODS:
+            raise UnrecognizedRequestError(code=405)
+        return await super()._async_render(request)
+
+    def getChild(self, path: bytes, request: Request) -> Resource:
+        return UnrecognizedRequestResource()
+
+
+class _TokenEndpoint(_Endpoint):
+    """Verifies OpenID tokens and hands out LiveKit tokens."""
+
+    def __init__(self, homeserver: Homeserver, issuer: Issuer, livekit_url: str) -> None:
+        super().__init__(homeserver)
+        self._issuer = issuer
+        self._livekit_url = livekit_url
+
+    async def _verify(self, token: OpenIdToken, claimed_user_id: str | None = None) -> str:
+        """The user that a token proves; the client is not told what is wrong with a token."""
+        try:
+            user_id = await openid.verify(self._homeserver, token)
+            if claimed_user_id not in (None, user_id):
+                raise InvalidToken(f"it is of {user_id!r} and not of {claimed_user_id!r}")
+        except InvalidToken as e:
+            logger.info("Refused an OpenID token of %s: %s", token.matrix_server_name, e)
+            raise SynapseError(401, "The OpenID token is not valid", Codes.UNAUTHORIZED) from None
+        return user_id
+
+    def _check_may_delegate(self, user_id: str, delay_id: str | None) -> None:
+        """Delayed events of other servers' users are not here, and so nobody here can send them."""
+        if delay_id is not None and not self._homeserver.is_mine(user_id):
+            raise bad_json("delay_id", "is for users of this homeserver only")
+
+    async def _answer(
+        self, user_id: str, room_id: str, slot_id: str, identity: str
+    ) -> tuple[int, JsonDict]:
+        with as_matrix_errors():
+            token = await self._issuer.issue(user_id, room_id, slot_id, identity)
+        return 200, {"url": self._livekit_url, "jwt": token}
+
+
+class SfuGetResource(_TokenEndpoint):
+    """A LiveKit access token for the one call of a room, for clients before `/get_token`.
+
+    POST /_synapse/client/livekit/jwt/sfu/get HTTP/1.1
+
+    {
+        "room": "!room:example.org",
+        "openid_token": {"access_token": "…", "matrix_server_name": "example.org"},
+        "device_id": "ABCDEFG"
+    }
+    """
+
+    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        body = SfuGetRequest.from_json(read_json_object(request))
+        user_id = await self._verify(body.openid_token)
+        identity = device_identity(user_id, body.device_id)
+        if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
+            raise bad_json("device_id", "is too long")
+        self._check_may_delegate(user_id, body.delay_id)
+        return await self._answer(user_id, body.room_id, body.slot_id, identity)
+
+
+class GetTokenResource(_TokenEndpoint):
+    """A LiveKit access token for one slot of a room (MSC4195 before it moved into homeservers).
+
+    POST /_synapse/client/livekit/jwt/get_token HTTP/1.1
+
+    {
+        "room_id": "!room:example.org",
+        "slot_id": "m.call#ROOM",
+        "openid_token": {"access_token": "…", "matrix_server_name": "example.org"},
+        "member": {
+            "id": "member",
+            "claimed_user_id": "@user:example.org",
+            "claimed_device_id": "ABCDEFG"
+        }
+    }
+    """
+
+    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        body = GetTokenRequest.from_json(read_json_object(request))
+        user_id = await self._verify(body.openid_token, body.claimed_user_id)
+        self._check_may_delegate(user_id, body.delay_id)
+        identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
+        return await self._answer(user_id, body.room_id, body.slot_id, identity)
+
+
+class HealthResource(_Endpoint):
+    """Whether the module serves. Says nothing of the SFU, without which restricted users do fine.
+
+    GET /_synapse/client/livekit/jwt/healthz HTTP/1.1
+    """
+
+    METHODS = (b"GET", b"HEAD")
+
+    def _async_render_GET(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        return 200, {}
