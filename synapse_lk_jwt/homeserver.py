@@ -8,21 +8,32 @@ against the oldest and the newest Synapse that is supported.
 import logging
 from collections.abc import Mapping
 from inspect import signature
-from typing import Any
+from io import BytesIO
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
+from canonicaljson import encode_canonical_json
 from synapse.api.errors import FederationDeniedError
+from synapse.api.ratelimiting import Ratelimiter
+from synapse.config.ratelimiting import RatelimitSettings
+from synapse.http import QuieterFileBodyProducer
 from synapse.http.client import SimpleHttpClient
-from synapse.http.server import DirectServeJsonResource, UnrecognizedRequestResource
+from synapse.http.server import HttpServer
+from synapse.http.servlet import RestServlet
 from synapse.logging.context import make_deferred_yieldable
 from synapse.module_api import ModuleApi
-from synapse.types import ISynapseReactor, get_domain_from_id
+from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id
 from synapse.util.caches.response_cache import ResponseCache
+from twisted.internet.defer import Deferred
+from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DirectServeJsonResource", "Homeserver", "UnrecognizedRequestResource"]
+# The name of our group of servlets in Synapse's registries, and of the attribute of a homeserver
+# that holds them.
+_GROUP = "synapse_lk_jwt"
+_SERVLETS = "_synapse_lk_jwt_servlets"
 
 
 class Homeserver:
@@ -33,6 +44,7 @@ class Homeserver:
         clock: Synapse's clock; the package has no other.
         reactor: Synapse's reactor, real or of a test harness.
         http_client: Synapse's client for requests that are no federation.
+        get_user_by_req: Synapse's authentication of a client's request.
     """
 
     def __init__(self, api: ModuleApi) -> None:
@@ -43,6 +55,7 @@ class Homeserver:
         self.clock: Any = self._hs.get_clock()
         self.reactor: ISynapseReactor = self._hs.get_reactor()
         self.http_client: SimpleHttpClient = api.http_client
+        self.get_user_by_req = api.get_user_by_req
 
     def is_mine(self, user_id: str) -> bool:
         """Whether a user is one of this homeserver."""
@@ -80,6 +93,18 @@ class Homeserver:
             or await self._store.is_user_erased(user_id)
         )
 
+    async def is_exempt_from_limits(self, user_id: str) -> bool:
+        """Whether a user belongs to an application service with `rate_limited: false`. Cached."""
+        if not self.is_mine(user_id):
+            return False
+        service = self._store.get_app_service_by_user_id(user_id)
+        if service is None:
+            user = await self._store.get_user_by_id(user_id)
+            if user is None or user.appservice_id is None:
+                return False
+            service = self._store.get_app_service_by_id(user.appservice_id)
+        return service is not None and not service.is_rate_limited()
+
     async def is_joined(self, user_id: str, room_id: str) -> bool:
         """Whether a user, of any server, is joined to a room that this homeserver is in. Cached."""
         return room_id in await self._store.get_rooms_for_user(user_id)
@@ -98,15 +123,27 @@ class Homeserver:
         acl = await state.get_server_acl_for_room(room_id)
         return acl is None or acl.server_matches_acl_event(server_name)
 
-    async def federation_get(
-        self, server_name: str, path: str, query: Mapping[str, str]
+    async def federation_request(
+        self,
+        method: str,
+        server_name: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        content: JsonDict | None = None,
     ) -> IResponse:
-        """Asks another homeserver, unsigned, and returns its answer with the body unread.
+        """Asks another homeserver and returns its answer with the body unread.
 
         Takes the agent of Synapse's federation client, so that server discovery, TLS policy and IP
-        block lists hold, but not the client: it would write the query into the log, and count an
-        error against the server, after which Synapse does not talk to it at all for ten minutes.
-        No redirect is followed; the time is for the caller to limit.
+        block lists hold, but not the client: it would write the query into the log, count an error
+        against the server, after which Synapse does not talk to it at all for ten minutes, and
+        read a body of any size. No redirect is followed; the time is for the caller to limit.
+
+        Args:
+            method: the HTTP verb.
+            server_name: the other homeserver.
+            path: the path, in ASCII.
+            query: query parameters, if any.
+            content: a JSON body; a request that has one is signed.
 
         Raises:
             FederationDeniedError: if `federation_domain_whitelist` does not hold the server.
@@ -114,9 +151,25 @@ class Homeserver:
         whitelist = self._hs.config.federation
         if not whitelist.is_domain_allowed_according_to_federation_whitelist(server_name):
             raise FederationDeniedError(server_name)
-        agent = self._hs.get_federation_http_client().agent
-        uri = f"matrix-federation://{server_name}{path}?{urlencode(query)}"
-        return await make_deferred_yieldable(agent.request(b"GET", uri.encode("ascii")))
+        client = self._hs.get_federation_http_client()
+        if query:
+            path = f"{path}?{urlencode(query)}"
+        headers = Headers()
+        producer = None
+        if content is not None:
+            headers.addRawHeader("Content-Type", "application/json")
+            for signature in client.build_auth_headers(
+                server_name.encode("ascii"), method.encode("ascii"), path.encode("ascii"), content
+            ):
+                headers.addRawHeader("Authorization", signature)
+            producer = QuieterFileBodyProducer(
+                BytesIO(encode_canonical_json(content)), cooperator=client._cooperator
+            )
+        uri = f"matrix-federation://{server_name}{path}"
+        response: Deferred[IResponse] = client.agent.request(
+            method.encode("ascii"), uri.encode("ascii"), headers, producer
+        )
+        return await make_deferred_yieldable(response)
 
     def response_cache(self, name: str, remember_ms: int) -> ResponseCache[str]:
         """A cache of Synapse's for requests in flight, and for what they gave for a while."""
@@ -133,6 +186,44 @@ class Homeserver:
             enable_logging=False,
             **timeout,
         )
+
+    def ratelimiter(self, settings: RatelimitSettings) -> Ratelimiter:
+        """A rate limiter of Synapse's."""
+        return Ratelimiter(store=self._store, clock=self.clock, cfg=settings)
+
+    def serve_below_matrix(
+        self, client: RestServlet, federation: "FederationServletFactory", prefix: str
+    ) -> str | None:
+        """Has Synapse serve a servlet below `/_matrix/client` and one below `/_matrix/federation`.
+
+        Module resources cannot be mounted there, but both trees are built from registries that are
+        read when the listeners start, after the modules are loaded. Registries are one for each
+        Python process, homeservers are not: the entry finds what its homeserver's module wants.
+
+        Args:
+            client: the client-server servlet.
+            federation: makes the server-server servlet, from what Synapse makes its own from.
+            prefix: what application services must not claim (MSC4512) for this to work, such as
+                `rtc/livekit`.
+
+        Returns:
+            None if it will be served, else why not.
+        """
+        if getattr(self._hs.config.experimental, "msc4512_enabled", False):
+            for service in self._store.get_app_services():
+                claimed = service.proxy_prefix
+                if claimed and f"{prefix}/".startswith(f"{claimed}/"):
+                    return f"the application service {service.id!r} claims {claimed}"
+        try:
+            from synapse.federation.transport.server import SERVLET_GROUPS as FEDERATION_GROUPS
+            from synapse.rest import SERVLET_GROUPS as CLIENT_GROUPS
+        except ImportError:
+            return "this Synapse has no registry of servlets"
+        setattr(self._hs, _SERVLETS, (client, federation))
+        # The types name the servlets that Synapse has itself.
+        CLIENT_GROUPS[_GROUP] = (_register_client_servlet,)
+        FEDERATION_GROUPS[_GROUP] = (_FederationServlet,)  # type: ignore[assignment]
+        return None
 
     def advertise(self, livekit_url: str | None, service_url: str) -> None:
         """Adds the service to `rtc/transports` (MSC4143) and `.well-known/matrix/client`.
@@ -164,6 +255,39 @@ class Homeserver:
         if isinstance(foci, list):
             well_known[key] = _with_livekit(foci, _livekit(service_url))
             config.server.extra_well_known_client_content = well_known
+
+
+class FederationServlet(Protocol):
+    """What Synapse wants of a servlet."""
+
+    def register(self, server: HttpServer) -> None: ...
+
+
+class FederationServletFactory(Protocol):
+    """Makes a servlet from the arguments that Synapse makes its own with."""
+
+    def __call__(
+        self, *, hs: Any, authenticator: Any, ratelimiter: Any, server_name: str
+    ) -> "FederationServlet": ...
+
+
+def _register_client_servlet(hs: Any, http_server: HttpServer) -> None:
+    for client, _ in filter(None, [getattr(hs, _SERVLETS, None)]):
+        client.register(http_server)
+
+
+class _FederationServlet:
+    """Stands in Synapse's registry of federation servlets for the ones of each homeserver."""
+
+    def __init__(self, hs: Any, **kwargs: Any) -> None:
+        self._servlets = [
+            federation(hs=hs, **kwargs)
+            for _, federation in filter(None, [getattr(hs, _SERVLETS, None)])
+        ]
+
+    def register(self, server: HttpServer) -> None:
+        for servlet in self._servlets:
+            servlet.register(server)
 
 
 def _livekit(service_url: str) -> dict[str, str]:

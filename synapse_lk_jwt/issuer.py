@@ -37,11 +37,44 @@ class Issuer:
     token_lifetime_ms: int
     can_update_own_metadata: bool
 
-    async def issue(self, user_id: str, room_id: str, slot_id: str, identity: str) -> str:
-        """Checks membership, makes sure of the LiveKit room for those who may, and signs.
+    async def check_membership(self, user_id: str, room_id: str, *, strict: bool = False) -> None:
+        """Refuses those who cannot be in a call of a Matrix room.
 
         Args:
             user_id: who asks, verified.
+            room_id: the Matrix room.
+            strict: MSC4195's rule, which no configuration turns off: the user must be joined, to a
+                room that this homeserver is in. Otherwise, in a room that it is not in, users of
+                other servers are believed.
+
+        Raises:
+            NotInRoom: if the user may not be in a call of that room.
+        """
+        if not strict and not self.require_room_membership:
+            return
+        homeserver = self.homeserver
+        if homeserver.is_mine(user_id):
+            if not await homeserver.is_joined(user_id, room_id):
+                raise NotInRoom()
+        elif not await homeserver.is_in_room(homeserver.server_name, room_id):
+            # Nobody here can know who is in it.
+            if strict:
+                raise NotInRoom()
+        elif not await homeserver.acl_allows(get_domain_from_id(user_id), room_id):
+            # Users of a server that was shut out stay joined in the room's state.
+            raise NotInRoom()
+        elif not (
+            await homeserver.is_joined(user_id, room_id)
+            # While a join of this homeserver is being completed nobody can know either.
+            or await homeserver.has_partial_state(room_id)
+        ):
+            raise NotInRoom()
+
+    async def issue(self, user_id: str, room_id: str, slot_id: str, identity: str) -> str:
+        """Makes sure of the LiveKit room for those who may, and signs a token.
+
+        Args:
+            user_id: who asks, verified and checked for membership.
             room_id: the Matrix room.
             slot_id: the slot (MSC4143) in it.
             identity: the participant identity that the token is for.
@@ -50,11 +83,8 @@ class Issuer:
             The token, a JWT.
 
         Raises:
-            NotInRoom: if the user may not be in a call of that room.
             SfuError: if the LiveKit room could not be made.
         """
-        if self.require_room_membership and not await self._may_be_in_room(user_id, room_id):
-            raise NotInRoom()
         server = get_domain_from_id(user_id)
         livekit_room = livekit_room_name(room_id, slot_id)
         if self.access.has_full_access(server):
@@ -65,18 +95,4 @@ class Issuer:
             can_publish=self.access.can_publish(server),
             can_update_own_metadata=self.can_update_own_metadata,
             lifetime_ms=self.token_lifetime_ms,
-        )
-
-    async def _may_be_in_room(self, user_id: str, room_id: str) -> bool:
-        homeserver = self.homeserver
-        if homeserver.is_mine(user_id):
-            return await homeserver.is_joined(user_id, room_id)
-        if not await homeserver.is_in_room(homeserver.server_name, room_id):
-            # Nobody here can know who is in it.
-            return True
-        # Users of a server that was shut out stay joined in the room's state.
-        if not await homeserver.acl_allows(get_domain_from_id(user_id), room_id):
-            return False
-        return await homeserver.is_joined(user_id, room_id) or await homeserver.has_partial_state(
-            room_id
         )

@@ -2,6 +2,7 @@
 """The Synapse module: reads its configuration and wires everything else together."""
 
 import logging
+from functools import partial
 from typing import Any
 
 from synapse.module_api import ModuleApi
@@ -10,6 +11,8 @@ from synapse_lk_jwt.access import Access
 from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
+from synapse_lk_jwt.limits import Limits
+from synapse_lk_jwt.remote import RemoteSfus
 from synapse_lk_jwt.sfu.rooms import RoomService
 from synapse_lk_jwt.sfu.tokens import TokenSigner
 from synapse_lk_jwt.web.service import ServiceResource
@@ -34,12 +37,17 @@ class LiveKitJwtModule:
             token_lifetime_ms=config.token_lifetime_ms,
             can_update_own_metadata=config.can_update_own_metadata,
         )
+        limits = Limits(homeserver, config.rc_token, config.rc_openid)
         api.register_web_resource(
-            config.path_prefix, ServiceResource(homeserver, issuer, config.livekit_url)
+            config.path_prefix, ServiceResource(homeserver, issuer, limits, config.livekit_url)
         )
+        not_served = _serve_homeserver_endpoints(homeserver, issuer, limits, config.livekit_url)
+        if not_served is not None:
+            logger.warning("MSC4195's homeserver endpoints are not served: %s", not_served)
         service_url = config.service_url or f"{api.public_baseurl.rstrip('/')}{config.path_prefix}"
         if config.advertise:
-            homeserver.advertise(livekit_url=None, service_url=service_url)
+            # Clients take `url` as a promise that the homeserver endpoints are there.
+            homeserver.advertise(None if not_served else config.livekit_url, service_url)
         for warning in config.warnings:
             logger.warning("%s", warning)
         logger.info("Serving LiveKit access tokens at %s", service_url)
@@ -52,3 +60,20 @@ class LiveKitJwtModule:
             synapse.module_api.errors.ConfigError: naming all keys that are wrong.
         """
         return parse_config(config)
+
+
+def _serve_homeserver_endpoints(
+    homeserver: Homeserver, issuer: Issuer, limits: Limits, livekit_url: str
+) -> str | None:
+    """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
+    try:
+        # They stand on Synapse's internals, without which the service endpoints do well.
+        from synapse_lk_jwt.web.client import GetTokenRestServlet
+        from synapse_lk_jwt.web.federation import GetTokenFederationServlet
+    except ImportError as e:
+        return f"this Synapse lacks what they stand on ({e})"
+    return homeserver.serve_below_matrix(
+        GetTokenRestServlet(homeserver, issuer, limits, RemoteSfus(homeserver), livekit_url),
+        partial(GetTokenFederationServlet, issuer=issuer, limits=limits, livekit_url=livekit_url),
+        prefix="rtc/livekit",
+    )

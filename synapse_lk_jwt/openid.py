@@ -63,7 +63,8 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
     server = token.matrix_server_name
 
     async def ask() -> tuple[int, bytes]:
-        response = await homeserver.federation_get(
+        response = await homeserver.federation_request(
+            "GET",
             server,
             "/_matrix/federation/v1/openid/userinfo",
             {"access_token": token.access_token},

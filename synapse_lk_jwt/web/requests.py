@@ -20,6 +20,7 @@ from synapse_lk_jwt.sfu.names import DEFAULT_SLOT
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_STRING_BYTES = 512
+MAX_URL_BYTES = 2048
 # The largest integer that every JSON implementation keeps exact.
 MAX_INTEGER = 2**53 - 1
 
@@ -214,4 +215,77 @@ class GetTokenRequest:
             claimed_user_id=member.user_id("claimed_user_id"),
             claimed_device_id=member.string("claimed_device_id"),
             delay_id=_delay_id(fields),
+        )
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class HomeserverGetTokenRequest:
+    """The body of MSC4195's client-server `get_token`.
+
+    Attributes:
+        url: the SFU.
+        room_id: the Matrix room.
+        slot_id: the slot in it.
+        member_id: the MatrixRTC member's ID.
+        server_name: the homeserver whose SFU it is; None for this one.
+    """
+
+    url: str
+    room_id: str
+    slot_id: str
+    member_id: str
+    server_name: str | None
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "HomeserverGetTokenRequest":
+        """Checks the fields of a body.
+
+        Raises:
+            SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
+        """
+        if "member_id" in fields or "member" not in fields:
+            member_id = fields.string("member_id")
+        else:
+            # Clients in the field still send the form that the MSC had before it was accepted.
+            member_id = fields.object("member").string("id")
+        return cls(
+            url=fields.string("url", MAX_URL_BYTES),
+            room_id=fields.room_id("room_id"),
+            slot_id=fields.string("slot_id"),
+            member_id=member_id,
+            server_name=fields.server_name("server_name") if "server_name" in fields else None,
+        )
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class FederationGetTokenRequest:
+    """The body of MSC4195's server-server `get_token`.
+
+    Attributes:
+        user_id: the user that the token is for.
+        url: the SFU.
+        room_id: the Matrix room.
+        slot_id: the slot in it.
+        member_id: the MatrixRTC member's ID.
+    """
+
+    user_id: str
+    url: str
+    room_id: str
+    slot_id: str
+    member_id: str
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "FederationGetTokenRequest":
+        """Checks the fields of a body.
+
+        Raises:
+            SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
+        """
+        return cls(
+            user_id=fields.user_id("user_id"),
+            url=fields.string("url", MAX_URL_BYTES),
+            room_id=fields.room_id("room_id"),
+            slot_id=fields.string("slot_id"),
+            member_id=fields.string("member_id"),
         )

@@ -4,18 +4,16 @@
 import logging
 
 from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
+from synapse.http.server import DirectServeJsonResource, UnrecognizedRequestResource
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict
 from twisted.web.resource import Resource
 from twisted.web.server import Request
 
 from synapse_lk_jwt import openid
-from synapse_lk_jwt.homeserver import (
-    DirectServeJsonResource,
-    Homeserver,
-    UnrecognizedRequestResource,
-)
+from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
+from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.sfu.names import MAX_IDENTITY_BYTES, device_identity, device_member_identity
 from synapse_lk_jwt.web.errors import as_matrix_errors
@@ -27,12 +25,14 @@ logger = logging.getLogger(__name__)
 class ServiceResource(UnrecognizedRequestResource):
     """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
 
-    def __init__(self, homeserver: Homeserver, issuer: Issuer, livekit_url: str) -> None:
+    def __init__(
+        self, homeserver: Homeserver, issuer: Issuer, limits: Limits, livekit_url: str
+    ) -> None:
         Resource.__init__(self)
         sfu = UnrecognizedRequestResource()
-        sfu.putChild(b"get", SfuGetResource(homeserver, issuer, livekit_url))
+        sfu.putChild(b"get", SfuGetResource(homeserver, issuer, limits, livekit_url))
         self.putChild(b"sfu", sfu)
-        self.putChild(b"get_token", GetTokenResource(homeserver, issuer, livekit_url))
+        self.putChild(b"get_token", GetTokenResource(homeserver, issuer, limits, livekit_url))
         self.putChild(b"healthz", HealthResource(homeserver))
 
 
@@ -58,13 +58,20 @@ class _Endpoint(DirectServeJsonResource):
 class _TokenEndpoint(_Endpoint):
     """Verifies OpenID tokens and hands out LiveKit tokens."""
 
-    def __init__(self, homeserver: Homeserver, issuer: Issuer, livekit_url: str) -> None:
+    def __init__(
+        self, homeserver: Homeserver, issuer: Issuer, limits: Limits, livekit_url: str
+    ) -> None:
         super().__init__(homeserver)
         self._issuer = issuer
+        self._limits = limits
         self._livekit_url = livekit_url
 
-    async def _verify(self, token: OpenIdToken, claimed_user_id: str | None = None) -> str:
+    async def _verify(
+        self, request: SynapseRequest, token: OpenIdToken, claimed_user_id: str | None = None
+    ) -> str:
         """The user that a token proves; the client is not told what is wrong with a token."""
+        if token.matrix_server_name != self._homeserver.server_name:
+            await self._limits.ask_other_server(request.get_client_ip_if_available())
         try:
             user_id = await openid.verify(self._homeserver, token)
             if claimed_user_id not in (None, user_id):
@@ -82,7 +89,9 @@ class _TokenEndpoint(_Endpoint):
     async def _answer(
         self, user_id: str, room_id: str, slot_id: str, identity: str
     ) -> tuple[int, JsonDict]:
+        await self._limits.ask_for_token(user_id, room_id)
         with as_matrix_errors():
+            await self._issuer.check_membership(user_id, room_id)
             token = await self._issuer.issue(user_id, room_id, slot_id, identity)
         return 200, {"url": self._livekit_url, "jwt": token}
 
@@ -101,7 +110,7 @@ class SfuGetResource(_TokenEndpoint):
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = SfuGetRequest.from_json(read_json_object(request))
-        user_id = await self._verify(body.openid_token)
+        user_id = await self._verify(request, body.openid_token)
         identity = device_identity(user_id, body.device_id)
         if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
             raise bad_json("device_id", "is too long")
@@ -128,7 +137,7 @@ class GetTokenResource(_TokenEndpoint):
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request))
-        user_id = await self._verify(body.openid_token, body.claimed_user_id)
+        user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
         self._check_may_delegate(user_id, body.delay_id)
         identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
         return await self._answer(user_id, body.room_id, body.slot_id, identity)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens for the SFUs of other homeservers, which these hand out over federation (MSC4195)."""
+
+import logging
+import re
+
+from synapse.api.errors import HttpResponseException
+from synapse.http.client import is_unknown_endpoint
+from synapse.types import JsonDict
+from synapse.util.caches.ttlcache import TTLCache
+
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.http import parse_json, read_body, within
+
+logger = logging.getLogger(__name__)
+
+STABLE_PATH = "/_matrix/federation/v1/rtc/livekit/get_token"
+UNSTABLE_PATH = "/_matrix/federation/unstable/io.element.msc4195/rtc/livekit/get_token"
+
+TIMEOUT_SEC = 10
+MAX_ANSWER_BYTES = 64 * 1024
+
+# How long a server that knows the unstable path only is asked there first.
+REMEMBER_UNSTABLE_SEC = 3600
+
+JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+
+
+class RemoteRefusal(Exception):
+    """The other homeserver refuses the user.
+
+    Attributes:
+        status: its HTTP status.
+        errcode: its Matrix error code.
+    """
+
+    def __init__(self, status: int, errcode: str) -> None:
+        super().__init__(f"{status} {errcode}")
+        self.status = status
+        self.errcode = errcode
+
+
+class RemoteFailure(Exception):
+    """The other homeserver gave no proper answer. The text says why, for the log alone."""
+
+
+class RemoteSfus:
+    """Asks other homeservers for tokens of their SFUs."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._unstable: TTLCache[str, bool] = TTLCache(
+            cache_name="synapse_lk_jwt_unstable_servers",
+            server_name=homeserver.server_name,
+            timer=homeserver.clock.time,
+        )
+
+    async def get_token(self, server_name: str, content: JsonDict) -> str:
+        """Asks a homeserver for a token.
+
+        Args:
+            server_name: the other homeserver.
+            content: the body of MSC4195's federation request, with the authenticated user's ID.
+
+        Returns:
+            The token, a JWT as far as one can tell without its key.
+
+        Raises:
+            RemoteRefusal: 403 `M_FORBIDDEN` and 400 `M_INVALID_PARAM`, which are for the client.
+            RemoteFailure: if there is no token for any other reason, after ten seconds at most.
+        """
+        try:
+            status, body = await within(
+                TIMEOUT_SEC, self._homeserver.reactor, lambda: self._ask(server_name, content)
+            )
+        except Exception as e:
+            raise RemoteFailure(
+                f"{server_name} could not be asked ({type(e).__name__}: {e})"
+            ) from e
+        try:
+            answer = parse_json(body)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise RemoteFailure(f"{server_name} answered {status} without a JSON object")
+        if status == 200:
+            token = answer.get("jwt")
+            if not isinstance(token, str) or not re.fullmatch(
+                r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A
+            ):
+                raise RemoteFailure(f"{server_name} answered without a token")
+            return token
+        for refusal in ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM")):
+            if refusal == (status, answer.get("errcode")):
+                raise RemoteRefusal(*refusal)
+        raise RemoteFailure(f"{server_name} answered {status} {answer.get('errcode')!r}")
+
+    async def _ask(self, server_name: str, content: JsonDict) -> tuple[int, bytes]:
+        """The answer at the stable path, or at the unstable one where that is all there is."""
+        paths = [STABLE_PATH, UNSTABLE_PATH]
+        if server_name in self._unstable:
+            paths.reverse()
+        for path in paths:
+            response = await self._homeserver.federation_request(
+                "POST", server_name, path, content=content
+            )
+            body = await read_body(response, MAX_ANSWER_BYTES)
+            if not is_unknown_endpoint(HttpResponseException(response.code, "", body)):
+                break
+        if path == UNSTABLE_PATH and response.code == 200:
+            self._unstable.set(server_name, True, REMEMBER_UNSTABLE_SEC)
+        else:
+            self._unstable.pop(server_name, None)
+        return response.code, body
