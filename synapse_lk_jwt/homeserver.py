@@ -24,6 +24,7 @@ from synapse.logging.context import make_deferred_yieldable
 from synapse.module_api import ModuleApi
 from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id
 from synapse.util.caches.response_cache import ResponseCache
+from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
@@ -121,7 +122,9 @@ class Homeserver:
         """Whether the room's `m.room.server_acl` lets the server take part. Cached."""
         state = self._hs.get_storage_controllers().state
         acl = await state.get_server_acl_for_room(room_id)
-        return acl is None or acl.server_matches_acl_event(server_name)
+        # ACLs know no ports.
+        host, _ = parse_server_name(server_name)
+        return acl is None or acl.server_matches_acl_event(host)
 
     async def federation_request(
         self,

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real call on real servers, told step by step: `python -m demo`."""

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts two real Synapses that federate and a real LiveKit, and makes a call. Ends by itself."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    from demo.story import NotAsPromised, Story
+    from realparts.process import MissingTool, ProcessDied, TimedOut
+    from realparts.stage import Stage
+
+    importlib.metadata.version("synapse-lk-jwt")
+except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as e:
+    sys.exit(f"✘ The Python package {e.name} is missing: pip install '.[test]'")
+
+
+def main() -> int:
+    """Run the demo and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="go on with the call until Ctrl-C, and print what can be tried meanwhile",
+    )
+    keep = parser.parse_args().keep
+    # So that the end of `kill` and of a closed terminal is as tidy as that of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+    directory = Path(tempfile.mkdtemp(prefix="synapse-lk-jwt-demo-"))
+    try:
+        with _running(directory) as stage:
+            asyncio.run(Story(stage).tell(keep))
+    except KeyboardInterrupt:
+        print("\nStopped.")
+        status = 0 if keep else 130
+    except MissingTool as e:
+        print(f"✘ {e}")
+        status = 1
+    except (NotAsPromised, ProcessDied, TimedOut) as e:
+        print(f"✘ {e}\n\nThe logs are in {directory}")
+        return 1
+    else:
+        print("\nEverything was as promised. All servers have been stopped.")
+        status = 0
+    shutil.rmtree(directory, ignore_errors=True)
+    return status
+
+
+@contextlib.contextmanager
+def _running(directory: Path) -> Iterator[Stage]:
+    stage = Stage(directory)
+    print("Starting two Synapse homeservers, A and B, and a LiveKit server …", flush=True)
+    try:
+        stage.start()
+        yield stage
+    finally:
+        # It takes a moment only, and one more Ctrl-C would leave it half done.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        stage.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real participant of a LiveKit call: LiveKit's own client, with a tone for a microphone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from array import array
+
+from livekit import rtc
+
+_SAMPLE_RATE = 48_000
+_FRAME_SAMPLES = 480
+_AMPLITUDE = 8_000
+# Of a tone of that amplitude arrives, after coding and decoding, a mean of about 5,600; of silence
+# not even 10.
+_LOUD = 1_000
+
+# The client's own messages about failures that are expected here.
+logging.getLogger("livekit").setLevel(logging.CRITICAL)
+
+
+class CallRefused(Exception):
+    """LiveKit did not let the client in; the message is what the client was told."""
+
+
+class Participant:
+    """Somebody in a call."""
+
+    def __init__(self, room: rtc.Room) -> None:
+        self._room = room
+        self._tone: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def join(cls, url: str, jwt: str, timeout: float = 15.0) -> Participant:
+        """Connect to the call that the token is for.
+
+        Args:
+            url: of the LiveKit server, `ws://…`.
+            jwt: a LiveKit access token.
+            timeout: seconds.
+
+        Raises:
+            CallRefused
+        """
+        room = rtc.Room()
+        try:
+            await asyncio.wait_for(room.connect(url, jwt), timeout)
+        except rtc.ConnectError as error:
+            raise CallRefused(error.message) from None
+        except asyncio.TimeoutError:
+            raise CallRefused(f"no answer within {timeout:.0f} s") from None
+        return cls(room)
+
+    @property
+    def identity(self) -> str:
+        return self._room.local_participant.identity
+
+    @property
+    def others(self) -> list[str]:
+        """The identities of the other participants."""
+        return list(self._room.remote_participants)
+
+    async def publish_tone(self, hertz: float = 440.0) -> None:
+        """Publish a microphone in which a tone sounds until this participant leaves."""
+        source = rtc.AudioSource(_SAMPLE_RATE, 1)
+        track = rtc.LocalAudioTrack.create_audio_track("tone", source)
+        options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
+        await self._room.local_participant.publish_track(track, options)
+        self._tone = asyncio.create_task(_play(source, hertz))
+
+    async def hear(self, identity: str, frames: int = 25, timeout: float = 15.0) -> int:
+        """Wait until the microphone of another participant is heard: silence does not count.
+
+        Args:
+            identity: of the other participant.
+            frames: how many loud frames, of 10 ms, must arrive.
+            timeout: seconds.
+
+        Returns:
+            How many loud frames arrived.
+
+        Raises:
+            asyncio.TimeoutError
+        """
+        return await asyncio.wait_for(self._listen(identity, frames), timeout)
+
+    async def leave(self) -> None:
+        if self._tone is not None:
+            self._tone.cancel()
+        await self._room.disconnect()
+
+    async def _listen(self, identity: str, frames: int) -> int:
+        stream = rtc.AudioStream(await self._microphone(identity), sample_rate=_SAMPLE_RATE)
+        loud = 0
+        try:
+            async for event in stream:
+                if _loudness(event.frame) > _LOUD:
+                    loud += 1
+                if loud >= frames:
+                    break
+        finally:
+            await stream.aclose()
+        return loud
+
+    async def _microphone(self, identity: str) -> rtc.Track:
+        while True:
+            other = self._room.remote_participants.get(identity)
+            for publication in [] if other is None else other.track_publications.values():
+                if publication.track is not None:
+                    return publication.track
+            await asyncio.sleep(0.02)
+
+
+def _loudness(frame: rtc.AudioFrame) -> float:
+    """The mean distance from silence, 0 to 32,768."""
+    samples = frame.data
+    return sum(abs(sample) for sample in samples) / max(len(samples), 1)
+
+
+async def _play(source: rtc.AudioSource, hertz: float) -> None:
+    # One second, in which a whole number of waves has room.
+    tone = array(
+        "h",
+        (
+            int(_AMPLITUDE * math.sin(2 * math.pi * round(hertz) * sample / _SAMPLE_RATE))
+            for sample in range(_SAMPLE_RATE)
+        ),
+    ).tobytes()
+    bytes_per_frame = _FRAME_SAMPLES * 2
+    while True:
+        for start in range(0, len(tone), bytes_per_frame):
+            data = tone[start : start + bytes_per_frame]
+            await source.capture_frame(rtc.AudioFrame(data, _SAMPLE_RATE, 1, _FRAME_SAMPLES))

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Child processes that are waited for properly and that never outlive their parent."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+_POLL_SECONDS = 0.02
+_TAIL_CHARACTERS = 4000
+# Below the range that outgoing connections are given, so that nothing takes the port of a server
+# that is down for a moment.
+_PORTS = range(20_000, 32_000)
+
+_handed_out: set[int] = set()
+_running: set[Process] = set()
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+class MissingTool(Exception):
+    """A program is not installed. The message is one line that says what to install."""
+
+
+class ProcessDied(Exception):
+    """A process ended while something was expected of it; the message ends with its log's tail."""
+
+
+class TimedOut(Exception):
+    """A condition did not come true in time; the message says which one."""
+
+
+def free_port() -> int:
+    """A port that is free for TCP and UDP on 127.0.0.1, never the same one twice."""
+    while True:
+        port = random.choice(_PORTS)
+        if port in _handed_out:
+            continue
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        ):
+            try:
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _handed_out.add(port)
+        return port
+
+
+def wait_until(
+    condition: Callable[[], bool],
+    what: str,
+    timeout: float = 30.0,
+    processes: Sequence[Process] = (),
+) -> None:
+    """Poll `condition` until it is true.
+
+    Args:
+        condition: asked again and again, so it must be cheap.
+        what: names the condition in the error message.
+        timeout: seconds.
+        processes: if one of them ends meanwhile, there is no point in waiting any longer.
+
+    Raises:
+        ProcessDied, TimedOut
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        for process in processes:
+            if not process.running:
+                raise ProcessDied(
+                    f"{process.name} ended with {process.returncode} while waiting for {what}\n"
+                    + process.log_tail()
+                )
+        if time.monotonic() > deadline:
+            tails = "\n".join(process.log_tail() for process in processes)
+            raise TimedOut(f"after {timeout:.0f} s still no {what}\n{tails}".rstrip())
+        time.sleep(_POLL_SECONDS)
+
+
+class Process:
+    """A program in a process group of its own, with its output in a log file.
+
+    `start()` returns at once: start several, then wait for each. Start only from the main thread:
+    Linux ties the child's life to the thread that started it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        directory: Path | None = None,
+        user: str | None = None,
+        stop_signal: signal.Signals = signal.SIGTERM,
+        grace: float = 8.0,
+    ) -> None:
+        """
+        Args:
+            name: for error messages.
+            command: the program and its arguments.
+            log: the file for what it prints; it is added to.
+            env: the whole environment; by default that of this process.
+            directory: where it runs; by default where this process does.
+            user: the name of the user (and group) to run as; only root may choose.
+            stop_signal: what asks it to end.
+            grace: seconds from there to SIGKILL.
+        """
+        self.name = name
+        self.command = [str(part) for part in command]
+        self.log = log
+        self.env = env
+        self.directory = directory
+        self.user = user
+        self._stop_signal = stop_signal
+        self._grace = grace
+        self._child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._child is not None and self._child.poll() is None
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs or was never started."""
+        return None if self._child is None else self._child.poll()
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None, f"{self.name} was never started"
+        return self._child.pid
+
+    def start(self) -> None:
+        """Start it, without waiting for anything."""
+        assert not self.running, f"{self.name} is running already"
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            # Runs in the child, after it has become `user`: a change of user clears the setting.
+            if _libc is not None:
+                pr_set_pdeathsig = 1
+                _libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
+                if os.getppid() != parent:
+                    os._exit(1)
+
+        with self.log.open("ab") as log:
+            self._child = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.env,
+                cwd=self.directory,
+                start_new_session=True,
+                user=self.user,
+                group=self.user,
+                extra_groups=None if self.user is None else [],
+                # Safe beside threads: it takes no lock and calls libc only.
+                preexec_fn=die_with_parent,
+            )
+        _running.add(self)
+
+    def stop(self) -> None:
+        """Ask it to end, then kill it if that does not help in time."""
+        self.terminate()
+        self.wait_for_end()
+
+    def terminate(self) -> None:
+        """Ask it to end, without waiting."""
+        if self.running:
+            self._signal(self._stop_signal)
+
+    def wait_for_end(self) -> None:
+        """Wait until it has ended, and kill it once the time of grace is over."""
+        if self._child is None or self not in _running:
+            return
+        try:
+            self._child.wait(self._grace)
+        except subprocess.TimeoutExpired:
+            pass
+        except BaseException:
+            self.kill()
+            raise
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group."""
+        if self._child is None or self not in _running:
+            return
+        self._signal(signal.SIGKILL)
+        self._child.wait()
+        _running.discard(self)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
+        """As the function of the same name, and fails early when this process ends."""
+        wait_until(condition, what, timeout, [self])
+
+    def log_size(self) -> int:
+        """Bytes in the log, a mark for `log_text`."""
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def log_text(self, since: int = 0) -> str:
+        """What it has written, from the mark `since` on."""
+        if not self.log.exists():
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(since)
+            return log.read().decode("utf-8", "replace")
+
+    def log_tail(self) -> str:
+        """The end of the log with a heading, for error messages."""
+        return f"--- end of {self.log}\n{self.log_text()[-_TAIL_CHARACTERS:]}"
+
+    def memory(self) -> int:
+        """Resident memory in bytes (Linux only)."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+        raise ProcessDied(f"{self.name} is not running")
+
+    def _signal(self, number: signal.Signals) -> None:
+        # The group is gone if the process and all that it started have ended by themselves.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
+def stop_all(processes: Sequence[Process]) -> None:
+    """Stop several at once: they get ready for the end at the same time."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait_for_end()
+
+
+@atexit.register
+def _kill_all() -> None:
+    """The net below everything: where there is no parent-death signal, and for forgotten ones."""
+    for process in list(_running):
+        process.kill()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenID tokens of another homeserver, of a real one and of hostile ones."""
+
+import json
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from realparts import service
+from realparts.sets import Homeservers
+from realparts.synapse import write_certificate
+
+UNAUTHORIZED = {"errcode": "M_UNAUTHORIZED", "error": "The OpenID token is not valid"}
+
+
+def test_a_forged_token_is_refused_and_cuts_nobody_off(homeservers: Homeservers) -> None:
+    alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
+    room_id = homeservers.room_of_both(alice, rita)
+    secret = "a-forged-token-that-can-be-recognised"
+    token = {"access_token": secret, "matrix_server_name": homeservers.b.server_name}
+    body = service.sfu_get_body(rita, room_id, openid_token=token)
+
+    answer = service.post(homeservers.a.client_url, "/sfu/get", body)
+
+    assert (answer.status, answer.json) == (401, UNAUTHORIZED)
+    # A still asks B, and B's real tokens are still good.
+    assert alice.profile(rita.user_id).status == 200
+    body = service.sfu_get_body(rita, room_id)
+    service.post(homeservers.a.client_url, "/sfu/get", body).ok()
+    assert "/sfu/get" in homeservers.a.log_text()
+    for synapse in (homeservers.a, homeservers.b):
+        assert secret not in synapse.log_text()
+        assert body["openid_token"]["access_token"] not in synapse.log_text()
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Iterator[Callable[[Callable[[ssl.SSLSocket], None]], str]]:
+    """Makes homeservers that answer every request with what a function writes."""
+    write_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    listeners: list[socket.socket] = []
+    over = threading.Event()
+
+    def serve(listener: socket.socket, answer: Callable[[ssl.SSLSocket], None]) -> None:
+        while not over.is_set():
+            try:
+                raw, _ = listener.accept()
+                with context.wrap_socket(raw, server_side=True) as connection:
+                    connection.recv(65536)
+                    answer(connection)
+            except OSError:
+                continue
+
+    def make(answer: Callable[[ssl.SSLSocket], None]) -> str:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        threading.Thread(target=serve, args=(listener, answer), daemon=True).start()
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+    yield make
+    over.set()
+    for listener in listeners:
+        listener.close()
+
+
+def _json(content: object) -> bytes:
+    body = json.dumps(content).encode()
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+
+
+def _endless(connection: ssl.SSLSocket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    # Ends when the other side closes the connection, and on a broken limit, after 1 GiB.
+    for _ in range(16 * 1024):
+        connection.sendall(b"x" * 65536)
+
+
+def _slow(connection: ssl.SSLSocket) -> None:
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    for _ in range(60):
+        connection.sendall(b" ")
+        time.sleep(0.5)  # What this server is like; no test waits for it.
+
+
+def _silent(connection: ssl.SSLSocket) -> None:
+    connection.recv(1)
+
+
+ANSWERS: dict[str, Callable[[ssl.SSLSocket], None]] = {
+    "user of another server": lambda c: c.sendall(_json({"sub": "@rita:example.org"})),
+    "not a string": lambda c: c.sendall(_json({"sub": ["@rita:example.org"]})),
+    "not a user ID": lambda c: c.sendall(_json({"sub": "rita"})),
+    "not an object": lambda c: c.sendall(_json([])),
+    "not JSON": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno"),
+    "not HTTP": lambda c: c.sendall(b"no\r\n\r\n"),
+    "redirect": lambda c: c.sendall(
+        b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+    ),
+    "drops": lambda c: None,
+    "huge": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n{"),
+    "endless": _endless,
+    "slow": _slow,
+    "silent": _silent,
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_hostile_homeserver_gets_401_in_time_and_no_memory(
+    kind: str, homeservers: Homeservers, hostile: Callable[..., str]
+) -> None:
+    alice = homeservers.user_of_a()
+    room_id = alice.create_room()
+    token = {"access_token": "token", "matrix_server_name": hostile(ANSWERS[kind])}
+    body = service.sfu_get_body(alice, room_id, openid_token=token)
+    memory = homeservers.a.main.memory()
+    began = time.monotonic()
+
+    answer = service.post(homeservers.a.client_url, "/sfu/get", body)
+
+    assert (answer.status, answer.json) == (401, UNAUTHORIZED), answer
+    assert time.monotonic() - began < 12
+    assert homeservers.a.main.memory() - memory < 8 * 1024 * 1024
+
+
+def test_a_hostile_homeserver_does_not_speak_for_our_users(
+    homeservers: Homeservers, hostile: Callable[..., str]
+) -> None:
+    alice = homeservers.user_of_a()
+    room_id = alice.create_room()
+    server = hostile(lambda c: c.sendall(_json({"sub": alice.user_id})))
+    token = {"access_token": "token", "matrix_server_name": server}
+    body = service.sfu_get_body(alice, room_id, openid_token=token)
+    answer = service.post(homeservers.a.client_url, "/sfu/get", body)
+    assert (answer.status, answer.json) == (401, UNAUTHORIZED), answer

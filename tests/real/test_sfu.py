@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the SFU is down or refuses: an error that clients understand, and one line in the log."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from realparts import service
+from realparts.http import Answer
+from realparts.livekit import LiveKit
+from realparts.matrix import User
+from realparts.process import MissingTool
+from realparts.sets import module_config, running
+from realparts.skips import missing_tool
+from realparts.synapse import Synapse
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
+    directory: Path = tmp_path_factory.mktemp("one")
+    try:
+        livekit = LiveKit(directory)
+    except MissingTool as e:
+        missing_tool(e)
+    synapse = Synapse("d", directory, module_config(livekit))
+    with running(livekit, synapse):
+        yield synapse, livekit
+
+
+def ask(synapse: Synapse, alice: User, slot: str) -> Answer:
+    body = service.get_token_body(alice, alice.create_room(), slot_id=slot)
+    return service.post(synapse.client_url, "/get_token", body)
+
+
+def test_an_sfu_that_goes_and_comes_back(one: tuple[Synapse, LiveKit]) -> None:
+    synapse, livekit = one
+    alice = synapse.register("alice")
+    ask(synapse, alice, "slot").ok()
+    livekit.stop()
+    for _ in range(3):
+        answer = ask(synapse, alice, "slot")
+        assert (answer.status, answer.json) == (
+            503,
+            {"errcode": "M_UNKNOWN", "error": "Unable to create room on SFU"},
+        )
+        assert answer.headers["access-control-allow-origin"] == "*"
+    log = synapse.log_text()
+    assert log.count("calls cannot be started: no connection: Connection was refused") == 1, log
+    assert service.post(synapse.client_url, "/get_token", b"").status == 400
+    livekit.start()
+    livekit.wait_ready()
+    ask(synapse, alice, "slot").ok()
+    assert synapse.log_text().count("can be used again") == 1
+    assert "Traceback" not in synapse.log_text()
+
+
+def test_a_wrong_secret_is_named(one: tuple[Synapse, LiveKit]) -> None:
+    synapse, livekit = one
+    wrong = "another-secret-of-thirty-two-characters"
+    synapse.module_config = module_config(livekit, livekit_secret=wrong)
+    synapse.restart()
+    answer = ask(synapse, synapse.register("bob"), "slot")
+    assert answer.status == 503, answer
+    assert "it refuses livekit_key and livekit_secret (401)" in synapse.log_text()
+    assert wrong not in synapse.log_text()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Main process and generic worker on PostgreSQL with Redis between them."""
+
+from typing import Any
+
+import pytest
+
+from realparts import service
+from realparts.http import http
+from realparts.matrix import User
+from realparts.sets import Cluster
+
+PROCESSES = ("main", "worker")
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_tokens_from_every_process(process: str, cluster: Cluster) -> None:
+    alice = cluster.user()
+    room_id = alice.create_room()
+    url = cluster.urls[process]
+    service.post(url, "/sfu/get", service.sfu_get_body(alice, room_id)).ok()
+    service.post(url, "/get_token", service.get_token_body(alice, room_id)).ok()
+    body = service.homeserver_body(alice, room_id, cluster.livekit.url)
+    for prefix in ("v1", "unstable/io.element.msc4195"):
+        service.homeserver_get_token(alice.at(url), body, prefix).ok()
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_discovery_on_every_process(process: str, cluster: Cluster) -> None:
+    alice = cluster.user().at(cluster.urls[process])
+    service_url = cluster.synapse.client_url + service.PREFIX
+    answer = alice.call("GET", "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports")
+    if answer.status != 404:  # Synapse before 1.140 has no such endpoint.
+        assert answer.ok() == {
+            "rtc_transports": [
+                {
+                    "type": "livekit",
+                    "livekit_service_url": service_url,
+                    "url": cluster.livekit.url,
+                }
+            ]
+        }
+    well_known = http("GET", f"{cluster.urls[process]}/.well-known/matrix/client").ok()
+    assert well_known["org.matrix.msc4143.rtc_foci"] == [
+        {"type": "livekit", "livekit_service_url": service_url}
+    ]
+
+
+@pytest.mark.parametrize("asked", PROCESSES)
+@pytest.mark.parametrize("how", ["deactivated", "locked", "suspended"])
+def test_a_user_who_is_shut_out_gets_no_token_from_the_next_request_on(
+    how: str, asked: str, cluster: Cluster
+) -> None:
+    admin, alice = cluster.user("admin", admin=True), cluster.user()
+    room_id = alice.create_room()
+    body = service.get_token_body(alice, room_id)
+    url = cluster.urls[asked]
+    service.post(url, "/get_token", body).ok()
+
+    {"deactivated": admin.deactivate, "locked": admin.lock, "suspended": admin.suspend}[how](
+        alice.user_id
+    )
+    # The worker learns it through Redis, a moment after the admin's answer.
+    status = 200
+    for _ in range(50):
+        status = service.post(url, "/get_token", body).status
+        if status != 200:
+            break
+    assert status == 401
+
+
+FIELDS: dict[str, list[tuple[str, ...]]] = {
+    "/sfu/get": [
+        ("room",),
+        ("device_id",),
+        ("delay_id",),
+        ("openid_token", "access_token"),
+        ("openid_token", "matrix_server_name"),
+    ],
+    "/get_token": [
+        ("room_id",),
+        ("slot_id",),
+        ("delay_id",),
+        ("member", "id"),
+        ("member", "claimed_user_id"),
+        ("member", "claimed_device_id"),
+        ("openid_token", "access_token"),
+        ("openid_token", "matrix_server_name"),
+    ],
+    "homeserver": [("url",), ("room_id",), ("slot_id",), ("member_id",), ("server_name",)],
+}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("endpoint", FIELDS)
+@pytest.mark.parametrize("poison", ["!a\0", "!a\ud800", "@a\0:x.org", "\udfff"])
+def test_what_postgresql_cannot_store_is_refused_ahead_of_it(
+    poison: str, endpoint: str, process: str, cluster: Cluster, carol: User
+) -> None:
+    room_id = "!room:example.org"
+    url = cluster.urls[process]
+    for path in FIELDS[endpoint]:
+        body: dict[str, Any]
+        token = {"access_token": "t", "matrix_server_name": cluster.synapse.server_name}
+        delay = {"delay_id": "d", "delay_timeout": 1000}
+        if endpoint == "/sfu/get":
+            body = service.sfu_get_body(carol, room_id, openid_token=token, **delay)
+        elif endpoint == "/get_token":
+            body = service.get_token_body(carol, room_id, openid_token=token, **delay)
+        else:
+            body = service.homeserver_body(carol, room_id, "wss://sfu.example.org")
+        holder = body
+        for name in path[:-1]:
+            holder = holder[name]
+        holder[path[-1]] = poison
+        if endpoint == "homeserver":
+            answer = service.homeserver_get_token(carol.at(url), body)
+        else:
+            answer = service.post(url, endpoint, body)
+        assert (answer.status, answer.json["errcode"]) == (400, "M_BAD_JSON"), answer
+        assert path[-1] in answer.json["error"]
+
+
+@pytest.fixture(scope="module")
+def carol(cluster: Cluster) -> User:
+    return cluster.user("poisoner")
+
+
+def test_no_process_has_a_traceback(cluster: Cluster) -> None:
+    assert "Traceback" not in cluster.synapse.log_text()
