@@ -9,6 +9,7 @@ import pytest
 from demo.story import Story
 from realparts import service
 from realparts.call import CallRefused, Participant
+from realparts.matrix import User
 from realparts.process import MissingTool
 from realparts.sets import Homeservers
 from realparts.skips import missing_tool
@@ -34,7 +35,7 @@ def test_each_hears_the_other_on_both_sfus_with_tokens_that_came_over_federation
     room_id = homeservers.room_of_both(alice, rita)
     a, b = homeservers.livekit_a.url, homeservers.livekit_b.url
 
-    def token(user: service.User, url: str, server_name: str) -> str:
+    def token(user: User, url: str, server_name: str) -> str:
         body = service.homeserver_body(user, room_id, url, server_name=server_name)
         jwt = service.homeserver_get_token(user, body).ok()["jwt"]
         assert isinstance(jwt, str)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets a token where, written out in full."""
+
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+from harness_base import ModuleTestCase, response
+from synapse.appservice import ApplicationService
+from synapse.types import UserID
+
+TOKEN = (200, None)
+UNAUTHORIZED = (401, "M_UNAUTHORIZED")
+FORBIDDEN = (403, "M_FORBIDDEN")
+# The access token itself is turned away by Synapse.
+UNKNOWN_TOKEN = (401, "M_UNKNOWN_TOKEN")
+LOCKED = (401, "M_USER_LOCKED")
+# Local users ask no federation endpoint, remote ones have no access token, and guests no OpenID
+# token.
+NOT_POSSIBLE = None
+
+#                                    sfu/get, get_token | client get_token | federation get_token
+MATRIX: dict[str, tuple[Any, Any, Any, Any]] = {
+    "local member":                    (TOKEN, TOKEN, TOKEN, NOT_POSSIBLE),
+    "local non-member":                (FORBIDDEN, FORBIDDEN, FORBIDDEN, NOT_POSSIBLE),
+    "guest in the room":               (TOKEN, TOKEN, TOKEN, NOT_POSSIBLE),
+    "guest not in the room":           (FORBIDDEN, FORBIDDEN, FORBIDDEN, NOT_POSSIBLE),
+    "deactivated":                     (UNAUTHORIZED, UNAUTHORIZED, UNKNOWN_TOKEN, NOT_POSSIBLE),
+    "locked":                          (UNAUTHORIZED, UNAUTHORIZED, LOCKED, NOT_POSSIBLE),
+    "suspended":                       (UNAUTHORIZED, UNAUTHORIZED, UNAUTHORIZED, NOT_POSSIBLE),
+    "application service user":        (TOKEN, TOKEN, TOKEN, NOT_POSSIBLE),
+    "remote member":                   (TOKEN, TOKEN, NOT_POSSIBLE, TOKEN),
+    "remote non-member":               (FORBIDDEN, FORBIDDEN, NOT_POSSIBLE, FORBIDDEN),
+    "of a server not in the room":     (FORBIDDEN, FORBIDDEN, NOT_POSSIBLE, FORBIDDEN),
+    "of a server shut out by the ACL": (FORBIDDEN, FORBIDDEN, NOT_POSSIBLE, FORBIDDEN),
+    "of a server that speaks for another's user":
+                                       (UNAUTHORIZED, UNAUTHORIZED, NOT_POSSIBLE, FORBIDDEN),
+}  # fmt: skip
+
+
+class AuthorizationTests(ModuleTestCase):
+    def check(self, who: str, user_id: str, access_token: str | None, openid_token: Any) -> None:
+        sfu_get, get_token, client, federation = MATRIX[who]
+        asked: list[tuple[Any, Callable[[], Any]]] = [
+            (sfu_get, lambda: self.post("/sfu/get", self.sfu_get_body(openid_token=openid_token))),
+            (
+                get_token,
+                lambda: self.post(
+                    "/get_token", self.get_token_body(user_id, openid_token=openid_token)
+                ),
+            ),
+            (client, lambda: self.post_homeserver(self.homeserver_body(), access_token)),
+            (
+                federation,
+                lambda: self.post_federation(self.homeserver_body(user_id=user_id)),
+            ),
+        ]
+        seen = []
+        for expected, ask in asked:
+            if expected is NOT_POSSIBLE:
+                seen.append(NOT_POSSIBLE)
+                continue
+            channel = ask()
+            seen.append((channel.code, channel.json_body.get("errcode")))
+        assert tuple(seen) == MATRIX[who], who
+
+    def local(self, name: str) -> tuple[str, str, Any]:
+        user_id = self.register_user(name, "password")
+        access_token = self.login(name, "password")
+        return user_id, access_token, self.openid_token(user_id, access_token)
+
+    def join(self, user_id: str, access_token: str) -> None:
+        self.helper.join(self.room_id, user_id, tok=access_token)
+
+    def test_local_users(self) -> None:
+        self.check("local member", self.alice, self.alices_token, self.openid_token())
+        self.check("local non-member", *self.local("stranger"))
+
+    def test_guests(self) -> None:
+        self.get_success(self.store.register_user("@guest:test", make_guest=True))
+        self.get_success(
+            self.store.add_access_token_to_user("@guest:test", "guest_token", None, None)
+        )
+        self.get_success(self.store.insert_open_id_token("guests", 2**52, "@guest:test"))
+        # Synapse gives guests none; this one is as good as any.
+        openid_token = {"access_token": "guests", "matrix_server_name": "test"}
+        self.check("guest not in the room", "@guest:test", "guest_token", openid_token)
+        self.join_remotely("@guest:test")
+        self.check("guest in the room", "@guest:test", "guest_token", openid_token)
+
+    def test_users_who_are_shut_out(self) -> None:
+        for who, shut_out in (
+            ("locked", lambda user_id: self.store.set_user_locked_status(user_id, True)),
+            ("suspended", lambda user_id: self.store.set_user_suspended_status(user_id, True)),
+            ("deactivated", self.deactivate),
+        ):
+            user_id, access_token, openid_token = self.local(who)
+            self.join(user_id, access_token)
+            self.get_success(shut_out(user_id))
+            self.check(who, user_id, access_token, openid_token)
+
+    async def deactivate(self, user_id: str) -> None:
+        await self.store.set_user_deactivated_status(user_id, True)
+        await self.store.user_delete_access_tokens(user_id)
+
+    def test_application_services(self) -> None:
+        service = ApplicationService(
+            "as_token",
+            id="bridge",
+            sender=self.hs_user("bridge"),
+            namespaces={"users": [{"regex": "@bridged_.*", "exclusive": True}]},
+        )
+        self.store.services_cache.append(service)
+        user_id = "@bridged_user:test"
+        self.get_success(self.store.register_user(user_id, appservice_id="bridge"))
+        self.join_remotely(user_id)
+        self.get_success(self.store.insert_open_id_token("bridged", 2**52, user_id))
+        path = "/_matrix/client/v1/rtc/livekit/get_token"
+        channel = self.make_request(
+            "POST",
+            f"{path}?user_id={user_id}",
+            self.homeserver_body(),
+            access_token="as_token",
+        )
+        assert (channel.code, channel.json_body.get("errcode")) == TOKEN, channel.result
+        token = {"access_token": "bridged", "matrix_server_name": "test"}
+        for endpoint, body in (
+            ("/sfu/get", self.sfu_get_body(openid_token=token)),
+            ("/get_token", self.get_token_body(user_id, openid_token=token)),
+        ):
+            self.assert_token(self.post(endpoint, body))
+
+    def hs_user(self, localpart: str) -> Any:
+        user = UserID(localpart, "test")
+        return user if _sender_is_user_id() else user.to_string()
+
+    def test_remote_users(self) -> None:
+        self.check("remote non-member", self.rita, None, self.remote_token(self.rita))
+        self.check("of a server not in the room", self.rita, None, self.remote_token(self.rita))
+        self.join_remotely(self.rita)
+        self.check("remote member", self.rita, None, self.remote_token(self.rita))
+        self.helper.send_state(
+            self.room_id,
+            "m.room.server_acl",
+            {"allow": ["*"], "deny": [self.OTHER_SERVER_NAME]},
+            tok=self.alices_token,
+        )
+        self.check("of a server shut out by the ACL", self.rita, None, self.remote_token(self.rita))
+
+    def test_a_server_that_speaks_for_anothers_user(self) -> None:
+        for user_id in ("@user:elsewhere.org", self.alice):
+            self.others.answer = lambda uri, user_id=user_id: response(
+                200, json.dumps({"sub": user_id}).encode()
+            )
+            token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}
+            self.check("of a server that speaks for another's user", user_id, None, token)
+
+
+def _sender_is_user_id() -> bool:
+    """Newer Synapses want an object there, older ones a string."""
+    return "UserID" in str(inspect.signature(ApplicationService.__init__).parameters["sender"])

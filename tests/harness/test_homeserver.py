@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MSC4195's homeserver endpoints, in Synapse's test harness."""
+
+import json
+import logging
+from typing import Any
+from unittest.mock import patch
+
+import synapse.federation.transport.server as federation_servlets
+import synapse.rest as client_servlets
+from harness_base import URL, ModuleTestCase, P, response
+from synapse.api.errors import Codes
+from synapse.rest import ClientRestResource
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionLost
+
+from synapse_lk_jwt.sfu.names import member_identity
+
+PREFIXES = ("v1", "unstable/io.element.msc4195")
+JWT = "aGVhZA.Ym9keQ.c2ln"
+
+
+class ClientTests(ModuleTestCase):
+    def test_a_token_for_the_own_sfu(self) -> None:
+        for prefix in PREFIXES:
+            channel = self.post_homeserver(self.homeserver_body(), prefix=prefix)
+            assert list(channel.json_body) == ["jwt"]
+            said = self.assert_token(channel)
+            assert said["sub"] == member_identity(self.alice, "member")
+            assert said["video"]["room"] == self.sfu.requests[0][1].name
+        body = self.homeserver_body(member={"id": "member", "claimed_device_id": "D"})
+        del body["member_id"]
+        assert self.assert_token(self.post_homeserver(body))["sub"] == said["sub"]
+        body = self.homeserver_body(server_name="test")
+        assert self.assert_token(self.post_homeserver(body))["sub"] == said["sub"]
+
+    def test_the_user_comes_first_then_the_body(self) -> None:
+        path = "/_matrix/client/v1/rtc/livekit/get_token"
+        channel = self.make_request("POST", path, b"{")
+        self.assert_error(channel, 401, Codes.MISSING_TOKEN)
+        assert channel.headers.hasHeader("Access-Control-Allow-Origin")
+        self.assert_error(self.post_homeserver(b"{"), 400, Codes.NOT_JSON)
+        self.assert_error(self.post_homeserver(b"x" * 65_537), 413, Codes.TOO_LARGE)
+        wrong: dict[str, list[Any]] = {
+            "url": [None, 1, "", "x" * 2049, "\0"],
+            "room_id": [None, "", "room"],
+            "slot_id": [None, 1, ""],
+            "member_id": [None, 1, "", "x" * 513],
+            "server_name": [None, 1, "", "a_b"],
+        }
+        for name, values in wrong.items():
+            for value in values:
+                channel = self.post_homeserver(self.homeserver_body(**{name: value}))
+                error = self.assert_error(channel, 400, Codes.BAD_JSON)
+                assert error.startswith(f"{name}: "), error
+
+    def test_membership_is_checked_ahead_of_the_url(self) -> None:
+        errors = {
+            self.assert_error(
+                self.post_homeserver(self.homeserver_body(url="wss://x", room_id=room_id)),
+                403,
+                Codes.FORBIDDEN,
+            )
+            for room_id in ("!unknown:test", self.helper.create_room_as(
+                self.register_user("bob", "password"), tok=self.login("bob", "password")
+            ))
+        }  # fmt: skip
+        assert len(errors) == 1
+        channel = self.post_homeserver(self.homeserver_body(url="wss://x"))
+        self.assert_error(channel, 400, Codes.INVALID_PARAM)
+        assert self.sfu.requests == []
+
+    def test_delegation_is_not_promised(self) -> None:
+        for prefix in PREFIXES:
+            path = f"/_matrix/client/{prefix}/rtc/livekit/delegate_delayed_leave"
+            self.assert_error(self.make_request("POST", path, {}), 404, Codes.UNRECOGNIZED)
+
+
+class OtherServersTests(ModuleTestCase):
+    """Tokens of another homeserver's SFU."""
+
+    def ask(self, **more: Any) -> Any:
+        body = self.homeserver_body(server_name=self.OTHER_SERVER_NAME, url="wss://other", **more)
+        return self.post_homeserver(body)
+
+    def test_the_other_server_must_be_in_the_room(self) -> None:
+        self.assert_error(self.ask(), 403, Codes.FORBIDDEN)
+        assert self.others.requests == []
+
+    def test_it_is_asked_with_what_was_checked(self) -> None:
+        self.join_remotely(self.rita)
+        answer = json.dumps({"jwt": JWT, "extra": "key"}).encode()
+        self.others.answer = lambda uri: response(200, answer)
+        channel = self.ask(secret="nobody signs this")
+        assert (channel.code, channel.json_body) == (200, {"jwt": JWT})
+        assert self.others.requests == [
+            (
+                "POST",
+                f"matrix-federation://{self.OTHER_SERVER_NAME}"
+                "/_matrix/federation/v1/rtc/livekit/get_token",
+                {
+                    "user_id": self.alice,
+                    "url": "wss://other",
+                    "room_id": self.room_id,
+                    "slot_id": "m.call#ROOM",
+                    "member_id": "member",
+                },
+            )
+        ]
+        assert self.sfu.requests == []
+
+    def test_a_server_that_knows_the_unstable_path_only(self) -> None:
+        self.join_remotely(self.rita)
+        unknown = response(404, b'{"errcode": "M_UNRECOGNIZED", "error": ""}')
+        good = response(200, json.dumps({"jwt": JWT}).encode())
+        self.others.answer = lambda uri: good if "unstable" in uri else unknown
+        for _ in range(2):
+            assert self.ask().code == 200
+        paths = [uri.partition("/_matrix/federation/")[2] for _, uri, _ in self.others.requests]
+        stable, unstable = (f"{prefix}/rtc/livekit/get_token" for prefix in PREFIXES)
+        assert paths == [stable, unstable, unstable]
+        self.others.answer = lambda uri: unknown if "unstable" in uri else good
+        for _ in range(2):
+            assert self.ask().code == 200
+        paths = [uri.partition("/_matrix/federation/")[2] for _, uri, _ in self.others.requests]
+        assert paths[3:] == [unstable, stable, stable]
+
+    def test_what_it_refuses(self) -> None:
+        self.join_remotely(self.rita)
+        for code, errcode, seen in (
+            (403, "M_FORBIDDEN", (403, "M_FORBIDDEN")),
+            (400, "M_INVALID_PARAM", (400, "M_INVALID_PARAM")),
+            (400, "M_FORBIDDEN", (502, "M_UNKNOWN")),
+            (403, "M_OTHER", (502, "M_UNKNOWN")),
+            (404, "M_NOT_FOUND", (502, "M_UNKNOWN")),
+            (404, "M_UNRECOGNIZED", (502, "M_UNKNOWN")),
+            (429, "M_LIMIT_EXCEEDED", (502, "M_UNKNOWN")),
+            (500, "M_UNKNOWN", (502, "M_UNKNOWN")),
+        ):
+            answer = json.dumps({"errcode": errcode, "error": "why", "extra": 1}).encode()
+            self.others.answer = lambda uri, code=code, answer=answer: response(code, answer)
+            self.assert_error(self.ask(), *seen)
+
+    def test_odd_answers(self) -> None:
+        self.join_remotely(self.rita)
+        for answer in (
+            response(200, b"no"), response(200, b"[]"), response(200, b"{}"),
+            response(200, b'{"jwt": 1}'), response(200, b'{"jwt": "token"}'),
+            response(200, b'{"jwt": "a.b.c\\n"}'), response(200, b" " * 100_000),
+            response(302, json.dumps({"jwt": JWT}).encode()), ConnectionLost(),
+        ):  # fmt: skip
+            self.others.answer = lambda uri, answer=answer: answer
+            self.assert_error(self.ask(), 502, Codes.UNKNOWN)
+
+    def test_no_answer_in_time(self) -> None:
+        self.join_remotely(self.rita)
+        self.others.answer = lambda uri: Deferred()
+        body = self.homeserver_body(server_name=self.OTHER_SERVER_NAME)
+        channel = self.make_request(
+            "POST",
+            "/_matrix/client/v1/rtc/livekit/get_token",
+            body,
+            access_token=self.alices_token,
+            await_result=False,
+        )
+        self.pump(0.09)
+        self.reactor.advance(10)
+        self.pump()
+        assert channel.code == 502
+
+
+class FederationTests(ModuleTestCase):
+    def body(self, **more: Any) -> dict[str, Any]:
+        return {**self.homeserver_body(**more), "user_id": self.rita}
+
+    def test_a_token_for_a_member(self) -> None:
+        self.join_remotely(self.rita)
+        for prefix in PREFIXES:
+            channel = self.post_federation(self.body(), prefix)
+            assert list(channel.json_body) == ["jwt"]
+            said = self.assert_token(channel)
+            assert said["sub"] == member_identity(self.rita, "member")
+        # The server is restricted.
+        assert self.sfu.requests == []
+
+    def test_it_must_be_signed(self) -> None:
+        path = "/_matrix/federation/v1/rtc/livekit/get_token"
+        assert self.make_request("POST", path, self.body()).code == 401
+
+    def test_who_is_refused(self) -> None:
+        self.assert_error(self.post_federation(self.body()), 403, Codes.FORBIDDEN)
+        self.join_remotely(self.rita)
+        for more in (
+            {"user_id": self.alice},
+            {"user_id": "@rita:elsewhere.org"},
+            {"room_id": "!elsewhere:other.example.com"},
+        ):
+            channel = self.post_federation({**self.body(), **more})
+            self.assert_error(channel, 403, Codes.FORBIDDEN)
+        self.assert_error(self.post_federation(self.body(url="wss://x")), 400, Codes.INVALID_PARAM)
+        self.assert_error(self.post_federation({**self.body(), "user_id": 1}), 400, Codes.BAD_JSON)
+        self.helper.send_state(
+            self.room_id,
+            "m.room.server_acl",
+            {"allow": ["*"], "deny": [self.OTHER_SERVER_NAME]},
+            tok=self.alices_token,
+        )
+        self.assert_error(self.post_federation(self.body()), 403, Codes.FORBIDDEN)
+
+
+class FullAccessTests(ModuleTestCase):
+    module_config = {"full_access_homeservers": "*"}
+
+    def test_servers_on_the_list_start_calls(self) -> None:
+        self.join_remotely(self.rita)
+        self.assert_token(self.post_federation(self.homeserver_body(user_id=self.rita)))
+        assert len(self.sfu.requests) == 1
+
+
+class DiscoveryTests(ModuleTestCase):
+    def discovered(self) -> tuple[Any, Any]:
+        path = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
+        transports = self.make_request("GET", path, access_token=self.alices_token)
+        foci = self.hs.config.server.extra_well_known_client_content
+        return transports.json_body.get("rtc_transports"), foci.get("org.matrix.msc4143.rtc_foci")
+
+    def test_the_service_is_advertised(self) -> None:
+        transports, foci = self.discovered()
+        ours = {"type": "livekit", "livekit_service_url": f"https://matrix.test{P}"}
+        assert foci == [ours]
+        if hasattr(self.hs.config, "matrix_rtc"):
+            assert transports == [{**ours, "url": URL}]
+
+
+class AdminsOwnTests(DiscoveryTests):
+    own = {"type": "livekit", "livekit_service_url": "https://own.example.com"}
+
+    def default_config(self) -> dict[str, Any]:
+        return {
+            **super().default_config(),
+            "experimental_features": {"msc4143_enabled": True},
+            "matrix_rtc": {"transports": [self.own]},
+            "extra_well_known_client_content": {
+                "org.matrix.msc4143.rtc_foci": [self.own],
+                "org.example": 1,
+            },
+        }
+
+    def test_the_service_is_advertised(self) -> None:
+        transports, foci = self.discovered()
+        assert foci == [self.own]
+        if hasattr(self.hs.config, "matrix_rtc"):
+            assert transports == [self.own]
+
+
+class NotAdvertisedTests(DiscoveryTests):
+    module_config = {"advertise": False}
+
+    def test_the_service_is_advertised(self) -> None:
+        assert self.discovered() == (None, None)
+
+
+class HookTests(ModuleTestCase):
+    """What the homeserver endpoints stand on."""
+
+    def test_synapse_has_registries_of_servlets(self) -> None:
+        assert isinstance(client_servlets.SERVLET_GROUPS, dict)
+        assert isinstance(federation_servlets.SERVLET_GROUPS, dict)
+        assert "synapse_lk_jwt" in client_servlets.SERVLET_GROUPS
+        assert "synapse_lk_jwt" in federation_servlets.SERVLET_GROUPS
+
+    def test_two_homeservers_in_one_process(self) -> None:
+        config = super().default_config()
+        config["server_name"] = "second"
+        config["modules"][0]["config"]["livekit_url"] = "wss://second.example.com"
+        second = self.setup_test_homeserver(server_name="second", config=config)
+        config = {**super().default_config(), "server_name": "third", "modules": []}
+        third = self.setup_test_homeserver(server_name="third", config=config)
+        routes: Any = ClientRestResource
+        registered = {
+            hs.hostname: [
+                handlers[b"POST"].callback.__self__._livekit_url
+                for pattern, handlers in routes(hs)._routes.items()
+                if "livekit/get_token" in pattern.pattern
+            ]
+            for hs in (self.hs, second, third)
+        }
+        assert registered == {"test": [URL], "second": ["wss://second.example.com"], "third": []}
+
+    def test_a_synapse_without_them(self) -> None:
+        with (
+            patch.object(client_servlets, "SERVLET_GROUPS", create=True),
+            self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs,
+        ):
+            del client_servlets.SERVLET_GROUPS
+            config = {**super().default_config(), "server_name": "second"}
+            second = self.setup_test_homeserver(server_name="second", config=config)
+            client_servlets.SERVLET_GROUPS = {}
+        (line,) = logs.output
+        assert "MSC4195's homeserver endpoints are not served: this Synapse has no" in line
+        assert P in second._module_web_resources
+        if hasattr(second.config, "matrix_rtc"):
+            (transport,) = second.config.matrix_rtc.transports
+            assert "url" not in transport

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from base64 import urlsafe_b64decode
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from livekit.api import TokenVerifier, VideoGrants
+from synapse.api.errors import SynapseError
+
+from synapse_lk_jwt.access import Access, ServerList
+from synapse_lk_jwt.identifiers import is_room_id, is_server_name, is_user_id
+from synapse_lk_jwt.sfu.names import (
+    device_identity,
+    device_member_identity,
+    livekit_room_name,
+    member_identity,
+)
+from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.web.requests import Fields, GetTokenRequest, SfuGetRequest
+
+
+def test_names() -> None:
+    alice = "@alice:example.com"
+    assert (
+        livekit_room_name("!roomid:example.com", "slot1234")
+        == "O8437W3+jmzMVjoIP3tNwbm+XxHQk2iKpOA7aqw3qSc"
+    )
+    assert member_identity(alice, "memberABC") == "M3VnsLXrkbxIDINXO64u8PZzFyD9ZYFiQULR2dshWYs"
+    assert (
+        device_member_identity(alice, "DEVICE123", "memberABC")
+        == "J+T45tGruxc+HrUOqJJlyQSV33m728Cme4+vt8/SWrU"
+    )
+    assert device_identity(alice, "DEVICE") == "@alice:example.com:DEVICE"
+
+
+@pytest.mark.parametrize(
+    ("entries", "matched", "others"),
+    [
+        (("example.org",), ["example.org", "EXAMPLE.org"], ["a.example.org", "example.org:8448"]),
+        (("Example.ORG:8448",), ["example.org:8448"], ["example.org"]),
+        (("*.example.org",), ["a.example.org", "b.a.Example.org"], ["example.org"]),
+        (("a?.org",), ["ab.org"], ["a.org", "abc.org"]),
+        (("a.org", "b.org"), ["a.org", "b.org"], ["aaorg", "xa.org"]),
+        ((), [], ["example.org"]),
+        (("*",), ["example.org", "[::1]:8448"], []),
+        (("**",), ["example.org"], []),
+    ],
+)  # fmt: skip
+def test_server_lists(entries: tuple[str, ...], matched: list[str], others: list[str]) -> None:
+    servers = ServerList(entries)
+    assert all(name in servers for name in matched)
+    assert not any(name in servers for name in others)
+
+
+def test_own_users_have_full_access_whatever_the_lists_say() -> None:
+    access = Access("own.org", ServerList(("full.org",)), ServerList(("speaks.org",)))
+    assert [access.has_full_access(s) for s in ("own.org", "full.org", "speaks.org")] == [
+        True, True, False,
+    ]  # fmt: skip
+    assert [access.can_publish(s) for s in ("own.org", "full.org", "speaks.org")] == [
+        True, False, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("can_publish", [True, False])
+def test_tokens(can_publish: bool) -> None:
+    secret = "s" * 32
+    signer = TokenSigner("APIkey", secret, lambda: 2_000_000_000_999)
+    token = signer.participant_token(
+        "@älice:example.org:DEVICE",
+        "room",
+        can_publish=can_publish,
+        can_update_own_metadata=not can_publish,
+        lifetime_ms=60_500,
+    )
+    body = token.split(".")[1]
+    payload = urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    assert payload.isascii()
+    assert json.loads(payload) == {
+        "iss": "APIkey",
+        "sub": "@älice:example.org:DEVICE",
+        "nbf": 2_000_000_000,
+        "exp": 2_000_000_060,
+        "video": {
+            "room": "room",
+            "roomJoin": True,
+            "roomCreate": False,
+            "canSubscribe": True,
+            "canPublish": can_publish,
+            "canPublishData": can_publish,
+            "canUpdateOwnMetadata": not can_publish,
+            "hidden": False,
+        },
+    }
+    assert secret not in repr(signer)
+
+
+def test_livekit_takes_our_signature() -> None:
+    import time
+
+    secret = "s" * 32
+    signer = TokenSigner("APIkey", secret, lambda: int(time.time() * 1000))
+    verifier = TokenVerifier("APIkey", secret)
+    token = signer.participant_token(
+        "me", "room", can_publish=True, can_update_own_metadata=False, lifetime_ms=60_000
+    )
+    assert verifier.verify(token).identity == "me"
+    claims = verifier.verify(signer.api_token(VideoGrants(room_create=True)))
+    assert claims.video is not None
+    assert claims.video.room_create
+
+
+@pytest.mark.parametrize(
+    "name", ["example.org", "a", "example.org:8448", "1.2.3.4", "[::1]", "[::1]:8448", "A-b.org"]
+)
+def test_server_names(name: str) -> None:
+    assert is_server_name(name)
+    assert is_user_id(f"@alice:{name}")
+    assert is_user_id(f"@alice:{name}", of_server=name)
+    assert not is_user_id(f"@alice:{name}", of_server="other.org")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "a b", "a_b", "a%b", "é.org", "a:", "a:b", "a:0", "a:-1", "a:+1", "a: 1", "a:1 ",
+     "a:1_0", "a:65536", "a:٣", "[", "[]", "[::1", "::1", "a/b", "a\n", "a..b", "[1.2.3.4]"],
+)  # fmt: skip
+def test_what_is_no_server_name(name: str) -> None:
+    assert not is_server_name(name)
+    assert not is_user_id(f"@alice:{name}")
+
+
+def test_user_and_room_ids() -> None:
+    for wrong in (None, 1, "", "@", "alice:a.org", "@alice", "@a\0:a.org", "@\ud800:a.org"):
+        assert not is_user_id(wrong)
+    assert is_user_id(f"@{'x' * 248}:a.org")
+    assert not is_user_id(f"@{'x' * 249}:a.org")
+    assert is_room_id("!room:example.org")
+    assert is_room_id("!hash-of-an-event")
+    assert not is_room_id("!")
+    assert not is_room_id("#alias:example.org")
+
+
+ODD = st.sampled_from(["\0", "!\0", "\ud800", "@a:\udfff", "!" + "x" * 600, "0:", "@a:b"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | ODD,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["room", "room_id", "slot_id", "openid_token", "member", "device_id", "delay_id"]
+        ),
+        JSON,
+    )
+)
+def test_whatever_a_body_holds_it_is_taken_or_refused(content: dict[str, Any]) -> None:
+    for kind in (SfuGetRequest, GetTokenRequest):
+        try:
+            kind.from_json(Fields(content))
+        except SynapseError as e:
+            refused = e
+            assert (refused.code, refused.errcode) == (400, "M_BAD_JSON")
