@@ -215,7 +215,8 @@ class Homeserver:
         if getattr(self._hs.config.experimental, "msc4512_enabled", False):
             for service in self._store.get_app_services():
                 claimed = service.proxy_prefix
-                if claimed and f"{prefix}/".startswith(f"{claimed}/"):
+                # One of the two lies below the other.
+                if claimed and f"{prefix}/".startswith(f"{claimed}/"[: len(prefix) + 1]):
                     return f"the application service {service.id!r} claims {claimed}"
         try:
             from synapse.federation.transport.server import SERVLET_GROUPS as FEDERATION_GROUPS

@@ -211,7 +211,7 @@ WRONG: list[tuple[str, Any, str]] = [
         "livekit", "/", "//a", "/a/../b", "/a?b", "/a b", "/%41",
     )),
     *(("rc_openid", value, "must hold per_second and burst_count") for value in (1, "x", None)),
-    *(("rc_openid", {"per_second": value}, "per_second must be a number above 0") for value in NO_RATES),
+    *(("rc_openid", {"per_second": value}, "must be a number above 0") for value in NO_RATES),
     ("rc_openid", {"burst_count": 0.5}, "burst_count must be at least 1"),
     ("rc_openid", {"burst": 1}, "has an unknown key 'burst'"),
 ]  # fmt: skip
