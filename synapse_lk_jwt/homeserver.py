@@ -96,15 +96,18 @@ class Homeserver:
 
     async def is_exempt_from_limits(self, user_id: str) -> bool:
         """Whether a user belongs to an application service with `rate_limited: false`. Cached."""
-        if not self.is_mine(user_id):
+        exempt = {
+            service.id
+            for service in self._store.get_app_services()
+            if not service.is_rate_limited()
+        }
+        if not exempt or not self.is_mine(user_id):
             return False
         service = self._store.get_app_service_by_user_id(user_id)
-        if service is None:
-            user = await self._store.get_user_by_id(user_id)
-            if user is None or user.appservice_id is None:
-                return False
-            service = self._store.get_app_service_by_id(user.appservice_id)
-        return service is not None and not service.is_rate_limited()
+        if service is not None:
+            return service.id in exempt
+        user = await self._store.get_user_by_id(user_id)
+        return user is not None and user.appservice_id in exempt
 
     async def is_joined(self, user_id: str, room_id: str) -> bool:
         """Whether a user, of any server, is joined to a room that this homeserver is in. Cached."""

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures tokens per second on a real Synapse, beside what Synapse does itself."""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import pstats
+import sqlite3
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attr
+from signedjson.key import decode_signing_key_base64
+from signedjson.sign import sign_json
+
+from benchmarks.load import Result, run
+from realparts.http import http
+from realparts.matrix import User
+from realparts.process import Process, free_port, stop_all
+from realparts.service import PREFIX, SLOT
+from realparts.synapse import Synapse
+
+USERS = 50
+CONNECTIONS = 16
+STORM = 1000
+URL = "wss://sfu.example.com"
+RATE_OFF = {"per_second": 1_000_000, "burst_count": 1_000_000}
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: the endpoint.
+        beside: the row that it is compared with.
+        goal: requests per second, as a part of that row's.
+        make: makes so many requests.
+    """
+
+    name: str
+    beside: str | None
+    goal: float | None
+    make: Callable[[int], list[bytes]]
+
+
+class Bench:
+    """A homeserver with users and rooms, a second one that federates with it, and a stub SFU."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.sfu_port = free_port()
+        self.a = Synapse("a", directory, self.module_config())
+        self.b = Synapse("b", directory)
+        self.port = int(self.a.client_url.rpartition(":")[2])
+        listener = {"type": "http", "bind_addresses": ["127.0.0.1"]}
+        self.a.extra_config["listeners"] = [
+            {**listener, "port": self.port, "resources": [{"names": ["client", "federation"]}]},
+            {
+                **listener,
+                "port": int(self.a.server_name.rpartition(":")[2]),
+                "tls": True,
+                "resources": [{"names": ["federation", "openid"]}],
+            },
+        ]
+        self._made = 0
+
+    def module_config(self) -> dict[str, Any]:
+        return {
+            "livekit_url": URL,
+            "livekit_internal_url": f"http://127.0.0.1:{self.sfu_port}",
+            "livekit_key": "APIkey",
+            "livekit_secret": "s" * 32,
+            "rc_token": RATE_OFF,
+            "rc_openid": RATE_OFF,
+        }
+
+    def sfu(self, delay_ms: int) -> Process:
+        """Starts a stub SFU."""
+        process = Process(
+            "stub SFU",
+            [sys.executable, "-m", "benchmarks.stub_sfu", str(self.sfu_port), str(delay_ms)],
+            self.directory / "sfu.log",
+        )
+        process.start()
+        process.wait_until(self._sfu_answers, "stub SFU")
+        return process
+
+    def _sfu_answers(self) -> bool:
+        try:
+            return http("GET", f"http://127.0.0.1:{self.sfu_port}/count").status == 200
+        except OSError:
+            return False
+
+    def rooms_asked_for(self) -> int:
+        """How often the stub SFU was asked to make a room."""
+        return int(http("GET", f"http://127.0.0.1:{self.sfu_port}/count").body)
+
+    def start(self) -> None:
+        """Starts the homeservers and makes users and rooms."""
+        for synapse in (self.a, self.b):
+            synapse.start()
+        for synapse in (self.a, self.b):
+            synapse.wait_ready()
+        self.users = [self.a.register(f"user{number}") for number in range(USERS)]
+        self.rita: User = self.b.register("rita")
+        self.room_id = self.users[0].create_room(preset="public_chat")
+        for user in self.users[1:]:
+            user.join(self.room_id)
+        self.rita.join(self.room_id, via=[self.a.server_name])
+        key = (self.b.directory / "signing.key").read_text().split()
+        self._key = decode_signing_key_base64(key[0], key[1], key[2])
+
+    def openid_tokens(self, count: int) -> Iterator[tuple[User, dict[str, str]]]:
+        """Tokens that nobody has used yet, as good as those that clients ask for."""
+        tokens = []
+        rows = []
+        for number in range(self._made, self._made + count):
+            user = self.users[number % USERS]
+            rows.append((f"token{number:018}", 2**52, user.user_id))
+            token = {
+                "access_token": f"token{number:018}",
+                "matrix_server_name": self.a.server_name,
+            }
+            tokens.append((user, token))
+        self._made += count
+        with sqlite3.connect(self.a.directory / "homeserver.db", timeout=30) as database:
+            database.executemany(
+                "INSERT INTO open_id_tokens (token, ts_valid_until_ms, user_id) VALUES (?, ?, ?)",
+                rows,
+            )
+        database.close()
+        return iter(tokens)
+
+    def rows(self) -> list[Row]:
+        """What is measured."""
+        return [
+            Row("whoami", None, None, self._whoami),
+            Row("/sfu/get", "whoami", 0.62, self._sfu_get),
+            Row("/get_token", "whoami", 0.62, self.get_token),
+            Row("client get_token", "whoami", 0.75, self._client_get_token),
+            Row("federation openid/userinfo", None, None, self._userinfo),
+            Row("federation get_token", "federation openid/userinfo", None, self._federation_token),
+        ]
+
+    def _whoami(self, count: int) -> list[bytes]:
+        path = "/_matrix/client/v3/account/whoami"
+        requests = [_request("GET", path, user=user) for user in self.users]
+        return [requests[number % USERS] for number in range(count)]
+
+    def _sfu_get(self, count: int) -> list[bytes]:
+        return [
+            _request(
+                "POST",
+                f"{PREFIX}/sfu/get",
+                {"room": self.room_id, "openid_token": token, "device_id": user.device_id},
+            )
+            for user, token in self.openid_tokens(count)
+        ]
+
+    def get_token(self, count: int) -> list[bytes]:
+        """Requests to the service's `/get_token`."""
+        return [
+            _request(
+                "POST",
+                f"{PREFIX}/get_token",
+                {
+                    "room_id": self.room_id,
+                    "slot_id": SLOT,
+                    "openid_token": token,
+                    "member": {
+                        "id": "member",
+                        "claimed_user_id": user.user_id,
+                        "claimed_device_id": user.device_id,
+                    },
+                },
+            )
+            for user, token in self.openid_tokens(count)
+        ]
+
+    def _body(self) -> dict[str, str]:
+        return {
+            "url": URL,
+            "room_id": self.room_id,
+            "slot_id": SLOT,
+            "member_id": "member",
+        }
+
+    def _client_get_token(self, count: int) -> list[bytes]:
+        path = "/_matrix/client/v1/rtc/livekit/get_token"
+        requests = [_request("POST", path, self._body(), user) for user in self.users]
+        return [requests[number % USERS] for number in range(count)]
+
+    def _userinfo(self, count: int) -> list[bytes]:
+        path = "/_matrix/federation/v1/openid/userinfo?access_token="
+        return [
+            _request("GET", path + token["access_token"]) for _, token in self.openid_tokens(count)
+        ]
+
+    def _federation_token(self, count: int) -> list[bytes]:
+        path = "/_matrix/federation/v1/rtc/livekit/get_token"
+        body = {**self._body(), "user_id": self.rita.user_id}
+        origin = self.b.server_name
+        signed = sign_json(
+            {
+                "method": "POST",
+                "uri": path,
+                "origin": origin,
+                "destination": self.a.server_name,
+                "content": body,
+            },
+            origin,
+            self._key,
+        )
+        ((key, signature),) = signed["signatures"][origin].items()
+        authorization = (
+            f'X-Matrix origin="{origin}",key="{key}",sig="{signature}",'
+            f'destination="{self.a.server_name}"'
+        )
+        return [_request("POST", path, body, authorization=authorization)] * count
+
+
+def _request(
+    method: str,
+    path: str,
+    body: Any = None,
+    user: User | None = None,
+    authorization: str | None = None,
+) -> bytes:
+    if user is not None:
+        authorization = f"Bearer {user.access_token}"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n"
+    if authorization is not None:
+        head += f"Authorization: {authorization}\r\n"
+    content = b""
+    if body is not None:
+        content = json.dumps(body).encode()
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    return head.encode() + b"\r\n" + content
+
+
+def measure(bench: Bench, rounds: int, seconds: float) -> None:
+    """Prints the table of requests per second."""
+    rows = bench.rows()
+    results: dict[str, list[Result]] = {row.name: [] for row in rows}
+    for row in rows:
+        # Warms up caches, and has the key of the other homeserver fetched.
+        asyncio.run(run(bench.port, row.make(4 * USERS), 4, 10))
+    for _ in range(rounds):
+        for row in rows:
+            requests = row.make(int(4000 * seconds))
+            results[row.name].append(asyncio.run(run(bench.port, requests, CONNECTIONS, seconds)))
+
+    def median(name: str, what: Callable[[Result], float]) -> float:
+        return statistics.median(map(what, results[name]))
+
+    print(f"\n{'':28}{'req/s':>8}{'p50 ms':>8}{'p99 ms':>8}{'ratio':>8}  goal")
+    for row in rows:
+        rate = median(row.name, lambda result: result.per_second)
+        line = f"{row.name:28}{rate:8.0f}"
+        for part in (0.5, 0.99):
+            line += f"{1000 * median(row.name, lambda r, part=part: r.quantile(part)):8.1f}"  # type: ignore[misc]
+        if row.beside is not None:
+            ratio = rate / median(row.beside, lambda result: result.per_second)
+            line += f"{ratio:8.2f}"
+            if row.goal is not None:
+                line += f"  {'met' if ratio >= row.goal else 'missed'}, {row.goal} x {row.beside}"
+            else:
+                line += f"  x {row.beside}"
+        print(line)
+
+
+def storm(bench: Bench) -> None:
+    """Prints what happens when very many people join one new call at once."""
+    sfu = bench.sfu(delay_ms=50)
+    try:
+        # Whatever the homeserver remembers of the room is over.
+        bench.room_id = bench.users[0].create_room(preset="public_chat")
+        for user in bench.users[1:]:
+            user.join(bench.room_id)
+        requests = bench.get_token(STORM)
+        result = asyncio.run(run(bench.port, requests, STORM, 60))
+        print(
+            f"\nstorm: {STORM} requests for one new call at once, an SFU that takes 50 ms: all"
+            f" served in {result.seconds:.2f} s, p50 {result.quantile(0.5):.2f} s,"
+            f" p99 {result.quantile(0.99):.2f} s, CreateRoom requests: {bench.rooms_asked_for()}"
+        )
+    finally:
+        sfu.stop()
+
+
+def cost_of_the_module(directory: Path, starts: int) -> None:
+    """Prints what the module adds to Synapse's start and memory."""
+    seen: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
+    directory.mkdir()
+    synapses = {
+        True: Synapse(
+            "with",
+            directory,
+            {"livekit_url": URL, "livekit_key": "APIkey", "livekit_secret": "s" * 32},
+        ),
+        False: Synapse("without", directory),
+    }
+    for number in range(starts + 1):
+        for module, synapse in synapses.items():
+            began = time.perf_counter()
+            synapse.start()
+            synapse.wait_ready()
+            took = time.perf_counter() - began
+            # The first start makes the database.
+            if number > 0:
+                seen[module].append((took, synapse.main.memory()))
+            synapse.stop()
+    times = {module: statistics.median(t for t, _ in seen[module]) for module in seen}
+    memory = {module: statistics.median(m for _, m in seen[module]) for module in seen}
+    added_ms = 1000 * (times[True] - times[False])
+    added_mib = (memory[True] - memory[False]) / 2**20
+    print(
+        f"\nthe module adds {added_ms:.0f} ms to a start of {times[False]:.2f} s (goal: below 300),"
+        f" and {added_mib:.1f} MiB to {memory[False] / 2**20:.0f} MiB (goal: below 25)"
+    )
+
+
+def profile(bench: Bench, name: str, seconds: float) -> None:
+    """Prints where the time of one row goes."""
+    (row,) = (row for row in bench.rows() if row.name == name)
+    bench.a.stop()
+    output = bench.directory / "profile"
+    command = bench.a.main.command
+    bench.a.main.command = [command[0], "-m", "cProfile", "-o", str(output), *command[1:]]
+    bench.a.start()
+    bench.a.wait_ready()
+    result = asyncio.run(run(bench.port, row.make(int(4000 * seconds)), CONNECTIONS, seconds))
+    bench.a.stop()
+    print(f"{len(result.times)} requests to {name}")
+    pstats.Stats(str(output)).sort_stats("cumulative").print_stats(r"synapse_lk_jwt|livekit|jwt/")
+    pstats.Stats(str(output)).sort_stats("tottime").print_stats(40)
+
+
+def main() -> None:
+    """Runs what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="how often each row is measured")
+    parser.add_argument("--seconds", type=float, default=5, help="of each row in each round")
+    parser.add_argument("--starts", type=int, default=5, help="of Synapse with and without it")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
+    parser.add_argument("--profile", metavar="ROW", help="where the time of one row goes")
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.seconds, options.starts = 1, 1, 1
+    print(
+        f"Synapse {version('matrix-synapse')} on SQLite, log level INFO, Python"
+        f" {platform.python_version()}, {os.cpu_count()} cores; {CONNECTIONS} connections,"
+        f" {options.rounds} rounds of {options.seconds:g} s, medians; {USERS} users in one call"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        bench = Bench(directory)
+        sfu = bench.sfu(delay_ms=0)
+        try:
+            bench.start()
+            if options.profile:
+                profile(bench, options.profile, options.seconds)
+                return
+            measure(bench, options.rounds, options.seconds)
+            sfu.stop()
+            storm(bench)
+        finally:
+            stop_all([sfu, *bench.a.processes, *bench.b.processes])
+        cost_of_the_module(directory / "starts", options.starts)
+
+
+if __name__ == "__main__":
+    main()
