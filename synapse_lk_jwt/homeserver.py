@@ -253,14 +253,16 @@ class Homeserver:
                 "This Synapse has no rtc/transports: clients find the service in .well-known"
             )
         else:
-            matrix_rtc.transports = _with_livekit(matrix_rtc.transports, transport)
+            matrix_rtc.transports = _with_livekit(
+                "rtc/transports", matrix_rtc.transports, transport
+            )
             config.experimental.msc4143_enabled = True
 
         key = "org.matrix.msc4143.rtc_foci"
         well_known = dict(config.server.extra_well_known_client_content)
         foci = well_known.get(key, [])
         if isinstance(foci, list):
-            well_known[key] = _with_livekit(foci, _livekit(service_url))
+            well_known[key] = _with_livekit(".well-known", foci, _livekit(service_url))
             config.server.extra_well_known_client_content = well_known
 
 
@@ -301,8 +303,12 @@ def _livekit(service_url: str) -> dict[str, str]:
     return {"type": "livekit", "livekit_service_url": service_url}
 
 
-def _with_livekit(entries: list[Any], ours: dict[str, str]) -> list[Any]:
+def _with_livekit(where: str, entries: list[Any], ours: dict[str, str]) -> list[Any]:
     """The entries and, unless one of them is a LiveKit, ours behind them."""
-    if any(isinstance(entry, Mapping) and entry.get("type") == "livekit" for entry in entries):
+    livekits = [e for e in entries if isinstance(e, Mapping) and e.get("type") == "livekit"]
+    if ours in livekits:
+        return entries
+    if livekits:
+        logger.info("%s names a LiveKit that is set by hand, and stays as it is", where)
         return entries
     return [*entries, ours]

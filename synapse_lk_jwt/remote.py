@@ -85,9 +85,7 @@ class RemoteSfus:
             raise RemoteFailure(f"{server_name} answered {status} without a JSON object")
         if status == 200:
             token = answer.get("jwt")
-            if not isinstance(token, str) or not re.fullmatch(
-                r"[\w-]+\.[\w-]+\.[\w-]+", token, re.A
-            ):
+            if not isinstance(token, str) or not JWT.fullmatch(token):
                 raise RemoteFailure(f"{server_name} answered without a token")
             return token
         for refusal in ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM")):
