@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 try:
+    # These take a moment, and Ctrl-C meanwhile is no reason for a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     from demo.story import NotAsPromised, Story
     from realparts.process import MissingTool, ProcessDied, TimedOut
     from realparts.stage import Stage
@@ -22,6 +24,8 @@ try:
     importlib.metadata.version("synapse-lk-jwt")
 except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as e:
     sys.exit(f"✘ The Python package {e.name} is missing: pip install '.[test]'")
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
@@ -33,9 +37,9 @@ def main() -> int:
         help="go on with the call until Ctrl-C, and print what can be tried meanwhile",
     )
     keep = parser.parse_args().keep
-    # So that the end of `kill` and of a closed terminal is as tidy as that of Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    # The end by `kill` or a closed terminal is as tidy as that by Ctrl-C.
+    for number in _ENDING:
+        signal.signal(number, signal.default_int_handler)
 
     directory = Path(tempfile.mkdtemp(prefix="synapse-lk-jwt-demo-"))
     try:
@@ -66,7 +70,7 @@ def _running(directory: Path) -> Iterator[Stage]:
         yield stage
     finally:
         # It takes a moment only, and one more Ctrl-C would leave it half done.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _ENDING:
             signal.signal(number, signal.SIG_IGN)
         stage.stop()
 

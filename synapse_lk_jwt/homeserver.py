@@ -247,16 +247,10 @@ class Homeserver:
         if livekit_url is not None:
             transport["url"] = livekit_url
         config = self._hs.config
-        matrix_rtc = getattr(config, "matrix_rtc", None)
-        if matrix_rtc is None:
-            logger.info(
-                "This Synapse has no rtc/transports: clients find the service in .well-known"
-            )
-        else:
-            matrix_rtc.transports = _with_livekit(
-                "rtc/transports", matrix_rtc.transports, transport
-            )
-            config.experimental.msc4143_enabled = True
+        config.matrix_rtc.transports = _with_livekit(
+            "rtc/transports", config.matrix_rtc.transports, transport
+        )
+        config.experimental.msc4143_enabled = True
 
         key = "org.matrix.msc4143.rtc_foci"
         well_known = dict(config.server.extra_well_known_client_content)

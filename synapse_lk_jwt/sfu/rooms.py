@@ -73,6 +73,8 @@ class RoomService:
         await self._rooms.wrap(livekit_room, self._create, livekit_room, cache_context=True)
 
     async def _create(self, livekit_room: str, cache_context: ResponseCacheContext[str]) -> None:
+        # Older Synapses also remember failures, unless they are told before.
+        cache_context.should_cache = False
         room = await self._call(
             "CreateRoom",
             CreateRoomRequest(

@@ -228,8 +228,7 @@ class DiscoveryTests(ModuleTestCase):
         transports, foci = self.discovered()
         ours = {"type": "livekit", "livekit_service_url": f"https://matrix.test{P}"}
         assert foci == [ours]
-        if hasattr(self.hs.config, "matrix_rtc"):
-            assert transports == [{**ours, "url": URL}]
+        assert transports == [{**ours, "url": URL}]
 
 
 class AdminsOwnTests(DiscoveryTests):
@@ -249,8 +248,7 @@ class AdminsOwnTests(DiscoveryTests):
     def test_the_service_is_advertised(self) -> None:
         transports, foci = self.discovered()
         assert foci == [self.own]
-        if hasattr(self.hs.config, "matrix_rtc"):
-            assert transports == [self.own]
+        assert transports == [self.own]
 
 
 class NotAdvertisedTests(DiscoveryTests):
@@ -299,6 +297,5 @@ class HookTests(ModuleTestCase):
         (line,) = logs.output
         assert "MSC4195's homeserver endpoints are not served: this Synapse has no" in line
         assert P in second._module_web_resources
-        if hasattr(second.config, "matrix_rtc"):
-            (transport,) = second.config.matrix_rtc.transports
-            assert "url" not in transport
+        (transport,) = second.config.matrix_rtc.transports
+        assert "url" not in transport

@@ -30,20 +30,10 @@ def test_discovery_on_every_process(process: str, cluster: Cluster) -> None:
     alice = cluster.user().at(cluster.urls[process])
     service_url = cluster.synapse.client_url + service.PREFIX
     answer = alice.call("GET", "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports")
-    if answer.status != 404:  # Synapse before 1.140 has no such endpoint.
-        assert answer.ok() == {
-            "rtc_transports": [
-                {
-                    "type": "livekit",
-                    "livekit_service_url": service_url,
-                    "url": cluster.livekit.url,
-                }
-            ]
-        }
+    ours = {"type": "livekit", "livekit_service_url": service_url}
+    assert answer.ok() == {"rtc_transports": [{**ours, "url": cluster.livekit.url}]}
     well_known = http("GET", f"{cluster.urls[process]}/.well-known/matrix/client").ok()
-    assert well_known["org.matrix.msc4143.rtc_foci"] == [
-        {"type": "livekit", "livekit_service_url": service_url}
-    ]
+    assert well_known["org.matrix.msc4143.rtc_foci"] == [ours]
 
 
 @pytest.mark.parametrize("asked", PROCESSES)
