@@ -60,6 +60,7 @@ class Story:
             _done("Rita is in the call, with the very token that was refused before")
             _show("LiveKit lists", self._in_call(room, 2))
             await self._hear(alice_there, rita_there)
+            await self._rita_asks_her_own_homeserver(rita, room_id, room)
             if keep:
                 self._say_what_to_try(alice, rita, room_id, room)
                 await asyncio.Event().wait()
@@ -67,7 +68,7 @@ class Story:
     def _introduce(self) -> None:
         _done("Three real servers are up on 127.0.0.1")
         _show("homeserver A", f"{self._a.client_url} with the module, full_access_homeservers: []")
-        _show("homeserver B", f"{self._b.client_url} without it, so its users are restricted on A")
+        _show("homeserver B", f"{self._b.client_url} whose users are restricted on A")
         _show("LiveKit", f"{self._livekit.api_url} with room.auto_create: false")
 
     def _meet(self) -> tuple[User, User, str]:
@@ -139,6 +140,23 @@ class Story:
         _done("Audio flows both ways")
         _show("Alice hears", f"{heard[0]} frames of Rita's tone, 10 ms each")
         _show("Rita hears", f"{heard[1]} frames of Alice's tone, 10 ms each")
+
+    async def _rita_asks_her_own_homeserver(self, rita: User, room_id: str, room: str) -> None:
+        url, server_name = self._livekit.url, self._a.server_name
+        body = service.homeserver_body(rita, room_id, url, server_name=server_name)
+        answer = service.homeserver_get_token(rita, body)
+        jwt = _token(answer, "Rita, of her own homeserver,")
+        said = service.claims(jwt)
+        check(said["video"]["room"] == room, f"the token is for another call: {said}")
+        try:
+            there = await Participant.join(url, jwt)
+        except CallRefused as e:
+            raise NotAsPromised(f"LiveKit does not take the token: {e}") from None
+        await there.leave()
+        _done("Rita asks B for a token of A's LiveKit, as MSC4195 has it: B asks A over federation")
+        _show("request", answer.request)
+        _show("answer", f"{answer.status}, a JWT for {said['sub']}")
+        _show("LiveKit", "takes it")
 
     def _ask(self, user: User, room_id: str) -> Answer:
         return service.post(self._a.client_url, "/sfu/get", service.sfu_get_body(user, room_id))

@@ -13,7 +13,7 @@ from realparts.synapse import Synapse
 
 
 class Stage:
-    """Homeserver A with the module, homeserver B without it, and a LiveKit for A.
+    """Homeservers A and B, both with the module, and a LiveKit for A.
 
     Everybody on B is restricted on A, and LiveKit makes no room by itself.
     """
@@ -29,7 +29,9 @@ class Stage:
         """
         self.livekit = LiveKit(directory)
         self.a = Synapse("a", directory, self.module_config(), config_of_a)
-        self.b = Synapse("b", directory)
+        # B's own LiveKit has no part in the play, and is not there.
+        config_of_b = {**self.module_config(), "livekit_url": "wss://sfu-of-b.example.com"}
+        self.b = Synapse("b", directory, config_of_b)
 
     def module_config(self) -> dict[str, Any]:
         """The configuration of the module on A."""

@@ -108,12 +108,17 @@ class RoomService:
             content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]
             return _decode(response.code, content_type, body, answer, token)
 
+        deadline = self._homeserver.reactor.seconds() + TIMEOUT_SEC
+
         async def post_twice() -> M:
             try:
                 return await post()
             except (SfuError, BodyTooLarge):
                 raise
             except Exception as e:
+                # What a cancelled request raises is up to Synapse's client.
+                if self._homeserver.reactor.seconds() >= deadline:
+                    raise
                 # A connection that was kept open may have been closed by the other side meanwhile,
                 # and clients do not ask again.
                 logger.debug("%s of LiveKit failed (%s), trying once more", method, e)

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """MSC4195's homeserver endpoints, in Synapse's test harness."""
 
+import inspect
 import json
 import logging
+from pathlib import Path
 from typing import Any
+from unittest import SkipTest
 from unittest.mock import patch
 
 import synapse.federation.transport.server as federation_servlets
 import synapse.rest as client_servlets
 from harness_base import URL, ModuleTestCase, P, response
 from synapse.api.errors import Codes
+from synapse.appservice import ApplicationService
 from synapse.rest import ClientRestResource
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
@@ -284,6 +288,35 @@ class HookTests(ModuleTestCase):
             for hs in (self.hs, second, third)
         }
         assert registered == {"test": [URL], "second": ["wss://second.example.com"], "third": []}
+
+    def test_an_application_service_that_claims_the_paths(self) -> None:
+        if "proxy_prefix" not in inspect.signature(ApplicationService.__init__).parameters:
+            raise SkipTest("this Synapse knows no MSC4512")
+        registration: dict[str, Any] = {
+            "id": "livekit",
+            "url": None,
+            "as_token": "as",
+            "hs_token": "hs",
+            "sender_localpart": "livekit",
+            "namespaces": {},
+            "io.element.msc4512.proxy_prefix": "rtc/livekit",
+            "io.element.msc4512.proxy_url": "http://127.0.0.1:1",
+        }
+        file = Path(self.mktemp())
+        file.write_text(json.dumps(registration))
+        config = {
+            **super().default_config(),
+            "server_name": "second",
+            "app_service_config_files": [str(file)],
+            "experimental_features": {"msc4512_enabled": True},
+        }
+        with self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs:
+            second = self.setup_test_homeserver(server_name="second", config=config)
+        (line,) = logs.output
+        assert "not served: the application service 'livekit' claims rtc/livekit" in line
+        assert P in second._module_web_resources
+        (transport,) = second.config.matrix_rtc.transports
+        assert "url" not in transport
 
     def test_a_synapse_without_them(self) -> None:
         with (

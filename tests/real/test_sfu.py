@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the SFU is down or refuses: an error that clients understand, and one line in the log."""
 
+import contextlib
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +57,42 @@ def test_an_sfu_that_goes_and_comes_back(one: tuple[Synapse, LiveKit]) -> None:
     ask(synapse, alice, "slot").ok()
     assert synapse.log_text().count("can be used again") == 1
     assert "Traceback" not in synapse.log_text()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\n\r\n"]
+)
+def test_an_sfu_that_hangs(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
+    synapse, livekit = one
+    connections = []
+
+    def hang(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                connections.append(connection)
+                connection.recv(65536)
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=hang, args=(listener,), daemon=True).start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        synapse.module_config = module_config(livekit, livekit_internal_url=url)
+        synapse.restart()
+        alice = synapse.register(f"alice{len(answer)}")
+        began = time.monotonic()
+        status = ask(synapse, alice, "slot").status
+        took = time.monotonic() - began
+        listener.shutdown(socket.SHUT_RDWR)
+    assert status == 503
+    assert 9 < took < 12
+    assert "no answer within 10 s" in synapse.log_text()
+    assert len(connections) == 1
+    if answer:
+        # Synapse's client itself lets go of one that never answers at all, after a minute.
+        connections[0].settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert connections[0].recv(1) == b""
 
 
 def test_a_wrong_secret_is_named(one: tuple[Synapse, LiveKit]) -> None:
