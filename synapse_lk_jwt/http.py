@@ -74,9 +74,12 @@ class _BodyReader(Protocol):
         self._abort()
 
     def _abort(self) -> None:
-        # Twisted hands the body over through a proxy that has this method; the memory transports
-        # of test harnesses need not.
-        abort = getattr(self.transport, "abortConnection", None)
+        # Twisted hands the body over through a proxy that knows the orderly way only. Under TLS
+        # that takes the other side's consent, and this is for those who do not stop.
+        transport = getattr(self.transport, "_producer", None) or self.transport
+        abort = getattr(transport, "abortConnection", None) or getattr(
+            transport, "loseConnection", None
+        )
         if abort is not None:
             abort()
 

@@ -4,6 +4,7 @@
 import inspect
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
@@ -302,7 +303,9 @@ class HookTests(ModuleTestCase):
             "io.element.msc4512.proxy_prefix": "rtc/livekit",
             "io.element.msc4512.proxy_url": "http://127.0.0.1:1",
         }
-        file = Path(self.mktemp())
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        file = Path(directory.name) / "registration.yaml"
         file.write_text(json.dumps(registration))
         config = {
             **super().default_config(),

@@ -74,11 +74,15 @@ def _json(content: object) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
+_sent_endlessly = [0]
+
+
 def _endless(connection: ssl.SSLSocket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
     # Ends when the other side closes the connection, and on a broken limit, after 1 GiB.
     for _ in range(16 * 1024):
         connection.sendall(b"x" * 65536)
+        _sent_endlessly[0] += 65536
 
 
 def _slow(connection: ssl.SSLSocket) -> None:
@@ -126,6 +130,8 @@ def test_a_hostile_homeserver_gets_401_in_time_and_no_memory(
     assert (answer.status, answer.json) == (401, UNAUTHORIZED), answer
     assert time.monotonic() - began < 12
     assert homeservers.a.main.memory() - memory < 8 * 1024 * 1024
+    # The connection is closed. Some of it is on its way by then, in the buffers of both sides.
+    assert _sent_endlessly[0] < 32 * 1024 * 1024
 
 
 def test_a_hostile_homeserver_does_not_speak_for_our_users(
