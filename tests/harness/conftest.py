@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import os
+import threading
 import warnings
 
 import synapse_tests
+from twisted.python.threadpool import ThreadPool
 
 from realparts.process import MissingTool
+
+# Older harnesses do not stop the thread pools of every homeserver, and these would hold up the end.
+setattr(ThreadPool, "threadFactory", functools.partial(threading.Thread, daemon=True))  # noqa: B010
 
 try:
     synapse_tests.make_importable()
