@@ -4,7 +4,7 @@ from base64 import urlsafe_b64decode
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from livekit.api import TokenVerifier, VideoGrants
 from synapse.api.errors import SynapseError
@@ -150,6 +150,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.dictionaries(
         st.sampled_from(
