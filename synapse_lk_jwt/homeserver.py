@@ -227,9 +227,8 @@ class Homeserver:
         except ImportError:
             return "this Synapse has no registry of servlets"
         setattr(self._hs, _SERVLETS, (client, federation))
-        # The types name the servlets that Synapse has itself.
-        CLIENT_GROUPS[_GROUP] = (_register_client_servlet,)
-        FEDERATION_GROUPS[_GROUP] = (_FederationServlet,)  # type: ignore[assignment]
+        _put_first(CLIENT_GROUPS, _register_client_servlet)
+        _put_first(FEDERATION_GROUPS, _FederationServlet)
         return None
 
     def advertise(self, livekit_url: str | None, service_url: str) -> None:
@@ -272,6 +271,13 @@ class FederationServletFactory(Protocol):
     def __call__(
         self, *, hs: Any, authenticator: Any, ratelimiter: Any, server_name: str
     ) -> "FederationServlet": ...
+
+
+def _put_first(groups: dict[str, Any], servlet: Any) -> None:
+    """Puts our group ahead of all others: Synapse tries hundreds of patterns in this order."""
+    others = {name: servlets for name, servlets in groups.items() if name != _GROUP}
+    groups.clear()
+    groups.update({_GROUP: (servlet,), **others})
 
 
 def _register_client_servlet(hs: Any, http_server: HttpServer) -> None:
