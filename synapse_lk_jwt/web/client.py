@@ -6,13 +6,13 @@ import re
 from synapse.api.errors import Codes, SynapseError
 from synapse.http.servlet import RestServlet
 from synapse.http.site import SynapseRequest
-from synapse.types import JsonDict
 
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.remote import RemoteSfus
 from synapse_lk_jwt.sfu.names import member_identity
+from synapse_lk_jwt.web.answers import respond
 from synapse_lk_jwt.web.errors import as_matrix_errors, check_url
 from synapse_lk_jwt.web.requests import HomeserverGetTokenRequest, read_json_object
 
@@ -52,7 +52,7 @@ class GetTokenRestServlet(RestServlet):
         self._remote_sfus = remote_sfus
         self._livekit_url = livekit_url
 
-    async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+    async def on_POST(self, request: SynapseRequest) -> None:
         """Handles a request; the user is authenticated before anything of the body is looked at."""
         requester = await self._homeserver.get_user_by_req(request, allow_guest=True)
         user_id = requester.user.to_string()
@@ -69,7 +69,7 @@ class GetTokenRestServlet(RestServlet):
                 token = await self._issuer.issue(user_id, body.room_id, body.slot_id, identity)
             else:
                 token = await self._ask(body.server_name, user_id, body)
-        return 200, {"jwt": token}
+        respond(request, 200, {"jwt": token})
 
     async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
         room_id = body.room_id

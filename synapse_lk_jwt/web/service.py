@@ -16,6 +16,7 @@ from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.sfu.names import MAX_IDENTITY_BYTES, device_identity, device_member_identity
+from synapse_lk_jwt.web.answers import respond
 from synapse_lk_jwt.web.errors import as_matrix_errors
 from synapse_lk_jwt.web.requests import GetTokenRequest, SfuGetRequest, bad_json, read_json_object
 
@@ -50,6 +51,9 @@ class _Endpoint(DirectServeJsonResource):
         if request.method not in self.METHODS:
             raise UnrecognizedRequestError(code=405)
         return await super()._async_render(request)
+
+    def _send_response(self, request: SynapseRequest, code: int, response_object: JsonDict) -> None:
+        respond(request, code, response_object)
 
     def getChild(self, path: bytes, request: Request) -> Resource:
         return UnrecognizedRequestResource()
