@@ -7,6 +7,7 @@ against the oldest and the newest Synapse that is supported.
 
 import logging
 from collections.abc import Mapping
+from copy import copy
 from inspect import signature
 from io import BytesIO
 from typing import Any, Protocol
@@ -26,8 +27,11 @@ from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id
 from synapse.util.caches.response_cache import ResponseCache
 from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
+from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
+
+from synapse_lk_jwt.http import BoundedPool
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,9 @@ logger = logging.getLogger(__name__)
 # that holds them.
 _GROUP = "synapse_lk_jwt"
 _SERVLETS = "_synapse_lk_jwt_servlets"
+
+# With headers. Bodies, and those of a `.well-known/matrix/server`, have narrower limits.
+MAX_FEDERATION_ANSWER_BYTES = 256 * 1024
 
 
 class Homeserver:
@@ -57,6 +64,7 @@ class Homeserver:
         self.reactor: ISynapseReactor = self._hs.get_reactor()
         self.http_client: SimpleHttpClient = api.http_client
         self.get_user_by_req = api.get_user_by_req
+        self._pool = BoundedPool(self.reactor, MAX_FEDERATION_ANSWER_BYTES)
 
     def is_mine(self, user_id: str) -> bool:
         """Whether a user is one of this homeserver."""
@@ -142,7 +150,8 @@ class Homeserver:
         Takes the agent of Synapse's federation client, so that server discovery, TLS policy and IP
         block lists hold, but not the client: it would write the query into the log, count an error
         against the server, after which Synapse does not talk to it at all for ten minutes, and
-        read a body of any size. No redirect is followed; the time is for the caller to limit.
+        read a body of any size. The connections are our own, because Synapse's take headers of any
+        size. No redirect is followed; the time is for the caller to limit.
 
         Args:
             method: the HTTP verb.
@@ -172,7 +181,7 @@ class Homeserver:
                 BytesIO(encode_canonical_json(content)), cooperator=client._cooperator
             )
         uri = f"matrix-federation://{server_name}{path}"
-        response: Deferred[IResponse] = client.agent.request(
+        response: Deferred[IResponse] = _on_pool(self._pool, client.agent).request(
             method.encode("ascii"), uri.encode("ascii"), headers, producer
         )
         return await make_deferred_yieldable(response)
@@ -257,6 +266,20 @@ class Homeserver:
         if isinstance(foci, list):
             well_known[key] = _with_livekit(".well-known", foci, _livekit(service_url))
             config.server.extra_well_known_client_content = well_known
+
+
+def _on_pool(pool: HTTPConnectionPool, agent: Any) -> Any:
+    """A copy of one of Synapse's agents, and of those that it is made of, on another pool.
+
+    Synapse's own stays as it is. An agent that keeps its parts elsewhere does without the pool.
+    """
+    agent = copy(agent)
+    if hasattr(agent, "_pool"):
+        agent._pool = pool
+    for part in ("_agent", "_well_known_resolver", "_well_known_agent"):
+        if hasattr(agent, part):
+            setattr(agent, part, _on_pool(pool, getattr(agent, part)))
+    return agent
 
 
 class FederationServlet(Protocol):
