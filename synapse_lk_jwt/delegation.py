@@ -26,8 +26,9 @@ MAX_RESTART_MS = 300_000
 LOOK_AGAIN_MS = 2_000
 
 # Some clients join under one identity for a moment, leave, and join again under another one: who
-# has been there for less than this is looked for once more before the leave is sent.
+# has been there for less than the first is looked for again after the second.
 MOMENT_MS = 2_000
+COME_BACK_MS = 1_000
 
 # A leave that is on its way is left to whoever has taken it for so long.
 SENDING_MS = 10_000
@@ -51,9 +52,7 @@ class Happened(Enum):
     SEEN = auto()
     """One of its identities is connected: the SFU said so, asked or not."""
     LEFT = auto()
-    """The SFU said that one of its identities has left."""
-    ABORTED = auto()
-    """The SFU said that a connection broke off, perhaps before it was up; or the room is gone."""
+    """The SFU said, unasked, that one of its identities has left, or that the room is gone."""
     ABSENT = auto()
     """The SFU was asked, and none of its identities is connected."""
     ABSENT_AT_POLL = auto()
@@ -90,7 +89,7 @@ class Delegation:
         next_ms: when to do the next thing.
         restarted_ms: when the delayed event was restarted last; 0 for never.
         connected_ms: since when it is CONNECTED.
-        doubted: whether there is a reason to think that the participant is gone.
+        doubted_ms: since when there is a reason to think that the participant is gone; 0 for none.
         tries: looks, or attempts to send, in a row that did not help.
     """
 
@@ -101,7 +100,7 @@ class Delegation:
     next_ms: int
     restarted_ms: int = 0
     connected_ms: int = 0
-    doubted: bool = False
+    doubted_ms: int = 0
     tries: int = 0
 
     @property
@@ -127,23 +126,32 @@ def take_on(delay_ms: int, several: bool, now_ms: int) -> Delegation:
     )
 
 
-def step(d: Delegation, happened: Happened, now_ms: int) -> tuple[Delegation | None, Action]:
+def step(
+    d: Delegation, happened: Happened, now_ms: int, asked_ms: int | None = None
+) -> tuple[Delegation | None, Action]:
     """What follows when something happens.
+
+    Args:
+        d: the delegation.
+        happened: what happens to it.
+        now_ms: the time.
+        asked_ms: when the SFU was asked, if this is its answer. What it said of the time before
+            there was a doubt neither confirms nor clears it.
 
     Returns:
         The delegation as it is from now on, None when it is done, and what to do.
     """
     if happened is Happened.OVER:
         return None, Action.NOTHING
+    if asked_ms is not None and asked_ms < d.doubted_ms:
+        return d, Action.NOTHING
     if d.phase is Phase.LEAVING:
         return _leaving(d, happened, now_ms)
     match happened:
         case Happened.SEEN:
             return _seen(d, now_ms)
-        case Happened.LEFT:
-            # Nobody leaves who was not connected, even if we never saw it.
-            return _doubt(d, now_ms)
-        case Happened.ABORTED if d.phase is Phase.CONNECTED:
+        case Happened.LEFT if d.phase is Phase.CONNECTED:
+            # It says nothing to those who wait: it may be late, and tell of the time before.
             return _doubt(d, now_ms)
         case Happened.ABSENT:
             return _absent(d, now_ms)
@@ -158,27 +166,28 @@ def step(d: Delegation, happened: Happened, now_ms: int) -> tuple[Delegation | N
 
 def _seen(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
     if d.phase is Phase.CONNECTED:
-        d = attr.evolve(d, doubted=False, tries=0)
+        d = attr.evolve(d, doubted_ms=0, tries=0)
         return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.NOTHING
     d = attr.evolve(
         d,
         phase=Phase.CONNECTED,
         connected_ms=now_ms,
         restarted_ms=now_ms,
-        doubted=False,
         tries=0,
     )
     return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.RESTART
 
 
 def _doubt(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    return attr.evolve(d, doubted=True, next_ms=now_ms + LOOK_AGAIN_MS), Action.ASK
+    return attr.evolve(d, doubted_ms=now_ms, next_ms=now_ms + LOOK_AGAIN_MS), Action.ASK
 
 
 def _absent(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    if d.doubted:
-        if d.several and d.phase is Phase.CONNECTED and 0 <= now_ms - d.connected_ms < MOMENT_MS:
-            return attr.evolve(d, next_ms=now_ms + FIRST_LOOK_AGAIN_MS), Action.NOTHING
+    if d.doubted_ms:
+        # In between, `_due` asks again.
+        come_back_ms = d.doubted_ms + COME_BACK_MS
+        if d.several and d.doubted_ms < d.connected_ms + MOMENT_MS and now_ms < come_back_ms:
+            return attr.evolve(d, next_ms=come_back_ms), Action.NOTHING
         return _send(d, now_ms)
     if d.phase is Phase.WAITING and now_ms >= d.give_up_ms:
         return _send(d, now_ms)
@@ -186,7 +195,7 @@ def _absent(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
 
 
 def _send(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    d = attr.evolve(d, phase=Phase.LEAVING, next_ms=now_ms + SENDING_MS, doubted=False, tries=0)
+    d = attr.evolve(d, phase=Phase.LEAVING, next_ms=now_ms + SENDING_MS, doubted_ms=0, tries=0)
     return d, Action.SEND
 
 
@@ -199,9 +208,9 @@ def _due(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
         return attr.evolve(d, next_ms=next_ms, tries=d.tries + 1), Action.ASK
     if now_ms >= _restart_due_ms(d):
         d = attr.evolve(d, restarted_ms=now_ms)
-        next_ms = now_ms if d.doubted else _restart_due_ms(d)
+        next_ms = now_ms if d.doubted_ms else _restart_due_ms(d)
         return attr.evolve(d, next_ms=next_ms), Action.RESTART
-    if d.doubted:
+    if d.doubted_ms:
         next_ms = min(now_ms + LOOK_AGAIN_MS, _restart_due_ms(d))
         return attr.evolve(d, next_ms=next_ms), Action.ASK
     return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.NOTHING

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 import attr
 from canonicaljson import encode_canonical_json
 from synapse.api.constants import EventTypes
-from synapse.api.errors import FederationDeniedError, SynapseError
+from synapse.api.errors import FederationDeniedError
 from synapse.api.ratelimiting import Ratelimiter
 from synapse.config.ratelimiting import RatelimitSettings
 from synapse.http import QuieterFileBodyProducer
@@ -28,6 +28,7 @@ from synapse.module_api import ModuleApi
 from synapse.storage._base import db_to_json
 from synapse.storage.database import LoggingTransaction
 from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id, get_localpart_from_id
+from synapse.util.async_helpers import Linearizer
 from synapse.util.caches.response_cache import ResponseCache
 from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
@@ -78,7 +79,6 @@ class Homeserver:
         get_user_by_req: Synapse's authentication of a client's request.
         run_db_interaction: runs a function in a transaction, which is tried again where PostgreSQL
             says that another one was in its way.
-        run_in_background: runs an async function on its own, without anybody waiting for it.
         runs_background_tasks: whether this is the one process that does what must not be done by
             several.
         has_delayed_events: whether users may schedule delayed events (`max_event_delay_duration`).
@@ -95,7 +95,6 @@ class Homeserver:
         self.http_client: SimpleHttpClient = api.http_client
         self.get_user_by_req = api.get_user_by_req
         self.run_db_interaction = api.run_db_interaction
-        self.run_in_background = api.run_as_background_process
         self.runs_background_tasks: bool = api.should_run_background_tasks()
         config: Any = self._hs.config.server
         self.has_delayed_events = bool(
@@ -160,6 +159,17 @@ class Homeserver:
     async def is_joined(self, user_id: str, room_id: str) -> bool:
         """Whether a user, of any server, is joined to a room that this homeserver is in. Cached."""
         return room_id in await self._store.get_rooms_for_user(user_id)
+
+    async def membership(self, user_id: str, room_id: str) -> str | None:
+        """A user's membership of a room that this homeserver is in; one database read."""
+        membership = await self._store.db_pool.simple_select_one_onecol(
+            table="current_state_events",
+            keyvalues={"room_id": room_id, "type": EventTypes.Member, "state_key": user_id},
+            retcol="membership",
+            allow_none=True,
+            desc="synapse_lk_jwt_membership",
+        )
+        return None if membership is None else str(membership)
 
     async def is_in_room(self, server_name: str, room_id: str) -> bool:
         """Whether a user of that server is joined to a room that this homeserver is in. Cached."""
@@ -243,9 +253,28 @@ class Homeserver:
             func: what to call.
             at_once: whether to call it for the first time as soon as Synapse is up.
         """
-        self._api.looping_background_call(func, interval_ms, desc=desc)
-        if at_once and self.runs_background_tasks:
-            self._api.delayed_background_call(min(interval_ms, 1000), func, desc=desc)
+        if not self.runs_background_tasks:
+            return
+
+        async def tidily() -> None:
+            await self._tidily(desc, func)
+
+        self._api.looping_background_call(tidily, interval_ms, desc=desc)
+        if at_once:
+            self._api.delayed_background_call(min(interval_ms, 1000), tidily, desc=desc)
+
+    def run_in_background(
+        self, desc: str, func: Callable[..., Awaitable[None]], *args: object
+    ) -> None:
+        """Runs an async function on its own, without anybody waiting for it."""
+        self._api.run_as_background_process(desc, self._tidily, desc, func, *args)
+
+    async def _tidily(self, desc: str, func: Callable[..., Awaitable[None]], *args: object) -> None:
+        """Lets a database that is away for a while be a line in the log, and no traceback."""
+        try:
+            await func(*args)
+        except self._store.database_engine.module.Error as e:
+            logger.error("%s failed: %s: %s", desc, type(e).__name__, e)
 
     def on_new_data(self, callback: Callable[[], None]) -> None:
         """Has a function called whenever there may be new events. It must be quick."""
@@ -328,17 +357,34 @@ class Homeserver:
         )
         return txn.rowcount > 0
 
-    def state_event_id(
-        self, txn: LoggingTransaction, room_id: str, event_type: str, state_key: str
-    ) -> str | None:
-        """The ID of the event that is a room's state for a type and key now, if there is one."""
+    def newest_event(self, txn: LoggingTransaction) -> int:
+        """The stream position of the newest event that there is."""
+        txn.execute("SELECT COALESCE(MAX(stream_ordering), 0) FROM events")
+        (position,) = txn.fetchone() or (0,)
+        return int(position)
+
+    def has_sent(self, txn: LoggingTransaction, event: JsonDict, since: int) -> bool:
+        """Whether the sender of an event has sent one of its type and state key to its room.
+
+        Args:
+            txn: the transaction.
+            event: as `send` takes it.
+            since: the stream position to look from.
+        """
         txn.execute(
-            "SELECT event_id FROM current_state_events"
-            " WHERE room_id = ? AND type = ? AND state_key = ?",
-            (room_id, event_type, state_key),
+            "SELECT 1 FROM events WHERE stream_ordering > ? AND room_id = ? AND sender = ?"
+            " AND type = ? AND (state_key = ? OR (state_key IS NULL AND ?))"
+            " AND rejection_reason IS NULL LIMIT 1",
+            (
+                since,
+                event["room_id"],
+                event["sender"],
+                event["type"],
+                event.get("state_key"),
+                "state_key" not in event,
+            ),
         )
-        row = txn.fetchone()
-        return None if row is None else str(row[0])
+        return txn.fetchone() is not None
 
     async def send(self, event: JsonDict) -> None:
         """Sends an event of a local user without any rate limit, from any process.
@@ -346,19 +392,11 @@ class Homeserver:
         Raises:
             synapse.api.errors.SynapseError: if the room does not take it.
         """
-        if event["type"] != EventTypes.Member:
-            await self._api.create_and_send_event_into_room(event)
-            return
-        membership = event["content"].get("membership")
-        if not isinstance(membership, str):
-            raise SynapseError(400, "A membership event without membership")
-        await self._api.update_room_membership(
-            event["sender"],
-            event["state_key"],
-            event["room_id"],
-            membership,
-            content=event["content"],
-        )
+        await self._api.create_and_send_event_into_room(event)
+
+    def linearizer(self, name: str) -> Linearizer:
+        """Lets one at a time do something, for each of any number of keys."""
+        return Linearizer(name, self.clock)
 
     def response_cache(self, name: str, remember_ms: int) -> ResponseCache[str]:
         """A cache of Synapse's for requests in flight, and for what they gave for a while."""

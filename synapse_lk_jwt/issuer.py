@@ -97,6 +97,6 @@ class Issuer:
             livekit_room,
             can_publish=self.access.can_publish(server),
             can_update_own_metadata=self.can_update_own_metadata,
-            attributes=self.sealer.seal(Owner(user_id, room_id, slot_id)),
+            attributes=self.sealer.seal(Owner(user_id, room_id, slot_id), identity),
             lifetime_ms=self.token_lifetime_ms,
         )

@@ -5,15 +5,15 @@ What to do when is decided in `delegation.py`, and kept in the database by `stor
 """
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from livekit.protocol.models import ParticipantInfo
 from synapse.api.errors import SynapseError
 
 from synapse_lk_jwt.delegation import Action, Happened
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.sfu.rooms import RoomService, SfuError
-from synapse_lk_jwt.store import Store, Taken, Task, Tracked
+from synapse_lk_jwt.sfu.rooms import Listing, RoomService, SfuError
+from synapse_lk_jwt.store import Store, Task, Tracked
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ class DelayedLeaves:
         self._homeserver = homeserver
         self._store = store
         self._rooms = rooms
-        self._under_way: set[tuple[Action, str]] = set()
+        # The delayed leaves that this process is sending.
+        self._sending: set[str] = set()
         if homeserver.has_delayed_events:
             homeserver.repeat(CLOCK_MS, "synapse_lk_jwt_due", self._do_what_is_due)
 
@@ -36,7 +37,7 @@ class DelayedLeaves:
         user_id: str,
         room_id: str,
         livekit_room: str,
-        identities: Collection[str],
+        identities: Sequence[str],
         delay_id: str,
     ) -> bool:
         """Takes on a delayed leave. Never depends on the SFU, and may be asked again.
@@ -45,48 +46,46 @@ class DelayedLeaves:
             user_id: a local user, verified.
             room_id: the Matrix room.
             livekit_room: the LiveKit room that the user takes part in.
-            identities: the participant identities that the user may have there.
+            identities: the participant identities that the user may have there; the first one
+                tells this member from the user's others.
             delay_id: the delayed event.
 
         Returns:
             False if the user has no such delayed event in that room.
         """
-        taken, task = await self._store.take_on(
+        is_there, tasks = await self._store.take_on(
             user_id, room_id, livekit_room, identities, delay_id
         )
-        if task is not None:
-            self.begin([task])
-        return taken is not Taken.NO_SUCH_EVENT
+        self.begin(tasks)
+        return is_there
 
     def begin(self, tasks: Iterable[Task]) -> None:
         """Does what is to be done, without anybody waiting for it."""
         for task in tasks:
-            # A slow SFU, or room, is not asked again by the clock meanwhile.
-            if (task.action, task.delay_id) not in self._under_way:
-                self._homeserver.run_in_background("synapse_lk_jwt_delegation", self._do, task)
+            do = self._send if task.action is Action.SEND else self._ask
+            self._homeserver.run_in_background("synapse_lk_jwt_delegation", do, task)
 
-    async def polled(
-        self, delegations: Iterable[Tracked], participants: Iterable[ParticipantInfo]
-    ) -> None:
+    async def polled(self, delegations: Iterable[Tracked], listing: Listing) -> None:
         """Takes notice of what a poll has found.
 
         Args:
             delegations: those of one LiveKit room, as they were ahead of the poll.
-            participants: who is in that room, as the SFU lists them.
+            listing: who is in that room.
         """
-        listed = {p.identity: p for p in participants}
+        listed = {p.identity: p for p in listing.participants}
         for delegation in delegations:
             sids = connected(
                 [listed[identity] for identity in delegation.identities if identity in listed],
                 delegation.identities,
                 is_known=delegation.is_connected,
             )
+            delay_id, asked_ms = delegation.delay_id, listing.asked_ms
             if not sids:
                 if delegation.is_connected:
                     happened = Happened.ABSENT_AT_POLL
-                    self.begin(await self._store.happened(delegation.delay_id, happened))
+                    self.begin(await self._store.happened(delay_id, happened, asked_ms))
             elif not delegation.is_settled or not (sids.items() <= delegation.identities.items()):
-                await self._store.seen(delegation.delay_id, delegation.livekit_room, sids)
+                await self._store.seen(delay_id, delegation.livekit_room, sids, asked_ms)
 
     async def _do_what_is_due(self) -> None:
         # All of it: what is left for the next second would be more every second, and too late in
@@ -96,30 +95,30 @@ class DelayedLeaves:
             tasks, is_all = await self._store.due()
             self.begin(tasks)
 
-    async def _do(self, task: Task) -> None:
-        mark = (task.action, task.delay_id)
-        self._under_way.add(mark)
+    async def _ask(self, task: Task) -> None:
         try:
-            do = self._send if task.action is Action.SEND else self._ask
-            happened = await do(task)
-        finally:
-            self._under_way.discard(mark)
-        if happened is not None:
-            self.begin(await self._store.happened(task.delay_id, happened))
-
-    async def _ask(self, task: Task) -> Happened | None:
-        try:
-            participants = await self._rooms.list_participants(task.livekit_room)
+            listing = await self._rooms.list_participants(task.livekit_room)
         except SfuError:
             # It has been logged, and tells nothing of anybody. The clock asks again.
-            return None
-        sids = connected(participants, task.identities, is_known=task.is_connected)
-        if not sids:
-            return Happened.ABSENT
-        await self._store.seen(task.delay_id, task.livekit_room, sids)
-        return None
+            return
+        sids = connected(listing.participants, task.identities, is_known=task.is_connected)
+        if sids:
+            await self._store.seen(task.delay_id, task.livekit_room, sids, listing.asked_ms)
+        else:
+            self.begin(await self._store.happened(task.delay_id, Happened.ABSENT, listing.asked_ms))
 
-    async def _send(self, task: Task) -> Happened | None:
+    async def _send(self, task: Task) -> None:
+        # A slow room is not asked again by the clock meanwhile.
+        if task.delay_id in self._sending:
+            return
+        self._sending.add(task.delay_id)
+        try:
+            happened = await self._try_to_send(task)
+        finally:
+            self._sending.discard(task.delay_id)
+        await self._store.happened(task.delay_id, happened)
+
+    async def _try_to_send(self, task: Task) -> Happened:
         assert task.leave is not None
         try:
             await self._homeserver.send(task.leave)

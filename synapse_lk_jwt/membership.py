@@ -16,7 +16,7 @@ from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
-from synapse_lk_jwt.sfu.names import livekit_room_name, user_of_device_identity
+from synapse_lk_jwt.sfu.names import livekit_room_name, twin_of, user_of_device_identity
 from synapse_lk_jwt.sfu.rooms import RoomService, SfuError
 from synapse_lk_jwt.sfu.seal import Owner, Sealer
 from synapse_lk_jwt.store import Store
@@ -26,8 +26,11 @@ logger = logging.getLogger(__name__)
 # How many rooms are dealt with at a time.
 CONCURRENT_ROOMS = 10
 
-# After the SFU could not be asked.
+# How often to try again what could not be done, and to store how far the stream was followed.
 TRY_AGAIN_MS = 5_000
+
+# Stands for all users of a room.
+EVERYBODY = "*"
 
 
 class Membership:
@@ -50,6 +53,8 @@ class Membership:
         self._position: int | None = None
         self._stored: int | None = None
         self._is_following = False
+        # Who is still to be looked for because the SFU did not do as it was told, by Matrix room.
+        self._left_over: dict[str, set[str]] = {}
         if homeserver.runs_background_tasks:
             homeserver.on_new_data(self._on_new_data)
             # What happened while this process was down.
@@ -58,7 +63,7 @@ class Membership:
 
     def owner(self, livekit_room: str, participant: ParticipantInfo) -> Owner | None:
         """Whose participant it is, as the token says; None if it is not one of ours."""
-        owner = self._sealer.open(participant.attributes)
+        owner = self._sealer.open(participant.attributes, participant.identity)
         if owner is None or livekit_room_name(owner.room_id, owner.slot_id) != livekit_room:
             return None
         return owner
@@ -86,9 +91,12 @@ class Membership:
         Raises:
             SfuError: if the SFU could not be told.
         """
-        for participant, user_id in await self._users(livekit_room, participants):
-            if not await self._may_be_in(user_id, room_id):
-                await self._remove(livekit_room, room_id, participant, user_id)
+        unwanted = [
+            (participant, user_id)
+            for participant, user_id in await self._users(livekit_room, participants)
+            if not await self._may_be_in(user_id, room_id)
+        ]
+        await self._remove(livekit_room, room_id, unwanted)
 
     async def _users(
         self, livekit_room: str, participants: Iterable[ParticipantInfo]
@@ -100,7 +108,9 @@ class Membership:
             noted = await self._store.owners(livekit_room)
         found = []
         for participant in participants:
-            user_id = noted.get(participant.identity)
+            user_id = next(
+                (noted[name] for name in twin_of(participant.identity) if name in noted), None
+            )
             if user_id is None:
                 owner = self.owner(livekit_room, participant)
                 # Tokens of older versions of this module have nothing sealed in them.
@@ -120,10 +130,22 @@ class Membership:
         return True
 
     async def _remove(
-        self, livekit_room: str, room_id: str, participant: ParticipantInfo, user_id: str
+        self, livekit_room: str, room_id: str, unwanted: Iterable[tuple[ParticipantInfo, str]]
     ) -> None:
-        await self._rooms.remove_participant(livekit_room, participant.identity)
-        logger.info("Removed %s from a call of %s", user_id, room_id)
+        """Removes participants, given with their users: all that can be, whatever one of them does.
+
+        Raises:
+            SfuError: if one of them could not be removed.
+        """
+        failure = None
+        for participant, user_id in unwanted:
+            try:
+                if await self._rooms.remove_participant(livekit_room, participant.identity):
+                    logger.info("Removed %s from a call of %s", user_id, room_id)
+            except SfuError as e:
+                failure = e
+        if failure is not None:
+            raise failure
 
     def _on_new_data(self) -> None:
         # Called for every event there is, so that nothing may be done here for most of them.
@@ -154,46 +176,49 @@ class Membership:
                 self._position = newest
         while self._position < newest:
             reached, changes = await self._homeserver.state_changes(self._position, newest)
-            try:
-                await self._deal_with(changes)
-            except SfuError:
-                # It has been logged. Nothing is lost: the position stays.
-                return
+            changed: dict[str, set[str]] = {}
+            for room_id, event_type, state_key in changes:
+                if event_type == EventTypes.Member:
+                    changed.setdefault(room_id, set()).add(state_key)
+                elif event_type == EventTypes.ServerACL:
+                    changed.setdefault(room_id, set()).add(EVERYBODY)
+            await self._deal_with(changed)
             self._position = reached
             newest = self._homeserver.stream_position()
 
     async def _follow_and_store(self) -> None:
         """As `_follow`. To look at a change twice does no harm, so not every step is stored."""
         await self._follow()
-        if self._position is not None and self._position != self._stored:
+        left_over, self._left_over = self._left_over, {}
+        await self._deal_with(left_over)
+        # What is left over still would be forgotten with this process.
+        if self._position not in (None, self._stored) and not self._left_over:
+            assert self._position is not None
             await self._store.set_position(self._position)
             self._stored = self._position
 
-    async def _deal_with(self, changes: Iterable[tuple[str, str, str]]) -> None:
-        changed: dict[str, set[str]] = {}
-        reshaped: set[str] = set()
-        for room_id, event_type, state_key in changes:
-            if event_type == EventTypes.Member:
-                changed.setdefault(room_id, set()).add(state_key)
-            elif event_type == EventTypes.ServerACL:
-                reshaped.add(room_id)
-        calls = await self._store.calls_in(changed.keys() | reshaped)
-        failures: list[SfuError] = []
+    async def _deal_with(self, changed: Mapping[str, set[str]]) -> None:
+        """Removes who is not in Matrix rooms any more, of those in which something has changed.
+
+        What cannot be done now is done later: one call, or one node of the SFU, that does not do as
+        it is told must not hold up all others.
+
+        Args:
+            changed: users, or EVERYBODY, by Matrix room.
+        """
+        calls = await self._store.calls_in(changed.keys())
 
         async def deal_with(room_id: str) -> None:
             try:
-                await self._deal_with_room(
-                    room_id, calls[room_id], changed.get(room_id, set()), room_id in reshaped
-                )
-            except SfuError as e:
-                failures.append(e)
+                await self._deal_with_room(room_id, calls[room_id], changed[room_id])
+            except SfuError:
+                # It has been logged.
+                self._left_over.setdefault(room_id, set()).update(changed[room_id])
 
         await concurrently_execute(deal_with, calls, CONCURRENT_ROOMS)
-        if failures:
-            raise failures[0]
 
     async def _deal_with_room(
-        self, room_id: str, livekit_rooms: Collection[str], changed: Collection[str], all_: bool
+        self, room_id: str, livekit_rooms: Collection[str], changed: Collection[str]
     ) -> None:
         homeserver = self._homeserver
         if not await homeserver.is_in_room(homeserver.server_name, room_id):
@@ -202,11 +227,25 @@ class Membership:
                 logger.info("Ended a call of %s, which this homeserver has left", room_id)
             await self._store.forget_calls(livekit_rooms)
             return
-        gone = {user for user in changed if not await homeserver.is_joined(user, room_id)}
-        if not gone and not all_:
+        gone = {user for user in changed if await self._is_gone(user, room_id)}
+        if not gone and EVERYBODY not in changed:
             return
+        failure = None
         for livekit_room in livekit_rooms:
-            participants = await self._rooms.list_participants(livekit_room)
-            for participant, user_id in await self._users(livekit_room, participants):
-                if user_id in gone or (all_ and not await self._may_be_in(user_id, room_id)):
-                    await self._remove(livekit_room, room_id, participant, user_id)
+            try:
+                listing = await self._rooms.list_participants(livekit_room)
+                users = await self._users(livekit_room, listing.participants)
+                await self._remove(livekit_room, room_id, [u for u in users if u[1] in gone])
+                if EVERYBODY in changed:
+                    await self.look(livekit_room, room_id, listing.participants)
+            except SfuError as e:
+                failure = e
+        if failure is not None:
+            raise failure
+
+    async def _is_gone(self, user_id: str, room_id: str) -> bool:
+        """Whether a user has left a room; somebody who was invited to it has not."""
+        if user_id == EVERYBODY or await self._homeserver.is_joined(user_id, room_id):
+            return False
+        membership = await self._homeserver.membership(user_id, room_id)
+        return membership not in ("invite", "knock")

@@ -8,13 +8,13 @@ however many processes hear of it at once, and whenever one of them dies, it is 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
-from enum import Enum, auto
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attr
 from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
-from synapse.storage.engines import PostgresEngine
+from synapse.storage.engines import PostgresEngine, Sqlite3Engine
+from synapse.storage.engines._base import IsolationLevel
 from synapse.types import JsonDict
 
 from synapse_lk_jwt.delegation import Action, Delegation, Happened, Phase, step, take_on
@@ -47,6 +47,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             delay_id TEXT NOT NULL PRIMARY KEY,
             user_id TEXT NOT NULL,
             livekit_room TEXT NOT NULL,
+            member TEXT NOT NULL,
             event_type TEXT NOT NULL,
             state_key TEXT,
             delay_ms BIGINT NOT NULL,
@@ -56,7 +57,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             next_ms BIGINT NOT NULL,
             restarted_ms BIGINT NOT NULL,
             connected_ms BIGINT NOT NULL,
-            doubted BOOLEAN NOT NULL,
+            doubted_ms BIGINT NOT NULL,
             tries INTEGER NOT NULL,
             leave TEXT
         )
@@ -70,6 +71,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             identity TEXT NOT NULL,
             delay_id TEXT NOT NULL,
             sid TEXT,
+            sid_ms BIGINT NOT NULL DEFAULT 0,
             PRIMARY KEY (livekit_room, identity, delay_id)
         )
         """,
@@ -80,14 +82,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 # How many delegations one transaction deals with.
 BATCH = 100
-
-
-class Taken(Enum):
-    """What became of a delegation that somebody asked for."""
-
-    NEW = auto()
-    ALREADY = auto()
-    NO_SUCH_EVENT = auto()
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -137,12 +131,12 @@ class Store:
         self._homeserver = homeserver
         self._has_tables = False
 
-    async def _run(self, desc: str, func: Callable[..., T], *args: object) -> T:
+    async def _run(self, desc: str, func: Callable[..., T], *args: object, **more: Any) -> T:
         run = self._homeserver.run_db_interaction
         if not self._has_tables:
             await run("synapse_lk_jwt_migrate", _migrate)
             self._has_tables = True
-        return await run(f"synapse_lk_jwt_{desc}", func, *args)
+        return await run(f"synapse_lk_jwt_{desc}", func, *args, **more)
 
     # Which calls there are
 
@@ -197,19 +191,19 @@ class Store:
         """Forgets calls that are over, unless somebody has noted them within some milliseconds."""
 
         def forget(txn: LoggingTransaction) -> None:
-            before_ms = self._homeserver.clock.time_msec() - unseen_for_ms
             for livekit_room in livekit_rooms:
-                txn.execute(
-                    "DELETE FROM synapse_lk_jwt_calls WHERE livekit_room = ? AND seen_ms <= ?",
-                    (livekit_room, before_ms),
-                )
-                if txn.rowcount > 0:
-                    txn.execute(
-                        "DELETE FROM synapse_lk_jwt_owners WHERE livekit_room = ?", (livekit_room,)
-                    )
+                self._forget_call(txn, livekit_room, unseen_for_ms)
 
         if livekit_rooms:
             await self._run("forget_calls", forget)
+
+    def _forget_call(self, txn: LoggingTransaction, livekit_room: str, unseen_for_ms: int) -> None:
+        txn.execute(
+            "DELETE FROM synapse_lk_jwt_calls WHERE livekit_room = ? AND seen_ms <= ?",
+            (livekit_room, self._homeserver.clock.time_msec() - unseen_for_ms),
+        )
+        if txn.rowcount > 0:
+            txn.execute("DELETE FROM synapse_lk_jwt_owners WHERE livekit_room = ?", (livekit_room,))
 
     # Whose participants they are, where they can change what the SFU says of it
 
@@ -250,43 +244,56 @@ class Store:
                         " DO UPDATE SET user_id = EXCLUDED.user_id",
                         (livekit_room, identity, owner.user_id),
                     )
-            self._note_sid(txn, livekit_room, identity, sid)
+            now_ms = self._homeserver.clock.time_msec()
+            self._note_sid(txn, livekit_room, identity, sid, now_ms)
             self._advance(txn, _OF_IDENTITY, (livekit_room, identity), Happened.SEEN)
 
         await self._run("joined", joined)
 
     def _note_sid(
-        self, txn: LoggingTransaction, livekit_room: str, identity: str, sid: str
+        self, txn: LoggingTransaction, livekit_room: str, identity: str, sid: str, seen_ms: int
     ) -> None:
+        """Notes the session of an identity, unless a later one has been seen."""
         txn.execute(
-            "UPDATE synapse_lk_jwt_identities SET sid = ? WHERE livekit_room = ? AND identity = ?",
-            (sid, livekit_room, identity),
+            "UPDATE synapse_lk_jwt_identities SET sid = ?, sid_ms = ?"
+            " WHERE livekit_room = ? AND identity = ? AND sid_ms <= ?",
+            (sid, seen_ms, livekit_room, identity, seen_ms),
         )
 
-    async def left(
-        self, livekit_room: str, identity: str, sid: str, happened: Happened
-    ) -> list[Task]:
+    async def evicted(self, livekit_room: str, identity: str, sid: str) -> None:
+        """Notes that a session has ended, and that another one of the same participant follows.
+
+        Whatever that one is called: if it never comes up, it is told to have ended all the same.
+        """
+
+        def evicted(txn: LoggingTransaction) -> None:
+            txn.execute(
+                "UPDATE synapse_lk_jwt_identities SET sid = NULL"
+                " WHERE livekit_room = ? AND identity = ? AND sid = ?",
+                (livekit_room, identity, sid),
+            )
+
+        await self._run("evicted", evicted)
+
+    async def left(self, livekit_room: str, identity: str, sid: str) -> list[Task]:
         """Notes that a participant has left, unless a later session of it has been seen.
 
         Args:
             livekit_room: the LiveKit room.
             identity: the participant identity.
             sid: LiveKit's name for the session that is over.
-            happened: LEFT or ABORTED.
         """
         return await self._run(
-            "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), happened
+            "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), Happened.LEFT
         )
 
     async def finished(self, livekit_room: str) -> list[Task]:
         """Notes that a LiveKit room is gone."""
 
         def finished(txn: LoggingTransaction) -> list[Task]:
-            for table in ("calls", "owners"):
-                txn.execute(
-                    f"DELETE FROM synapse_lk_jwt_{table} WHERE livekit_room = ?", (livekit_room,)
-                )
-            return self._advance(txn, _OF_ROOM, (livekit_room,), Happened.ABORTED)
+            # One that was noted a moment ago has been made anew.
+            self._forget_call(txn, livekit_room, unseen_for_ms=5_000)
+            return self._advance(txn, _OF_ROOM, (livekit_room,), Happened.LEFT)
 
         return await self._run("finished", finished)
 
@@ -297,23 +304,32 @@ class Store:
         user_id: str,
         room_id: str,
         livekit_room: str,
-        identities: Collection[str],
+        identities: Sequence[str],
         delay_id: str,
-    ) -> tuple[Taken, Task | None]:
+    ) -> tuple[bool, list[Task]]:
         """Takes on a delegation; an older one of the same member is dropped.
 
         Args:
             user_id: a local user.
             room_id: the Matrix room.
             livekit_room: the LiveKit room.
-            identities: the participant identities that the user may have in it.
+            identities: the participant identities that the user may have in it; the first one tells
+                this member from the user's others.
             delay_id: the delayed event.
 
         Returns:
-            What became of it, and what is to be done at once.
+            Whether there is such a delayed event, and what is to be done at once.
         """
         return await self._run(
-            "take_on", self._take_on, user_id, room_id, livekit_room, identities, delay_id
+            "take_on",
+            self._take_on,
+            user_id,
+            room_id,
+            livekit_room,
+            identities,
+            delay_id,
+            # Whoever waits for the lock must see afterwards what the other one has done.
+            isolation_level=IsolationLevel.READ_COMMITTED,
         )
 
     def _take_on(
@@ -322,26 +338,29 @@ class Store:
         user_id: str,
         room_id: str,
         livekit_room: str,
-        identities: Collection[str],
+        identities: Sequence[str],
         delay_id: str,
-    ) -> tuple[Taken, Task | None]:
+    ) -> tuple[bool, list[Task]]:
+        if isinstance(txn.database_engine, PostgresEngine):
+            # Clients ask twice in a row, and two processes may be asked.
+            txn.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"synapse_lk_jwt {user_id}",))
         event = self._homeserver.delayed_event(txn, delay_id, user_id)
-        if event is None or event.room_id != room_id:
-            return Taken.NO_SUCH_EVENT, None
+        # What the room itself is made of is no leave of a call, and has rules of its own.
+        if event is None or event.room_id != room_id or event.type.startswith("m.room."):
+            return False, []
         txn.execute("SELECT 1 FROM synapse_lk_jwt_delegations WHERE delay_id = ?", (delay_id,))
         if txn.fetchone() is not None:
-            return Taken.ALREADY, None
-        self._drop_older(txn, user_id, livekit_room, identities, event)
+            return True, []
+        self._drop_older(txn, user_id, livekit_room, identities[0], event)
         now_ms = self._homeserver.clock.time_msec()
-        several = len(identities) > 1
-        delegation = take_on(event.delay_ms, several, now_ms)
         values = {
             "delay_id": delay_id,
             "user_id": user_id,
             "livekit_room": livekit_room,
+            "member": identities[0],
             "event_type": event.type,
             "state_key": event.state_key,
-            **_as_columns(delegation),
+            **_as_columns(take_on(event.delay_ms, len(identities) > 1, now_ms)),
         }
         txn.execute(
             f"INSERT INTO synapse_lk_jwt_delegations ({', '.join(values)})"
@@ -355,47 +374,66 @@ class Store:
                 (livekit_room, identity, delay_id),
             )
         ask = Task(Action.ASK, delay_id, livekit_room, frozenset(identities), False, None)
-        return Taken.NEW, ask
+        return True, [ask]
 
     def _drop_older(
         self,
         txn: LoggingTransaction,
         user_id: str,
         livekit_room: str,
-        identities: Collection[str],
+        member: str,
         event: DelayedEvent,
     ) -> None:
         """Drops the delegations that a new one takes the place of.
 
-        It is the same member if it has an identity in common, or if the leave is for the same
-        state. An older leave for that state is cancelled: it would remove the new membership.
+        These are of the same member, or their leave is for the same state. An older leave for that
+        state is cancelled: it would remove the new membership.
         """
         txn.execute(
-            "SELECT delay_id, event_type, state_key FROM synapse_lk_jwt_delegations"
+            "SELECT delay_id, member, event_type, state_key FROM synapse_lk_jwt_delegations"
             " WHERE livekit_room = ? AND user_id = ?",
             (livekit_room, user_id),
         )
-        for delay_id, event_type, state_key in txn.fetchall():
+        for delay_id, older_member, event_type, state_key in txn.fetchall():
             is_same_state = event.state_key is not None and (event_type, state_key) == (
                 event.type,
                 event.state_key,
             )
             if is_same_state:
                 self._homeserver.remove_delayed_event(txn, delay_id, user_id)
-            if is_same_state or not self._identities(txn, delay_id).keys().isdisjoint(identities):
+            if is_same_state or older_member == member:
                 self._delete(txn, delay_id)
 
-    async def happened(self, delay_id: str, happened: Happened) -> list[Task]:
-        """Notes that something has happened to a delegation, and says what is to be done."""
-        return await self._run("happened", self._advance, _OF_DELAY, (delay_id,), happened)
+    async def happened(
+        self, delay_id: str, happened: Happened, asked_ms: int | None = None
+    ) -> list[Task]:
+        """Notes that something has happened to a delegation, and says what is to be done.
 
-    async def seen(self, delay_id: str, livekit_room: str, sids: Mapping[str, str]) -> None:
-        """Notes that the SFU, asked, has listed identities of a delegation, with their sessions."""
+        Args:
+            delay_id: the delegation.
+            happened: what has happened.
+            asked_ms: when the SFU was asked, if it said so.
+        """
+        return await self._run(
+            "happened", self._advance, _OF_DELAY, (delay_id,), happened, asked_ms
+        )
+
+    async def seen(
+        self, delay_id: str, livekit_room: str, sids: Mapping[str, str], asked_ms: int
+    ) -> None:
+        """Notes that the SFU has listed identities of a delegation.
+
+        Args:
+            delay_id: the delegation.
+            livekit_room: the LiveKit room.
+            sids: the identities that are connected, with their sessions.
+            asked_ms: when the SFU was asked.
+        """
 
         def seen(txn: LoggingTransaction) -> None:
             for identity, sid in sids.items():
-                self._note_sid(txn, livekit_room, identity, sid)
-            self._advance(txn, _OF_DELAY, (delay_id,), Happened.SEEN)
+                self._note_sid(txn, livekit_room, identity, sid, asked_ms)
+            self._advance(txn, _OF_DELAY, (delay_id,), Happened.SEEN, asked_ms)
 
         await self._run("seen", seen)
 
@@ -413,16 +451,16 @@ class Store:
 
         def tracked(txn: LoggingTransaction) -> list[Tracked]:
             txn.execute(
-                "SELECT delay_id, d.livekit_room, phase, doubted, tries, identity, sid"
+                "SELECT delay_id, d.livekit_room, phase, doubted_ms, tries, identity, sid"
                 " FROM synapse_lk_jwt_delegations AS d"
                 " JOIN synapse_lk_jwt_identities USING (delay_id) WHERE phase <> ?",
                 (Phase.LEAVING.value,),
             )
             found: dict[str, Tracked] = {}
-            for delay_id, livekit_room, phase, doubted, tries, identity, sid in txn:
+            for delay_id, livekit_room, phase, doubted_ms, tries, identity, sid in txn:
                 if delay_id not in found:
                     is_connected = Phase(phase) is Phase.CONNECTED
-                    is_settled = is_connected and not doubted and not tries
+                    is_settled = is_connected and not doubted_ms and not tries
                     found[delay_id] = Tracked(delay_id, livekit_room, is_connected, is_settled, {})
                 found[delay_id].identities[identity] = sid
             return list(found.values())
@@ -435,9 +473,10 @@ class Store:
         which: str,
         args: tuple[object, ...],
         happened: Happened,
+        asked_ms: int | None = None,
     ) -> list[Task]:
         """Takes delegations a step further, and does to their delayed events what that takes."""
-        return self._advance_all(txn, self._rows(txn, which, args), happened)
+        return self._advance_all(txn, self._rows(txn, which, args), happened, asked_ms)
 
     def _rows(
         self, txn: LoggingTransaction, which: str, args: tuple[object, ...]
@@ -449,24 +488,33 @@ class Store:
         return [dict(zip(columns, values, strict=True)) for values in txn.fetchall()]
 
     def _advance_all(
-        self, txn: LoggingTransaction, rows: Iterable[Mapping[str, Any]], happened: Happened
+        self,
+        txn: LoggingTransaction,
+        rows: Iterable[Mapping[str, Any]],
+        happened: Happened,
+        asked_ms: int | None = None,
     ) -> list[Task]:
-        tasks = (self._advance_one(txn, row, happened) for row in rows)
+        tasks = (self._advance_one(txn, row, happened, asked_ms) for row in rows)
         return [task for task in tasks if task is not None]
 
     def _advance_one(
-        self, txn: LoggingTransaction, row: Mapping[str, Any], happened: Happened
+        self,
+        txn: LoggingTransaction,
+        row: Mapping[str, Any],
+        happened: Happened,
+        asked_ms: int | None,
     ) -> Task | None:
         delay_id, user_id = row["delay_id"], row["user_id"]
         leave = json.loads(row["leave"]) if row["leave"] is not None else None
         before = _from_columns(row)
         if before.phase is Phase.LEAVING and happened is Happened.DUE:
             assert leave is not None
-            if self._current(txn, leave["event"]) != leave["instead_of"]:
+            if self._homeserver.has_sent(txn, leave["event"], leave["since"]):
                 # It was sent, and this process or another one died ahead of noting that; or there
                 # is a newer membership, which it is not for.
                 happened = Happened.OVER
-        after, action = step(before, happened, self._homeserver.clock.time_msec())
+        now_ms = self._homeserver.clock.time_msec()
+        after, action = step(before, happened, now_ms, asked_ms)
         if action is Action.RESTART:
             if not self._homeserver.restart_delayed_event(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING
@@ -476,7 +524,7 @@ class Store:
             if event is None or not self._homeserver.remove_delayed_event(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING
             else:
-                leave = {"event": event.event, "instead_of": self._current(txn, event.event)}
+                leave = {"event": event.event, "since": self._homeserver.newest_event(txn)}
         if after is None:
             self._delete(txn, delay_id)
         elif after != before:
@@ -495,14 +543,6 @@ class Store:
             frozenset(self._identities(txn, delay_id)),
             before.phase is not Phase.WAITING,
             leave["event"] if leave else None,
-        )
-
-    def _current(self, txn: LoggingTransaction, event: JsonDict) -> str | None:
-        """The event that is in force where the leave would take its place."""
-        if "state_key" not in event:
-            return None
-        return self._homeserver.state_event_id(
-            txn, event["room_id"], event["type"], event["state_key"]
         )
 
     def _identities(self, txn: LoggingTransaction, delay_id: str) -> dict[str, str | None]:
@@ -564,14 +604,16 @@ def _from_columns(row: Mapping[str, Any]) -> Delegation:
             **{column: row[column] for column in _COLUMNS},
             "phase": Phase(row["phase"]),
             "several": bool(row["several"]),
-            "doubted": bool(row["doubted"]),
         }
     )
 
 
 def _migrate(txn: LoggingTransaction) -> None:
     """Brings the tables up to date, whichever process comes first."""
-    if isinstance(txn.database_engine, PostgresEngine):
+    if isinstance(txn.database_engine, Sqlite3Engine):
+        # Else each statement would be a transaction of its own.
+        txn.execute("BEGIN IMMEDIATE")
+    else:
         # Nobody else takes this lock on that table, and it comes ahead of the first look at the
         # data: a process that waits for it must see what the other one has made.
         txn.execute("LOCK TABLE schema_version IN SHARE ROW EXCLUSIVE MODE")

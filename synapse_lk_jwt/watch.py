@@ -13,11 +13,11 @@ from livekit.protocol.models import DisconnectReason, ParticipantInfo
 from livekit.protocol.webhook import WebhookEvent
 from synapse.util.async_helpers import concurrently_execute
 
-from synapse_lk_jwt.delegation import Happened
 from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.identifiers import is_clean
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.membership import Membership
-from synapse_lk_jwt.sfu.rooms import RoomService, SfuError
+from synapse_lk_jwt.sfu.rooms import Listing, RoomService, SfuError
 from synapse_lk_jwt.store import Store, Tracked
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,10 @@ class Watch:
         # LiveKit rooms with somebody in them at the last poll.
         self._occupied: set[str] = set()
         self._is_off = interval_ms == 0
-        homeserver.repeat(interval_ms or SAFETY_MS, "synapse_lk_jwt_poll", self.poll, at_once=True)
+        self._is_polling = False
+        homeserver.repeat(
+            interval_ms or SAFETY_MS, "synapse_lk_jwt_poll", self.poll, at_once=interval_ms > 0
+        )
 
     async def webhook(self, event: WebhookEvent) -> None:
         """Notes what a webhook says; what follows from it is done afterwards.
@@ -85,37 +88,47 @@ class Watch:
         """
         livekit_room, participant = event.room.name, event.participant
         identity, sid = participant.identity, participant.sid
-        match event.event:
-            case "participant_joined":
+        if event.event == "participant_joined":
+            if is_clean(identity):
                 owner = self._membership.owner(livekit_room, participant)
                 await self._store.joined(
                     livekit_room, identity, sid, owner, note_owner=self._note_owners
                 )
-                self._homeserver.run_in_background(
-                    "synapse_lk_jwt_joined", self._membership.joined, livekit_room, participant
-                )
-            case "participant_left" | "participant_connection_aborted":
-                if participant.disconnect_reason in NO_LEAVE:
-                    return
-                is_left = event.event == "participant_left"
-                happened = Happened.LEFT if is_left else Happened.ABORTED
-                self._leaves.begin(await self._store.left(livekit_room, identity, sid, happened))
-            case "room_finished":
-                self._rooms.forget(livekit_room)
-                self._leaves.begin(await self._store.finished(livekit_room))
+            # Whoever has a token can put anything behind a '#' in the identity, and is looked at
+            # whatever it is.
+            self._homeserver.run_in_background(
+                "synapse_lk_jwt_joined", self._membership.joined, livekit_room, participant
+            )
+        elif event.event in ("participant_left", "participant_connection_aborted"):
+            if not is_clean(identity):
+                return
+            if participant.disconnect_reason in NO_LEAVE:
+                await self._store.evicted(livekit_room, identity, sid)
+            else:
+                self._leaves.begin(await self._store.left(livekit_room, identity, sid))
+        elif event.event == "room_finished":
+            self._rooms.forget(livekit_room)
+            self._leaves.begin(await self._store.finished(livekit_room))
 
     async def poll(self) -> None:
-        """Looks at the whole SFU once."""
-        # That has been logged, and tells nothing of anybody.
-        with suppress(SfuError):
-            await self._poll()
+        """Looks at the whole SFU once, unless somebody is at it."""
+        if self._is_polling:
+            return
+        self._is_polling = True
+        try:
+            # That has been logged, and tells nothing of anybody.
+            with suppress(SfuError):
+                await self._poll()
+        finally:
+            self._is_polling = False
 
     async def _poll(self) -> None:
         tracked: dict[str, list[Tracked]] = {}
         for delegation in await self._store.tracked():
             tracked.setdefault(delegation.livekit_room, []).append(delegation)
-        if self._is_off and not tracked:
+        if self._is_off and not tracked and not await self._store.calls():
             return
+        asked_ms = self._homeserver.clock.time_msec()
         there = {room.name: room.num_participants > 0 for room in await self._rooms.list_rooms()}
         # Afterwards, so that a room that has just been closed is not in here and was lost.
         calls = await self._store.calls()
@@ -129,18 +142,19 @@ class Watch:
 
         async def look(livekit_room: str) -> None:
             try:
-                participants = await self._rooms.list_participants(livekit_room)
-                if participants:
-                    occupied.add(livekit_room)
-                    await self._look(livekit_room, calls.get(livekit_room), participants)
+                listing = await self._rooms.list_participants(livekit_room)
             except SfuError:
                 occupied.update(self._occupied & {livekit_room})
                 return
-            await self._leaves.polled(tracked.get(livekit_room, ()), participants)
+            await self._leaves.polled(tracked.get(livekit_room, ()), listing)
+            if listing.participants:
+                occupied.add(livekit_room)
+                with suppress(SfuError):
+                    await self._look(livekit_room, calls.get(livekit_room), listing.participants)
 
         await concurrently_execute(look, looked_at, CONCURRENT_ROOMS)
         for livekit_room in tracked.keys() - there.keys():
-            await self._leaves.polled(tracked[livekit_room], ())
+            await self._leaves.polled(tracked[livekit_room], Listing(asked_ms, ()))
         self._occupied = occupied
         await self._store.forget_calls(calls.keys() - there.keys(), FORGET_CALLS_MS)
 
@@ -160,8 +174,9 @@ class Watch:
                 delegation.is_settled for delegation in tracked.get(livekit_room, ())
             ):
                 self._rooms.forget(livekit_room)
-                await self._rooms.make_sure_of(livekit_room, calls[livekit_room])
-                logger.info("LiveKit has lost a call of %s: made it again", calls[livekit_room])
+                with suppress(SfuError):
+                    await self._rooms.make_sure_of(livekit_room, calls[livekit_room])
+                    logger.info("LiveKit has lost a call of %s: made it again", calls[livekit_room])
 
     async def _look(
         self, livekit_room: str, room_id: str | None, participants: Collection[ParticipantInfo]
@@ -169,7 +184,8 @@ class Watch:
         """Looks at those who are in one room, and notes who joined without a webhook."""
         noted = await self._store.owners(livekit_room) if self._note_owners else {}
         for participant in participants:
-            if room_id is None or (self._note_owners and participant.identity not in noted):
+            is_new = self._note_owners and participant.identity not in noted
+            if (room_id is None or is_new) and is_clean(participant.identity):
                 owner = self._membership.owner(livekit_room, participant)
                 if owner is not None:
                     room_id = owner.room_id

@@ -8,6 +8,7 @@ wrong one connects the call and decrypts nothing.
 
 import hashlib
 import re
+from collections.abc import Iterator
 
 from canonicaljson import encode_canonical_json
 from unpaddedbase64 import encode_base64
@@ -42,6 +43,16 @@ def user_of_device_identity(identity: str) -> str | None:
     """The user of an identity that `device_identity` made, or of a twin of it; else None."""
     match = _DEVICE_IDENTITY.fullmatch(identity)
     return match and match[1]
+
+
+def twin_of(identity: str) -> Iterator[str]:
+    """The identities whose token its holder may have used to connect, itself among them.
+
+    Whoever holds a token can also connect as `identity#anything` (LiveKit's `?publish=`).
+    """
+    yield identity
+    for match in re.finditer("#", identity):
+        yield identity[: match.start()]
 
 
 def device_member_identity(user_id: str, device_id: str, member_id: str) -> str:

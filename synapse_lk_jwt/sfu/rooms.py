@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+import attr
 from google.protobuf.message import DecodeError, Message
 from livekit.api import VideoGrants
 from livekit.protocol.models import ParticipantInfo, Room
@@ -40,7 +41,7 @@ M = TypeVar("M", bound=Message)
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 1024 * 1024
 # A list of rooms has about 300 bytes for each, and one of participants 2,000.
-MAX_LIST_BYTES = 64 * 1024 * 1024
+MAX_LIST_BYTES = 16 * 1024 * 1024
 
 # LiveKit closes a room that nobody joined after the first, and one that everybody left after the
 # second of these.
@@ -55,8 +56,25 @@ class SfuError(Exception):
     """The SFU did not do what it was asked. The text names the cause, for the log alone."""
 
 
-class NotFound(SfuError):
+class Refused(SfuError):
+    """It is LiveKit, and it does not do this one thing."""
+
+
+class NotFound(Refused):
     """There is no such room, or no such participant in it."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Listing:
+    """Who was in a room.
+
+    Attributes:
+        asked_ms: when the SFU was asked, milliseconds since the epoch.
+        participants: whom it named.
+    """
+
+    asked_ms: int
+    participants: Sequence[ParticipantInfo]
 
 
 class RoomService:
@@ -84,7 +102,12 @@ class RoomService:
         self._signer = signer
         self._note_call = note_call
         self._rooms = homeserver.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
+        self._listing = homeserver.linearizer("synapse_lk_jwt_listing")
+        # The last answers, for those who were waiting meanwhile.
+        self._listed: dict[str, Listing] = {}
         self._trouble: str | None = None
+        # Why the SFU did not do something lately, by method.
+        self._refused: dict[str, str] = {}
 
     async def make_sure_of(self, livekit_room: str, room_id: str) -> None:
         """Makes sure that a LiveKit room exists.
@@ -123,8 +146,25 @@ class RoomService:
         )
         return answer.rooms
 
-    async def list_participants(self, livekit_room: str) -> Sequence[ParticipantInfo]:
-        """Who is in a room; nobody is in one that does not exist."""
+    async def list_participants(self, livekit_room: str) -> Listing:
+        """Who is in a room at some time from now on; nobody is in one that does not exist.
+
+        One request for a room is made at a time, and its answer is shared by all who were waiting
+        for their turn: when a large call ends everybody in it is asked for at once.
+        """
+        now_ms = self._homeserver.clock.time_msec
+        wanted_ms = now_ms()
+        async with self._listing.queue(livekit_room):
+            listed = self._listed.get(livekit_room)
+            if listed is None or listed.asked_ms <= wanted_ms:
+                listed = Listing(now_ms(), await self._list_participants(livekit_room))
+            if self._listing.is_queued(livekit_room):
+                self._listed[livekit_room] = listed
+            else:
+                self._listed.pop(livekit_room, None)
+            return listed
+
+    async def _list_participants(self, livekit_room: str) -> Sequence[ParticipantInfo]:
         try:
             answer = await self._call(
                 "ListParticipants",
@@ -137,15 +177,22 @@ class RoomService:
             return ()
         return answer.participants
 
-    async def remove_participant(self, livekit_room: str, identity: str) -> None:
-        """Ends a participant's connection. Their token remains good for another one."""
-        with suppress(NotFound):
+    async def remove_participant(self, livekit_room: str, identity: str) -> bool:
+        """Ends a participant's connection. Their token remains good for another one.
+
+        Returns:
+            Whether they were there.
+        """
+        try:
             await self._call(
                 "RemoveParticipant",
                 RoomParticipantIdentity(room=livekit_room, identity=identity),
                 VideoGrants(room_admin=True, room=livekit_room),
                 RemoveParticipantResponse,
             )
+        except NotFound:
+            return False
+        return True
 
     async def delete_room(self, livekit_room: str) -> None:
         """Ends a call for everybody in it."""
@@ -223,7 +270,12 @@ class RoomService:
         try:
             result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
         except NotFound:
-            self._succeeded()
+            self._succeeded(method)
+            raise
+        except Refused as e:
+            if self._refused.get(method) != str(e):
+                self._refused[method] = str(e)
+                logger.error("LiveKit at %s does not do %s: %s", self._api_url, method, e)
             raise
         except SfuError as e:
             raise self._failed(str(e)) from None
@@ -235,7 +287,7 @@ class RoomService:
             raise self._failed(f"no connection: {e}") from None
         except Exception as e:
             raise self._failed(f"the connection broke: {type(e).__name__}: {e}") from None
-        self._succeeded()
+        self._succeeded(method)
         return result
 
     def _failed(self, cause: str) -> SfuError:
@@ -246,7 +298,8 @@ class RoomService:
             )
         return SfuError(cause)
 
-    def _succeeded(self) -> None:
+    def _succeeded(self, method: str) -> None:
+        self._refused.pop(method, None)
         if self._trouble is not None:
             self._trouble = None
             logger.info("LiveKit at %s can be used again", self._api_url)
@@ -277,4 +330,4 @@ def _decode(status: int, content_type: str, body: bytes, answer: type[M], token:
         raise SfuError(f"it answers {status}; is this LiveKit's API?") from None
     if status == 404 and code == "not_found":
         raise NotFound()
-    raise SfuError(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")
+    raise Refused(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")

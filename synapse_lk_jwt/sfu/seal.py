@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from synapse_lk_jwt.http import parse_json
+from synapse_lk_jwt.sfu.names import twin_of
 
 ATTRIBUTE = "synapse_lk_jwt"
 
@@ -47,21 +48,27 @@ class Sealer:
         key = HKDF(SHA256(), 32, salt=None, info=b"synapse-lk-jwt: owner of a participant")
         self._cipher = AESGCM(key.derive(secret.encode("utf-8")))
 
-    def seal(self, owner: Owner) -> dict[str, str]:
-        """The attributes for a participant's token."""
+    def seal(self, owner: Owner, identity: str) -> dict[str, str]:
+        """The attributes for the token of a participant identity."""
         nonce = os.urandom(_NONCE_BYTES)
-        text = encode_canonical_json(attr.astuple(owner))
+        text = encode_canonical_json([identity, *attr.astuple(owner)])
         sealed = nonce + self._cipher.encrypt(nonce, text, None)
         return {ATTRIBUTE: urlsafe_b64encode(sealed).decode("ascii")}
 
-    def open(self, attributes: Mapping[str, str]) -> Owner | None:
-        """The owner from a participant's attributes; None if this homeserver did not seal it."""
+    def open(self, attributes: Mapping[str, str], identity: str) -> Owner | None:
+        """The owner of a participant, from its attributes.
+
+        Returns:
+            None if this homeserver did not seal it, or not for this identity or one whose twin it
+            is.
+        """
         sealed = attributes.get(ATTRIBUTE)
         if sealed is None:
             return None
         try:
             data = urlsafe_b64decode(sealed)
             text = self._cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], None)
-            return Owner(*parse_json(text))
+            sealed_for, *owner = parse_json(text)
+            return Owner(*owner) if sealed_for in twin_of(identity) else None
         except (ValueError, TypeError, InvalidTag):
             return None

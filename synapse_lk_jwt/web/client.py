@@ -153,13 +153,13 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
         with as_matrix_errors():
             await self._issuer.check_membership(user_id, body.room_id, strict=True)
         check_url(body.url, self._livekit_url)
-        identities = {member_identity(user_id, body.member_id)}
+        identities = [member_identity(user_id, body.member_id)]
         if requester.device_id is not None:
             # The client may have joined with a token of the service endpoints.
-            identities |= {
+            identities += [
                 device_identity(user_id, requester.device_id),
                 device_member_identity(user_id, requester.device_id, body.member_id),
-            }
+            ]
         livekit_room = livekit_room_name(body.room_id, body.slot_id)
         if not await self._leaves.take_on(
             user_id, body.room_id, livekit_room, identities, body.delay_id

@@ -2,7 +2,7 @@
 """The service endpoints: what clients ask at `livekit_service_url`, with an OpenID token."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from google.protobuf.json_format import Parse, ParseError
 from livekit.protocol.webhook import WebhookEvent
@@ -133,7 +133,7 @@ class _TokenEndpoint(_Endpoint):
             await self._issuer.check_membership(user_id, room_id)
 
     async def _delegate(
-        self, user_id: str, room_id: str, slot_id: str, identities: Collection[str], delay_id: str
+        self, user_id: str, room_id: str, slot_id: str, identities: Sequence[str], delay_id: str
     ) -> bool:
         livekit_room = livekit_room_name(room_id, slot_id)
         return await self._leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
@@ -215,10 +215,10 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
         await self._check(user_id, body.room_id)
         device_id = body.claimed_device_id
         # The client may have joined with a token of either endpoint.
-        identities = {
-            device_identity(user_id, device_id),
+        identities = [
             device_member_identity(user_id, device_id, body.member_id),
-        }
+            device_identity(user_id, device_id),
+        ]
         if not await self._delegate(user_id, body.room_id, body.slot_id, identities, body.delay_id):
             raise no_such_delayed_event()
         return 200, {}

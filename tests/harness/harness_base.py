@@ -44,6 +44,8 @@ class Sfu:
         people: who is in each room there is.
         asked: the names of the methods that were called for other reasons, and for which room.
         is_down: whether connections to it are refused.
+        stuck: identities that it does not remove.
+        answers_wait_for: what its answers, ready as they are, are held back by.
     """
 
     reactor: Any
@@ -52,6 +54,8 @@ class Sfu:
     people: dict[str, dict[str, ParticipantInfo]] = attr.Factory(dict)
     asked: list[tuple[str, str]] = attr.Factory(list)
     is_down: bool = False
+    stuck: set[str] = attr.Factory(set)
+    answers_wait_for: "Deferred[None] | None" = None
     _sessions: int = 0
 
     async def request(
@@ -61,7 +65,10 @@ class Sfu:
         assert headers is not None
         name = uri.rpartition("/")[2]
         if name != "CreateRoom":
-            return self._answer(name, data or b"")
+            said = self._answer(name, data or b"")
+            if self.answers_wait_for is not None:
+                await self.answers_wait_for
+            return said
         self.requests.append((uri, CreateRoomRequest.FromString(data or b"")))
         answer = self.answer.pop(0) if isinstance(self.answer, list) else self.answer
         if isinstance(answer, Exception):
@@ -94,6 +101,8 @@ class Sfu:
         elif name == "RemoveParticipant":
             who = RoomParticipantIdentity.FromString(data)
             self.asked.append((name, who.room))
+            if who.identity in self.stuck:
+                return response(500, b'{"code": "internal", "msg": "no luck"}')
             if self.people.get(who.room, {}).pop(who.identity, None) is None:
                 return missing
             answer = RemoveParticipantResponse()

@@ -73,7 +73,7 @@ class FollowingTestCase(DelegationTestCase):
         return room
 
     def owner(self, participant: ParticipantInfo) -> Owner:
-        owner = Sealer(SECRET).open(participant.attributes)
+        owner = Sealer(SECRET).open(participant.attributes, participant.identity)
         assert owner is not None
         return owner
 
@@ -163,6 +163,31 @@ class LeavingTests(FollowingTestCase):
         self.advance_by(6)
         assert self.users_there() == {self.alice, self.rita}
 
+    def test_one_who_cannot_be_removed_holds_up_nobody(self) -> None:
+        stuck = f"{self.bob}:DEVICE"
+        self.sfu.stuck.add(stuck)
+        self.join_remotely(self.bob, "leave")
+        self.join_remotely(self.rita, "leave")
+        self.pump()
+        assert self.users_there() == {self.alice, self.bob}
+        assert self.there() == 2
+        # What else happens on the homeserver causes no more requests.
+        asked = len(self.sfu.asked)
+        self.helper.send(self.room_id, "hello", tok=self.alices_token)
+        self.pump()
+        assert len(self.sfu.asked) == asked
+        self.sfu.stuck.clear()
+        self.advance_by(6)
+        assert self.users_there() == {self.alice}
+
+    def test_whatever_a_twin_is_called_it_is_removed(self) -> None:
+        self.join_remotely(self.bob, "ban")
+        self.pump()
+        twin = self.sfu.join(self.tokens["bob on one device"], twin="#\0")
+        assert self.webhook("participant_joined", twin, room=self.room).code == 200
+        self.pump()
+        assert self.users_there() == {self.alice, self.rita}
+
     def test_participants_that_are_not_ours_stay(self) -> None:
         stranger = ParticipantInfo(identity="recorder", sid="PA_X")
         self.sfu.people[self.room]["recorder"] = stranger
@@ -204,6 +229,7 @@ class NoMembershipTests(FollowingTestCase):
         self.webhook("participant_joined", self.sfu.join(token))
         self.advance_by(31)
         assert stranger in self.users_there()
+        self.join_remotely(stranger, "invite")
         self.join_remotely(self.bob, "leave")
         self.pump()
         assert self.users_there() == {self.alice, self.rita, stranger}

@@ -169,16 +169,20 @@ def test_what_is_no_webhook_of_livekit(authorization: str) -> None:
 def test_seals_are_opened_by_the_same_secret_only() -> None:
     owner = Owner("@älice:example.org", "!room", "m.call#ROOM")
     sealer = Sealer("secret")
-    sealed = sealer.seal(owner)
-    assert sealer.open(sealed) == owner
-    assert Sealer("secret").open(sealed) == owner
-    assert Sealer("another").open(sealed) is None
+    sealed = sealer.seal(owner, "me")
+    assert sealer.open(sealed, "me") == owner
+    assert sealer.open(sealed, "me#twin") == owner
+    assert Sealer("secret").open(sealed, "me") == owner
+    assert Sealer("another").open(sealed, "me") is None
+    # Everybody in the call sees it, and somebody may take it for their own.
+    for other in ("you", "me2", "m", "you#me", ""):
+        assert sealer.open(sealed, other) is None
     # It tells nothing, not even that two are of the same user.
-    assert sealer.seal(owner) != sealed
+    assert sealer.seal(owner, "me") != sealed
     (value,) = sealed.values()
     for wrong in ("", "é", "====", value[:-4], value[1:], "A" + value, value[:-5] + "AAAAA"):
-        assert sealer.open({ATTRIBUTE: wrong}) is None
-    assert sealer.open({}) is None
+        assert sealer.open({ATTRIBUTE: wrong}, "me") is None
+    assert sealer.open({}, "me") is None
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synapse_lk_jwt.delegation import (
-    LOOK_AGAIN_MS,
+    COME_BACK_MS,
     MAX_RESTART_MS,
     MAX_SENDS,
     MAX_WAIT_MS,
@@ -47,7 +47,6 @@ DOUBTED = after(Happened.SEEN, Happened.LEFT)
 LEAVING = after(Happened.SEEN, Happened.LEFT, Happened.ABSENT)
 STATES = {
     "waiting": waiting(),
-    "waiting, left": after(Happened.LEFT),
     "connected": CONNECTED,
     "connected, missed once": after(Happened.SEEN, Happened.ABSENT_AT_POLL),
     "connected, doubted": DOUBTED,
@@ -60,19 +59,8 @@ NOTHING, ASK, RESTART, SEND = Action.NOTHING, Action.ASK, Action.RESTART, Action
 TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
     "waiting": {
         Happened.SEEN: (C, RESTART),
-        Happened.LEFT: (W, ASK),
-        Happened.ABORTED: (W, NOTHING),
+        Happened.LEFT: (W, NOTHING),
         Happened.ABSENT: (W, NOTHING),
-        Happened.ABSENT_AT_POLL: (W, NOTHING),
-        Happened.DUE: (W, ASK),
-        Happened.NOT_SENT: (W, NOTHING),
-        Happened.OVER: (OVER, NOTHING),
-    },
-    "waiting, left": {
-        Happened.SEEN: (C, RESTART),
-        Happened.LEFT: (W, ASK),
-        Happened.ABORTED: (W, NOTHING),
-        Happened.ABSENT: (L, SEND),
         Happened.ABSENT_AT_POLL: (W, NOTHING),
         Happened.DUE: (W, ASK),
         Happened.NOT_SENT: (W, NOTHING),
@@ -81,7 +69,6 @@ TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
     "connected": {
         Happened.SEEN: (C, NOTHING),
         Happened.LEFT: (C, ASK),
-        Happened.ABORTED: (C, ASK),
         Happened.ABSENT: (C, NOTHING),
         Happened.ABSENT_AT_POLL: (C, NOTHING),
         Happened.DUE: (C, NOTHING),
@@ -91,7 +78,6 @@ TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
     "connected, missed once": {
         Happened.SEEN: (C, NOTHING),
         Happened.LEFT: (C, ASK),
-        Happened.ABORTED: (C, ASK),
         Happened.ABSENT: (C, NOTHING),
         Happened.ABSENT_AT_POLL: (C, ASK),
         Happened.DUE: (C, NOTHING),
@@ -101,7 +87,6 @@ TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
     "connected, doubted": {
         Happened.SEEN: (C, NOTHING),
         Happened.LEFT: (C, ASK),
-        Happened.ABORTED: (C, ASK),
         Happened.ABSENT: (L, SEND),
         Happened.ABSENT_AT_POLL: (C, NOTHING),
         Happened.DUE: (C, ASK),
@@ -111,7 +96,6 @@ TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
     "leaving": {
         Happened.SEEN: (L, NOTHING),
         Happened.LEFT: (L, NOTHING),
-        Happened.ABORTED: (L, NOTHING),
         Happened.ABSENT: (L, NOTHING),
         Happened.ABSENT_AT_POLL: (L, NOTHING),
         Happened.DUE: (L, SEND),
@@ -130,6 +114,17 @@ def test_every_state_knows_what_to_do_about_everything(state: str, happened: Hap
 def test_who_is_seen_again_is_not_doubted_any_more() -> None:
     assert after(Happened.SEEN, d=DOUBTED) == CONNECTED
     assert after(Happened.SEEN, d=after(Happened.ABSENT_AT_POLL, d=CONNECTED)) == CONNECTED
+
+
+def test_an_answer_of_the_time_before_the_doubt_tells_nothing_of_it() -> None:
+    d = after(Happened.LEFT, d=CONNECTED, at=NOW + 100)
+    for answer in (Happened.SEEN, Happened.ABSENT):
+        assert step(d, answer, NOW + 200, asked_ms=NOW + 99) == (d, NOTHING)
+    assert step(d, Happened.ABSENT, NOW + 200, asked_ms=NOW + 101)[1] is SEND
+    # Unasked, it is always news.
+    following, _ = step(d, Happened.SEEN, NOW + 200)
+    assert following is not None
+    assert not following.doubted_ms
 
 
 def test_two_polls_in_a_row_and_one_more_look_are_needed() -> None:
@@ -202,13 +197,21 @@ def test_an_sfu_that_does_not_answer_does_not_end_the_waiting() -> None:
 
 
 def test_who_leaves_after_a_moment_may_come_back_under_another_name() -> None:
-    d = after(Happened.SEEN, Happened.LEFT, d=waiting(several=True))
-    d, action = step(d, Happened.ABSENT, NOW + MOMENT_MS - 1)  # type: ignore[assignment]
+    left_at = NOW + MOMENT_MS - 1
+    d = after(Happened.LEFT, d=after(Happened.SEEN, d=waiting(several=True)), at=left_at)
+    d, action = step(d, Happened.ABSENT, left_at)  # type: ignore[assignment]
     assert action is NOTHING
-    assert d.next_ms <= NOW + MOMENT_MS + LOOK_AGAIN_MS
+    assert d.next_ms == left_at + COME_BACK_MS
     assert step(d, Happened.DUE, d.next_ms)[1] is ASK
     assert step(d, Happened.SEEN, d.next_ms)[1] is NOTHING
-    assert step(d, Happened.ABSENT, NOW + MOMENT_MS)[1] is SEND
+    assert step(d, Happened.ABSENT, d.next_ms)[1] is SEND
+
+
+def test_who_has_one_name_or_was_there_for_longer_than_a_moment_does_not() -> None:
+    for several, left_at in ((False, NOW), (True, NOW + MOMENT_MS)):
+        d = after(Happened.SEEN, d=waiting(several=several))
+        d = after(Happened.LEFT, d=d, at=left_at)
+        assert step(d, Happened.ABSENT, left_at)[1] is SEND
 
 
 def test_a_leave_is_sent_again_until_the_room_has_answered() -> None:
@@ -240,7 +243,7 @@ def test_whatever_happens_in_whatever_order(
         assert d is not None
         before = d
         d, action = step(d, happened, now)
-        if happened in (Happened.LEFT, Happened.ABORTED, Happened.ABSENT_AT_POLL):
+        if happened in (Happened.LEFT, Happened.ABSENT_AT_POLL):
             reason_to_leave = True
         if happened is Happened.SEEN:
             reason_to_leave = False

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module's own tables."""
+
+from unittest.mock import patch
+
+from harness_base import ModuleTestCase
+
+from synapse_lk_jwt import store
+from synapse_lk_jwt.homeserver import Homeserver
+
+ROOM, LIVEKIT_ROOM = "!room:test", "livekit-room"
+
+
+class MigrationTests(ModuleTestCase):
+    def prepare(self, reactor: object, clock: object, hs: object) -> None:
+        super().prepare(reactor, clock, hs)
+        self.pump()
+        for table in ("schema", "calls", "owners", "delegations", "identities", "stream"):
+            self.get_success(
+                self.store.db_pool.execute("drop", f"DROP TABLE IF EXISTS synapse_lk_jwt_{table}")
+            )
+        self.tables = store.Store(Homeserver(self.hs.get_module_api()))
+
+    def version(self) -> int:
+        version: int = self.get_success(
+            self.store.db_pool.simple_select_one_onecol("synapse_lk_jwt_schema", {}, "version")
+        )
+        return version
+
+    def test_they_are_made_once(self) -> None:
+        for _ in range(2):
+            another = store.Store(Homeserver(self.hs.get_module_api()))
+            self.get_success(another.note_call(LIVEKIT_ROOM, ROOM))
+        assert self.get_success(self.tables.calls()) == {LIVEKIT_ROOM: ROOM}
+        assert self.version() == len(store.MIGRATIONS)
+
+    def test_a_process_that_dies_in_between_leaves_nothing_half_done(self) -> None:
+        broken = ((*store.MIGRATIONS[0], "CREATE NONSENSE"),)
+        with patch.object(store, "MIGRATIONS", broken):
+            self.get_failure(self.tables.calls(), Exception)
+        self.get_success(self.tables.note_call(LIVEKIT_ROOM, ROOM))
+        assert self.get_success(self.tables.calls()) == {LIVEKIT_ROOM: ROOM}
+
+    def test_the_next_version_is_added_to_what_is_there(self) -> None:
+        self.get_success(self.tables.note_call(LIVEKIT_ROOM, ROOM))
+        more = ("ALTER TABLE synapse_lk_jwt_calls ADD COLUMN more TEXT",)
+        with patch.object(store, "MIGRATIONS", (*store.MIGRATIONS, more)):
+            newer = store.Store(Homeserver(self.hs.get_module_api()))
+            assert self.get_success(newer.calls()) == {LIVEKIT_ROOM: ROOM}
+            assert self.version() == 2
+        # And an older version of the module gets on with it.
+        older = store.Store(Homeserver(self.hs.get_module_api()))
+        assert self.get_success(older.calls()) == {LIVEKIT_ROOM: ROOM}
+        assert self.version() == 2
