@@ -88,6 +88,40 @@ class User:
         path = f"/_matrix/client/v3/rooms/{_path(room_id)}/state/{_path(kind)}/{_path(key)}"
         self.call("PUT", path, content).ok()
 
+    def state(self, room_id: str, kind: str, key: str = "") -> dict[str, Any] | None:
+        """The content of a state event, None if there is none."""
+        path = f"/_matrix/client/v3/rooms/{_path(room_id)}/state/{_path(kind)}/{_path(key)}"
+        answer = self.call("GET", path)
+        if answer.status == 404:
+            return None
+        content = answer.ok()
+        assert isinstance(content, dict)
+        return content
+
+    def delay_state(
+        self, room_id: str, kind: str, content: Any, key: str = "", delay_ms: int = 3_600_000
+    ) -> str:
+        """Schedule a state event (MSC4140) and return its delay ID."""
+        path = f"/_matrix/client/v3/rooms/{_path(room_id)}/state/{_path(kind)}/{_path(key)}"
+        query = f"?org.matrix.msc4140.delay={delay_ms}"
+        delay_id = self.call("PUT", path + query, content).ok()["delay_id"]
+        assert isinstance(delay_id, str)
+        return delay_id
+
+    def delayed(self) -> list[dict[str, Any]]:
+        """Delayed events of this user that have not been sent yet."""
+        path = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events"
+        events = self.call("GET", path).ok()["delayed_events"]
+        assert isinstance(events, list)
+        return events
+
+    def timeline(self, room_id: str) -> list[dict[str, Any]]:
+        """The last hundred events of a room, the newest first."""
+        path = f"/_matrix/client/v3/rooms/{_path(room_id)}/messages?dir=b&limit=100"
+        chunk = self.call("GET", path).ok()["chunk"]
+        assert isinstance(chunk, list)
+        return chunk
+
     def send_text(self, room_id: str, text: str) -> str:
         """Send a message and return its event ID."""
         path = f"/_matrix/client/v3/rooms/{_path(room_id)}/send/m.room.message/{next(_transaction)}"

@@ -79,3 +79,9 @@ def homeserver_get_token(user: User, body: Any, prefix: str = "v1") -> Answer:
         prefix: `v1`, or `unstable/io.element.msc4195`.
     """
     return user.call("POST", f"/_matrix/client/{prefix}/rtc/livekit/get_token", body)
+
+
+def homeserver_delegate(user: User, body: Any, prefix: str = "v1") -> Answer:
+    """Ask MSC4195's client-server `delegate_delayed_leave` with the user's access token."""
+    path = f"/_matrix/client/{prefix}/rtc/livekit/delegate_delayed_leave"
+    return user.call("POST", path, body)

@@ -6,14 +6,16 @@ against the oldest and the newest Synapse that is supported.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from inspect import signature
 from io import BytesIO
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
+import attr
 from canonicaljson import encode_canonical_json
-from synapse.api.errors import FederationDeniedError
+from synapse.api.constants import EventTypes
+from synapse.api.errors import FederationDeniedError, SynapseError
 from synapse.api.ratelimiting import Ratelimiter
 from synapse.config.ratelimiting import RatelimitSettings
 from synapse.http import QuieterFileBodyProducer
@@ -22,7 +24,9 @@ from synapse.http.server import HttpServer
 from synapse.http.servlet import RestServlet
 from synapse.logging.context import make_deferred_yieldable
 from synapse.module_api import ModuleApi
-from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id
+from synapse.storage._base import db_to_json
+from synapse.storage.database import LoggingTransaction
+from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id, get_localpart_from_id
 from synapse.util.caches.response_cache import ResponseCache
 from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
@@ -37,6 +41,25 @@ _GROUP = "synapse_lk_jwt"
 _SERVLETS = "_synapse_lk_jwt_servlets"
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class DelayedEvent:
+    """A delayed event (MSC4140) of a local user.
+
+    Attributes:
+        room_id: where it will be sent.
+        type: its type.
+        state_key: its state key, None for a message event.
+        delay_ms: milliseconds between being started, or restarted, and being sent.
+        event: what to send, as `Homeserver.send` takes it.
+    """
+
+    room_id: str
+    type: str
+    state_key: str | None
+    delay_ms: int
+    event: JsonDict
+
+
 class Homeserver:
     """One homeserver, main process or worker.
 
@@ -46,9 +69,16 @@ class Homeserver:
         reactor: Synapse's reactor, real or of a test harness.
         http_client: Synapse's client for requests that are no federation.
         get_user_by_req: Synapse's authentication of a client's request.
+        run_db_interaction: runs a function in a transaction, which is tried again where PostgreSQL
+            says that another one was in its way.
+        run_in_background: runs an async function on its own, without anybody waiting for it.
+        runs_background_tasks: whether this is the one process that does what must not be done by
+            several.
+        has_delayed_events: whether users may schedule delayed events (`max_event_delay_duration`).
     """
 
     def __init__(self, api: ModuleApi) -> None:
+        self._api = api
         # Untyped: Synapse's caches confuse mypy without a plugin that Synapse does not publish.
         self._hs: Any = api._hs
         self._store: Any = self._hs.get_datastores().main
@@ -57,6 +87,16 @@ class Homeserver:
         self.reactor: ISynapseReactor = self._hs.get_reactor()
         self.http_client: SimpleHttpClient = api.http_client
         self.get_user_by_req = api.get_user_by_req
+        self.run_db_interaction = api.run_db_interaction
+        self.run_in_background = api.run_as_background_process
+        self.runs_background_tasks: bool = api.should_run_background_tasks()
+        config: Any = self._hs.config.server
+        self.has_delayed_events = bool(
+            # Synapse 1.140 has the second one only.
+            config.msc4140_enabled
+            if hasattr(config, "msc4140_enabled")
+            else config.max_event_delay_ms
+        )
 
     def is_mine(self, user_id: str) -> bool:
         """Whether a user is one of this homeserver."""
@@ -177,6 +217,140 @@ class Homeserver:
         )
         return await make_deferred_yieldable(response)
 
+    def repeat(
+        self,
+        interval_ms: int,
+        desc: str,
+        func: Callable[[], Awaitable[None]],
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Calls a function again and again, on the process that runs background tasks only.
+
+        Args:
+            interval_ms: milliseconds between two calls, and ahead of the first. A call that takes
+                longer delays the next.
+            desc: a name for Synapse's metrics and log.
+            func: what to call.
+            at_once: whether to call it for the first time as soon as Synapse is up.
+        """
+        self._api.looping_background_call(func, interval_ms, desc=desc)
+        if at_once and self.runs_background_tasks:
+            self._api.delayed_background_call(min(interval_ms, 1000), func, desc=desc)
+
+    def on_new_data(self, callback: Callable[[], None]) -> None:
+        """Has a function called whenever there may be new events. It must be quick."""
+        self._hs.get_notifier().add_replication_callback(callback)
+
+    def stream_position(self) -> int:
+        """The position in the event stream that this process has caught up with."""
+        return int(self._store.get_room_max_stream_ordering())
+
+    def has_state_changed(self, since: int) -> bool:
+        """Whether the state of any room may have changed since a stream position; no database."""
+        return bool(self._store._curr_state_delta_stream_cache.has_any_entity_changed(since))
+
+    async def state_changes(
+        self, since: int, until: int
+    ) -> tuple[int, Sequence[tuple[str, str, str]]]:
+        """What has changed in the state of rooms, in order, up to a hundred changes or so.
+
+        Returns:
+            The stream position that they reach up to, and of each change the room, the type and
+            the state key.
+        """
+        reached, deltas = await self._store.get_partial_current_state_deltas(since, until)
+        return int(reached), [(d.room_id, d.event_type, d.state_key) for d in deltas]
+
+    def delayed_event(
+        self, txn: LoggingTransaction, delay_id: str, user_id: str
+    ) -> DelayedEvent | None:
+        """A delayed event of a local user, unless it has been sent, or is about to be.
+
+        This and the next two work on Synapse's own table, because what is done to a delayed event
+        and what is noted of it must happen together or not at all.
+        """
+        txn.execute(
+            "SELECT * FROM delayed_events"
+            " WHERE delay_id = ? AND user_localpart = ? AND NOT is_processed",
+            (delay_id, get_localpart_from_id(user_id)),
+        )
+        values = txn.fetchone()
+        if values is None:
+            return None
+        assert txn.description is not None
+        # Newer Synapses have more columns.
+        row = dict(zip((column[0] for column in txn.description), values, strict=True))
+        event: JsonDict = {
+            "type": row["event_type"],
+            "room_id": row["room_id"],
+            "sender": user_id,
+            "content": db_to_json(row["content"]),
+        }
+        if row["state_key"] is not None:
+            event["state_key"] = row["state_key"]
+        if row["origin_server_ts"] is not None:
+            event["origin_server_ts"] = row["origin_server_ts"]
+        if row.get("sticky_duration_ms") is not None:
+            event["msc4354_sticky"] = {"duration_ms": row["sticky_duration_ms"]}
+        return DelayedEvent(
+            row["room_id"], row["event_type"], row["state_key"], row["delay"], event
+        )
+
+    def restart_delayed_event(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> bool:
+        """Has a delayed event wait for its whole delay again; returns whether it is still there.
+
+        Synapse's timer on the main process goes off at the old time, finds nothing due, and is set
+        anew.
+        """
+        txn.execute(
+            "UPDATE delayed_events SET send_ts = delay + ?"
+            " WHERE delay_id = ? AND user_localpart = ? AND NOT is_processed",
+            (self.clock.time_msec(), delay_id, get_localpart_from_id(user_id)),
+        )
+        return txn.rowcount > 0
+
+    def remove_delayed_event(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> bool:
+        """Takes a delayed event away from Synapse; returns whether it was still there."""
+        txn.execute(
+            "DELETE FROM delayed_events"
+            " WHERE delay_id = ? AND user_localpart = ? AND NOT is_processed",
+            (delay_id, get_localpart_from_id(user_id)),
+        )
+        return txn.rowcount > 0
+
+    def state_event_id(
+        self, txn: LoggingTransaction, room_id: str, event_type: str, state_key: str
+    ) -> str | None:
+        """The ID of the event that is a room's state for a type and key now, if there is one."""
+        txn.execute(
+            "SELECT event_id FROM current_state_events"
+            " WHERE room_id = ? AND type = ? AND state_key = ?",
+            (room_id, event_type, state_key),
+        )
+        row = txn.fetchone()
+        return None if row is None else str(row[0])
+
+    async def send(self, event: JsonDict) -> None:
+        """Sends an event of a local user without any rate limit, from any process.
+
+        Raises:
+            synapse.api.errors.SynapseError: if the room does not take it.
+        """
+        if event["type"] != EventTypes.Member:
+            await self._api.create_and_send_event_into_room(event)
+            return
+        membership = event["content"].get("membership")
+        if not isinstance(membership, str):
+            raise SynapseError(400, "A membership event without membership")
+        await self._api.update_room_membership(
+            event["sender"],
+            event["state_key"],
+            event["room_id"],
+            membership,
+            content=event["content"],
+        )
+
     def response_cache(self, name: str, remember_ms: int) -> ResponseCache[str]:
         """A cache of Synapse's for requests in flight, and for what they gave for a while."""
         if "timeout" in signature(ResponseCache).parameters:
@@ -198,16 +372,19 @@ class Homeserver:
         return Ratelimiter(store=self._store, clock=self.clock, cfg=settings)
 
     def serve_below_matrix(
-        self, client: RestServlet, federation: "FederationServletFactory", prefix: str
+        self,
+        client: Sequence[RestServlet],
+        federation: "FederationServletFactory",
+        prefix: str,
     ) -> str | None:
-        """Has Synapse serve a servlet below `/_matrix/client` and one below `/_matrix/federation`.
+        """Has Synapse serve servlets below `/_matrix/client` and one below `/_matrix/federation`.
 
         Module resources cannot be mounted there, but both trees are built from registries that are
         read when the listeners start, after the modules are loaded. Registries are one for each
         Python process, homeservers are not: the entry finds what its homeserver's module wants.
 
         Args:
-            client: the client-server servlet.
+            client: the client-server servlets.
             federation: makes the server-server servlet, from what Synapse makes its own from.
             prefix: what application services must not claim (MSC4512) for this to work, such as
                 `rtc/livekit`.
@@ -276,7 +453,8 @@ class FederationServletFactory(Protocol):
 
 def _register_client_servlet(hs: Any, http_server: HttpServer) -> None:
     for client, _ in filter(None, [getattr(hs, _SERVLETS, None)]):
-        client.register(http_server)
+        for servlet in client:
+            servlet.register(http_server)
 
 
 class _FederationServlet:

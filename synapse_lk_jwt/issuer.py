@@ -8,6 +8,7 @@ from synapse_lk_jwt.access import Access
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.sfu.names import livekit_room_name
 from synapse_lk_jwt.sfu.rooms import RoomService
+from synapse_lk_jwt.sfu.seal import Owner, Sealer
 from synapse_lk_jwt.sfu.tokens import TokenSigner
 
 
@@ -24,6 +25,7 @@ class Issuer:
         access: the access rule.
         rooms: makes sure of LiveKit rooms.
         signer: signs the tokens.
+        sealer: seals into them whose they are.
         require_room_membership: whether a token takes being joined to the Matrix room.
         token_lifetime_ms: milliseconds that a token can be used.
         can_update_own_metadata: the LiveKit grant of that name.
@@ -33,6 +35,7 @@ class Issuer:
     access: Access
     rooms: RoomService
     signer: TokenSigner
+    sealer: Sealer
     require_room_membership: bool
     token_lifetime_ms: int
     can_update_own_metadata: bool
@@ -88,11 +91,12 @@ class Issuer:
         server = get_domain_from_id(user_id)
         livekit_room = livekit_room_name(room_id, slot_id)
         if self.access.has_full_access(server):
-            await self.rooms.make_sure_of(livekit_room)
+            await self.rooms.make_sure_of(livekit_room, room_id)
         return self.signer.participant_token(
             identity,
             livekit_room,
             can_publish=self.access.can_publish(server),
             can_update_own_metadata=self.can_update_own_metadata,
+            attributes=self.sealer.seal(Owner(user_id, room_id, slot_id)),
             lifetime_ms=self.token_lifetime_ms,
         )

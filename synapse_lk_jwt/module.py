@@ -5,16 +5,22 @@ import logging
 from functools import partial
 from typing import Any
 
+from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
 from synapse_lk_jwt.access import Access
 from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
+from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.limits import Limits
+from synapse_lk_jwt.membership import Membership
 from synapse_lk_jwt.remote import RemoteSfus
 from synapse_lk_jwt.sfu.rooms import RoomService
+from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.service import ServiceResource
 
 logger = logging.getLogger(__name__)
@@ -26,22 +32,39 @@ class LiveKitJwtModule:
     def __init__(self, config: LiveKitJwtConfig, api: ModuleApi) -> None:
         homeserver = Homeserver(api)
         signer = TokenSigner(config.livekit_key, config.livekit_secret, homeserver.clock.time_msec)
+        store = Store(homeserver)
+        rooms = RoomService(homeserver, config.livekit_internal_url, signer, store.note_call)
+        sealer = Sealer(config.livekit_secret)
         issuer = Issuer(
             homeserver=homeserver,
             access=Access(
                 homeserver.server_name, config.full_access_homeservers, config.remote_can_publish
             ),
-            rooms=RoomService(homeserver, config.livekit_internal_url, signer),
+            rooms=rooms,
             signer=signer,
+            sealer=sealer,
             require_room_membership=config.require_room_membership,
             token_lifetime_ms=config.token_lifetime_ms,
             can_update_own_metadata=config.can_update_own_metadata,
         )
         limits = Limits(homeserver, config.rc_token, config.rc_openid)
-        api.register_web_resource(
-            config.path_prefix, ServiceResource(homeserver, issuer, limits, config.livekit_url)
+        leaves = DelayedLeaves(homeserver, store, rooms)
+        watch = Watch(
+            homeserver,
+            store,
+            rooms,
+            leaves,
+            Membership(homeserver, store, rooms, issuer, sealer),
+            config.sanity_check_interval_ms,
+            note_owners=config.can_update_own_metadata,
         )
-        not_served = _serve_homeserver_endpoints(homeserver, issuer, limits, config.livekit_url)
+        api.register_web_resource(
+            config.path_prefix,
+            ServiceResource(homeserver, issuer, limits, leaves, watch, config.livekit_url),
+        )
+        not_served = _serve_homeserver_endpoints(
+            homeserver, issuer, limits, leaves, config.livekit_url
+        )
         if not_served is not None:
             logger.warning("MSC4195's homeserver endpoints are not served: %s", not_served)
         service_url = config.service_url or f"{api.public_baseurl.rstrip('/')}{config.path_prefix}"
@@ -63,17 +86,32 @@ class LiveKitJwtModule:
 
 
 def _serve_homeserver_endpoints(
-    homeserver: Homeserver, issuer: Issuer, limits: Limits, livekit_url: str
+    homeserver: Homeserver,
+    issuer: Issuer,
+    limits: Limits,
+    leaves: DelayedLeaves,
+    livekit_url: str,
 ) -> str | None:
     """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
     try:
         # They stand on Synapse's internals, without which the service endpoints do well.
-        from synapse_lk_jwt.web.client import GetTokenRestServlet
+        from synapse_lk_jwt.web.client import (
+            DelegateDelayedLeaveRestServlet,
+            GetTokenRestServlet,
+        )
         from synapse_lk_jwt.web.federation import GetTokenFederationServlet
     except ImportError as e:
         return f"this Synapse lacks what they stand on ({e})"
+    client: list[RestServlet] = [
+        GetTokenRestServlet(homeserver, issuer, limits, RemoteSfus(homeserver), livekit_url)
+    ]
+    if homeserver.has_delayed_events:
+        # Clients take any answer but 404 as a promise.
+        client.append(
+            DelegateDelayedLeaveRestServlet(homeserver, issuer, limits, leaves, livekit_url)
+        )
     return homeserver.serve_below_matrix(
-        GetTokenRestServlet(homeserver, issuer, limits, RemoteSfus(homeserver), livekit_url),
+        client,
         partial(GetTokenFederationServlet, issuer=issuer, limits=limits, livekit_url=livekit_url),
         prefix="rtc/livekit",
     )

@@ -7,6 +7,7 @@ wrong one connects the call and decrypts nothing.
 """
 
 import hashlib
+import re
 
 from canonicaljson import encode_canonical_json
 from unpaddedbase64 import encode_base64
@@ -16,6 +17,11 @@ DEFAULT_SLOT = "m.call#ROOM"
 
 # LiveKit refuses longer ones.
 MAX_IDENTITY_BYTES = 256
+
+# A device that begins with digits and a colon gets no token: these are the port of the server.
+_DEVICE_IDENTITY = re.compile(
+    r"(@[^:]*:(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::[0-9]+(?=:))?):.*", re.DOTALL
+)
 
 
 def _hash(*parts: str) -> str:
@@ -30,6 +36,12 @@ def livekit_room_name(room_id: str, slot_id: str) -> str:
 def device_identity(user_id: str, device_id: str) -> str:
     """The participant identity of `/sfu/get`: user and device in plain text."""
     return f"{user_id}:{device_id}"
+
+
+def user_of_device_identity(identity: str) -> str | None:
+    """The user of an identity that `device_identity` made, or of a twin of it; else None."""
+    match = _DEVICE_IDENTITY.fullmatch(identity)
+    return match and match[1]
 
 
 def device_member_identity(user_id: str, device_id: str, member_id: str) -> str:

@@ -7,12 +7,24 @@ messages are livekit-api's (https://docs.livekit.io/reference/other/roomservice-
 
 import json
 import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 from livekit.api import VideoGrants
-from livekit.protocol.models import Room
-from livekit.protocol.room import CreateRoomRequest
+from livekit.protocol.models import ParticipantInfo, Room
+from livekit.protocol.room import (
+    CreateRoomRequest,
+    DeleteRoomRequest,
+    DeleteRoomResponse,
+    ListParticipantsRequest,
+    ListParticipantsResponse,
+    ListRoomsRequest,
+    ListRoomsResponse,
+    RemoveParticipantResponse,
+    RoomParticipantIdentity,
+)
 from synapse.util.caches.response_cache import ResponseCacheContext
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.http_headers import Headers
@@ -27,6 +39,8 @@ M = TypeVar("M", bound=Message)
 
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 1024 * 1024
+# A list of rooms has about 300 bytes for each, and one of participants 2,000.
+MAX_LIST_BYTES = 64 * 1024 * 1024
 
 # LiveKit closes a room that nobody joined after the first, and one that everybody left after the
 # second of these.
@@ -41,40 +55,115 @@ class SfuError(Exception):
     """The SFU did not do what it was asked. The text names the cause, for the log alone."""
 
 
+class NotFound(SfuError):
+    """There is no such room, or no such participant in it."""
+
+
 class RoomService:
     """LiveKit's API for rooms.
 
     What goes wrong is logged once for as long as it stays the same, and so is that it is over.
     """
 
-    def __init__(self, homeserver: Homeserver, api_url: str, signer: TokenSigner) -> None:
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        api_url: str,
+        signer: TokenSigner,
+        note_call: Callable[[str, str], Awaitable[None]],
+    ) -> None:
         """
         Args:
             homeserver: whose HTTP client and clock to use.
             api_url: where LiveKit's API is, `http(s)://`, without a slash at the end.
             signer: the SFU's API key.
+            note_call: told the LiveKit room and the Matrix room of every room that is asked for.
         """
         self._homeserver = homeserver
         self._api_url = api_url
         self._signer = signer
+        self._note_call = note_call
         self._rooms = homeserver.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
         self._trouble: str | None = None
 
-    async def make_sure_of(self, livekit_room: str) -> None:
+    async def make_sure_of(self, livekit_room: str, room_id: str) -> None:
         """Makes sure that a LiveKit room exists.
 
         Calls for one room share the request in flight. Afterwards the room is taken to exist for
         ten seconds if LiveKit's answer lets us: CreateRoom returns an existing room unchanged, and
         one that its last participant left 19 seconds ago is gone a second later.
 
+        Args:
+            livekit_room: the LiveKit room name.
+            room_id: the Matrix room that it belongs to.
+
         Raises:
             SfuError: if LiveKit refuses, or does not answer within ten seconds.
         """
-        await self._rooms.wrap(livekit_room, self._create, livekit_room, cache_context=True)
+        await self._rooms.wrap(
+            livekit_room, self._create, livekit_room, room_id, cache_context=True
+        )
 
-    async def _create(self, livekit_room: str, cache_context: ResponseCacheContext[str]) -> None:
+    def forget(self, livekit_room: str) -> None:
+        """Forgets that a LiveKit room exists, because somebody has seen it go."""
+        self._rooms.unset(livekit_room)
+
+    async def list_rooms(self) -> Sequence[Room]:
+        """All rooms of the SFU. LiveKit updates their number of participants with a delay.
+
+        Raises:
+            SfuError: if LiveKit refuses, or does not answer within ten seconds; so do the others.
+        """
+        answer = await self._call(
+            "ListRooms",
+            ListRoomsRequest(),
+            VideoGrants(room_list=True),
+            ListRoomsResponse,
+            MAX_LIST_BYTES,
+        )
+        return answer.rooms
+
+    async def list_participants(self, livekit_room: str) -> Sequence[ParticipantInfo]:
+        """Who is in a room; nobody is in one that does not exist."""
+        try:
+            answer = await self._call(
+                "ListParticipants",
+                ListParticipantsRequest(room=livekit_room),
+                VideoGrants(room_admin=True, room=livekit_room),
+                ListParticipantsResponse,
+                MAX_LIST_BYTES,
+            )
+        except NotFound:
+            return ()
+        return answer.participants
+
+    async def remove_participant(self, livekit_room: str, identity: str) -> None:
+        """Ends a participant's connection. Their token remains good for another one."""
+        with suppress(NotFound):
+            await self._call(
+                "RemoveParticipant",
+                RoomParticipantIdentity(room=livekit_room, identity=identity),
+                VideoGrants(room_admin=True, room=livekit_room),
+                RemoveParticipantResponse,
+            )
+
+    async def delete_room(self, livekit_room: str) -> None:
+        """Ends a call for everybody in it."""
+        with suppress(NotFound):
+            await self._call(
+                "DeleteRoom",
+                DeleteRoomRequest(room=livekit_room),
+                VideoGrants(room_create=True),
+                DeleteRoomResponse,
+            )
+        self.forget(livekit_room)
+
+    async def _create(
+        self, livekit_room: str, room_id: str, cache_context: ResponseCacheContext[str]
+    ) -> None:
         # Older Synapses also remember failures, unless they are told before.
         cache_context.should_cache = False
+        await self._note_call(livekit_room, room_id)
         room = await self._call(
             "CreateRoom",
             CreateRoomRequest(
@@ -92,7 +181,14 @@ class RoomService:
         is_young = -1000 < age_ms < REMEMBER_MS
         cache_context.should_cache = room.num_participants > 0 or is_young
 
-    async def _call(self, method: str, request: Message, grants: VideoGrants, answer: type[M]) -> M:
+    async def _call(
+        self,
+        method: str,
+        request: Message,
+        grants: VideoGrants,
+        answer: type[M],
+        max_bytes: int = MAX_ANSWER_BYTES,
+    ) -> M:
         token = self._signer.api_token(grants)
         headers = {
             "Authorization": [f"Bearer {token}"],
@@ -104,7 +200,7 @@ class RoomService:
             response = await self._homeserver.http_client.request(
                 "POST", uri, request.SerializeToString(), Headers(headers)
             )
-            body = await read_body(response, MAX_ANSWER_BYTES)
+            body = await read_body(response, max_bytes)
             content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]
             return _decode(response.code, content_type, body, answer, token)
 
@@ -126,6 +222,9 @@ class RoomService:
 
         try:
             result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
+        except NotFound:
+            self._succeeded()
+            raise
         except SfuError as e:
             raise self._failed(str(e)) from None
         except TimedOut:
@@ -176,4 +275,6 @@ def _decode(status: int, content_type: str, body: bytes, answer: type[M], token:
         code, message = str(error["code"]), str(error.get("msg", ""))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise SfuError(f"it answers {status}; is this LiveKit's API?") from None
+    if status == 404 and code == "not_found":
+        raise NotFound()
     raise SfuError(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit access tokens.
+"""LiveKit access tokens, and the signatures of LiveKit's webhooks.
 
 The claims are livekit-api's. Its `AccessToken` class is left out because it reads the machine's
 clock, while all of this follows Synapse's.
 """
 
+import hashlib
+import hmac
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
@@ -17,6 +20,13 @@ from livekit.api.access_token import Claims
 
 # Long enough for the one request that it is made for, and for clocks that are a little apart.
 API_TOKEN_LIFETIME_SEC = 60
+
+# How far LiveKit's clock may be from ours; livekit-api's own receiver allows as much.
+LEEWAY_SEC = 60
+
+
+class InvalidSignature(Exception):
+    """A webhook is not LiveKit's. The text says why, for the log alone."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -40,6 +50,7 @@ class TokenSigner:
         *,
         can_publish: bool,
         can_update_own_metadata: bool,
+        attributes: Mapping[str, str],
         lifetime_ms: int,
     ) -> str:
         """A token to join one LiveKit room as one participant.
@@ -51,14 +62,58 @@ class TokenSigner:
             livekit_room: the LiveKit room name.
             can_publish: whether the participant may publish, data included.
             can_update_own_metadata: whether it may change its name, metadata and attributes.
+            attributes: what LiveKit tells with everything that it tells of the participant.
             lifetime_ms: milliseconds until the token cannot be used any more.
         """
         video = {**_video_claim(can_publish, can_update_own_metadata), "room": livekit_room}
-        return self._sign({"video": video}, lifetime_ms // 1000, identity)
+        return self._sign({"video": video, "attributes": attributes}, lifetime_ms // 1000, identity)
 
     def api_token(self, grants: VideoGrants) -> str:
         """A token for one request to LiveKit's server API."""
         return self._sign(Claims(video=grants).asdict(), API_TOKEN_LIFETIME_SEC, identity="")
+
+    def verify_webhook(self, authorization: str, body: bytes) -> None:
+        """Checks that LiveKit has sent this body, and lately.
+
+        The rules are livekit-api's `WebhookReceiver`, which reads the machine's clock
+        (https://docs.livekit.io/home/server/webhooks/).
+
+        Args:
+            authorization: the header of that name, a JWT.
+            body: the body as it came.
+
+        Raises:
+            InvalidSignature: unless both belong together and are LiveKit's.
+        """
+        try:
+            claims = jwt.decode(
+                authorization,
+                self.secret,
+                algorithms=["HS256"],
+                issuer=self.key,
+                options={
+                    "require": ["exp"],
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                    "verify_aud": False,
+                },
+            )
+        except (jwt.InvalidTokenError, ValueError) as e:
+            # Some of PyJWT's messages quote the token.
+            raise InvalidSignature(type(e).__name__) from None
+        now = self.time_msec() / 1000
+        try:
+            is_current = claims.get("nbf", 0) - LEEWAY_SEC <= now <= claims["exp"] + LEEWAY_SEC
+        except TypeError:
+            is_current = False
+        if not is_current:
+            raise InvalidSignature("it is too old, or the clocks are apart")
+        digest = b64encode(hashlib.sha256(body).digest())
+        if not hmac.compare_digest(
+            str(claims.get("sha256", "")).encode("utf-8", "replace"), digest
+        ):
+            raise InvalidSignature("it is for another body")
 
     def _sign(self, claims: dict[str, Any], lifetime_sec: int, identity: str) -> str:
         now = self.time_msec() // 1000

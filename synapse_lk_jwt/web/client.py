@@ -1,20 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSC4195's client-server endpoint: tokens for clients, by their Matrix access token."""
+"""MSC4195's client-server endpoints: for clients, by their Matrix access token."""
 
 import re
 
 from synapse.api.errors import Codes, SynapseError
 from synapse.http.servlet import RestServlet
 from synapse.http.site import SynapseRequest
+from synapse.module_api import Requester
 from synapse.types import JsonDict
 
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
+from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.remote import RemoteSfus
-from synapse_lk_jwt.sfu.names import member_identity
-from synapse_lk_jwt.web.errors import as_matrix_errors, check_url
-from synapse_lk_jwt.web.requests import HomeserverGetTokenRequest, read_json_object
+from synapse_lk_jwt.sfu.names import (
+    device_identity,
+    device_member_identity,
+    livekit_room_name,
+    member_identity,
+)
+from synapse_lk_jwt.web.errors import as_matrix_errors, check_url, no_such_delayed_event
+from synapse_lk_jwt.web.requests import (
+    HomeserverDelegateRequest,
+    HomeserverGetTokenRequest,
+    read_json_object,
+)
+
+
+def _patterns(name: str) -> tuple["re.Pattern[str]", ...]:
+    versions = r"(?:v1|unstable/io\.element\.msc4195)"
+    return (re.compile(f"^/_matrix/client/{versions}/rtc/livekit/{name}$"),)
+
+
+async def _requester(homeserver: Homeserver, request: SynapseRequest) -> Requester:
+    """Who asks; authenticated before anything of the body is looked at."""
+    requester = await homeserver.get_user_by_req(request, allow_guest=True)
+    if not await homeserver.is_active(requester.user.to_string()):
+        # Synapse itself turns away all of these but the suspended.
+        raise SynapseError(401, "This account cannot be used", Codes.UNAUTHORIZED)
+    return requester
 
 
 class GetTokenRestServlet(RestServlet):
@@ -32,9 +57,7 @@ class GetTokenRestServlet(RestServlet):
     }
     """
 
-    PATTERNS = (
-        re.compile(r"^/_matrix/client/(?:v1|unstable/io\.element\.msc4195)/rtc/livekit/get_token$"),
-    )
+    PATTERNS = _patterns("get_token")
     CATEGORY = "MatrixRTC requests"
 
     def __init__(
@@ -53,12 +76,9 @@ class GetTokenRestServlet(RestServlet):
         self._livekit_url = livekit_url
 
     async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        """Handles a request; the user is authenticated before anything of the body is looked at."""
-        requester = await self._homeserver.get_user_by_req(request, allow_guest=True)
+        """Handles a request."""
+        requester = await _requester(self._homeserver, request)
         user_id = requester.user.to_string()
-        if not await self._homeserver.is_active(user_id):
-            # Synapse itself turns away all of these but the suspended.
-            raise SynapseError(401, "This account cannot be used", Codes.UNAUTHORIZED)
         body = HomeserverGetTokenRequest.from_json(read_json_object(request))
         await self._limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
@@ -88,3 +108,60 @@ class GetTokenRestServlet(RestServlet):
                 "member_id": body.member_id,
             },
         )
+
+
+class DelegateDelayedLeaveRestServlet(RestServlet):
+    """Has the homeserver send a client's leave when the client is gone.
+
+    POST /_matrix/client/v1/rtc/livekit/delegate_delayed_leave HTTP/1.1
+    Authorization: Bearer …
+
+    {
+        "url": "wss://sfu.example.org",
+        "room_id": "!room:example.org",
+        "slot_id": "m.call#ROOM",
+        "member_id": "member",
+        "delay_id": "syd_…"
+    }
+    """
+
+    PATTERNS = _patterns("delegate_delayed_leave")
+    CATEGORY = "MatrixRTC requests"
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        issuer: Issuer,
+        limits: Limits,
+        leaves: DelayedLeaves,
+        livekit_url: str,
+    ) -> None:
+        super().__init__()
+        self._homeserver = homeserver
+        self._issuer = issuer
+        self._limits = limits
+        self._leaves = leaves
+        self._livekit_url = livekit_url
+
+    async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        """Handles a request."""
+        requester = await _requester(self._homeserver, request)
+        user_id = requester.user.to_string()
+        body = HomeserverDelegateRequest.from_json(read_json_object(request))
+        await self._limits.ask_for_token(user_id, body.room_id)
+        with as_matrix_errors():
+            await self._issuer.check_membership(user_id, body.room_id, strict=True)
+        check_url(body.url, self._livekit_url)
+        identities = {member_identity(user_id, body.member_id)}
+        if requester.device_id is not None:
+            # The client may have joined with a token of the service endpoints.
+            identities |= {
+                device_identity(user_id, requester.device_id),
+                device_member_identity(user_id, requester.device_id, body.member_id),
+            }
+        livekit_room = livekit_room_name(body.room_id, body.slot_id)
+        if not await self._leaves.take_on(
+            user_id, body.room_id, livekit_room, identities, body.delay_id
+        ):
+            raise no_such_delayed_event()
+        return 200, {}

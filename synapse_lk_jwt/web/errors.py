@@ -43,3 +43,10 @@ def check_url(url: str, livekit_url: str) -> None:
     """
     if url != livekit_url:
         raise SynapseError(400, "url is not an SFU of this homeserver", Codes.INVALID_PARAM)
+
+
+def no_such_delayed_event() -> SynapseError:
+    """The error for a delayed event that is not there, or not this user's, or of another room."""
+    return SynapseError(
+        400, "delay_id is no delayed event of yours in this room", Codes.INVALID_PARAM
+    )

@@ -30,16 +30,26 @@ def bad_json(field: str, problem: str) -> SynapseError:
     return SynapseError(400, f"{field}: {problem}", Codes.BAD_JSON)
 
 
+def read_body(request: SynapseRequest, max_bytes: int = MAX_BODY_BYTES) -> bytes:
+    """The body of a request.
+
+    Raises:
+        SynapseError: 413 `M_TOO_LARGE`.
+    """
+    assert request.content is not None
+    body: bytes = request.content.read(max_bytes + 1)
+    if len(body) > max_bytes:
+        raise SynapseError(413, f"Body is larger than {max_bytes} bytes", Codes.TOO_LARGE)
+    return body
+
+
 def read_json_object(request: SynapseRequest) -> "Fields":
     """The body of a request, which must be a JSON object.
 
     Raises:
         SynapseError: 413 `M_TOO_LARGE`, 400 `M_NOT_JSON` or 400 `M_BAD_JSON`.
     """
-    assert request.content is not None
-    body = request.content.read(MAX_BODY_BYTES + 1)
-    if len(body) > MAX_BODY_BYTES:
-        raise SynapseError(413, f"Body is larger than {MAX_BODY_BYTES} bytes", Codes.TOO_LARGE)
+    body = read_body(request)
     try:
         content = parse_json(body)
     except ValueError:
@@ -130,9 +140,9 @@ def _openid_token(fields: Fields) -> OpenIdToken:
     return OpenIdToken(token.string("access_token"), token.server_name("matrix_server_name"))
 
 
-def _delay_id(fields: Fields) -> str | None:
+def _delay_id(fields: Fields, *, mandatory: bool = False) -> str | None:
     """The delayed event (MSC4140) that a client wants to hand over, if any."""
-    if "delay_id" not in fields and "delay_timeout" not in fields:
+    if not mandatory and "delay_id" not in fields and "delay_timeout" not in fields:
         return None
     delay_id = fields.string("delay_id")
     fields.positive_integer("delay_timeout")
@@ -179,7 +189,7 @@ class SfuGetRequest:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class GetTokenRequest:
-    """The body of the service's `/get_token`.
+    """The body of the service's `/get_token` and `/delegate_delayed_leave`.
 
     Attributes:
         room_id: the Matrix room.
@@ -200,8 +210,12 @@ class GetTokenRequest:
     delay_id: str | None
 
     @classmethod
-    def from_json(cls, fields: Fields) -> "GetTokenRequest":
+    def from_json(cls, fields: Fields, *, must_delegate: bool = False) -> "GetTokenRequest":
         """Checks the fields of a body.
+
+        Args:
+            fields: the body.
+            must_delegate: whether there must be a delayed event to take over.
 
         Raises:
             SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
@@ -214,8 +228,16 @@ class GetTokenRequest:
             member_id=member.string("id"),
             claimed_user_id=member.user_id("claimed_user_id"),
             claimed_device_id=member.string("claimed_device_id"),
-            delay_id=_delay_id(fields),
+            delay_id=_delay_id(fields, mandatory=must_delegate),
         )
+
+
+def _member_id(fields: Fields) -> str:
+    """The MatrixRTC member's ID, as the homeserver endpoints take it."""
+    if "member_id" in fields or "member" not in fields:
+        return fields.string("member_id")
+    # Clients in the field still send the form that the MSC had before it was accepted.
+    return fields.object("member").string("id")
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -243,17 +265,46 @@ class HomeserverGetTokenRequest:
         Raises:
             SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
         """
-        if "member_id" in fields or "member" not in fields:
-            member_id = fields.string("member_id")
-        else:
-            # Clients in the field still send the form that the MSC had before it was accepted.
-            member_id = fields.object("member").string("id")
         return cls(
             url=fields.string("url", MAX_URL_BYTES),
             room_id=fields.room_id("room_id"),
             slot_id=fields.string("slot_id"),
-            member_id=member_id,
+            member_id=_member_id(fields),
             server_name=fields.server_name("server_name") if "server_name" in fields else None,
+        )
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class HomeserverDelegateRequest:
+    """The body of MSC4195's client-server `delegate_delayed_leave`.
+
+    Attributes:
+        url: the SFU.
+        room_id: the Matrix room.
+        slot_id: the slot in it.
+        member_id: the MatrixRTC member's ID.
+        delay_id: the delayed event to take over.
+    """
+
+    url: str
+    room_id: str
+    slot_id: str
+    member_id: str
+    delay_id: str
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "HomeserverDelegateRequest":
+        """Checks the fields of a body.
+
+        Raises:
+            SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
+        """
+        return cls(
+            url=fields.string("url", MAX_URL_BYTES),
+            room_id=fields.room_id("room_id"),
+            slot_id=fields.string("slot_id"),
+            member_id=_member_id(fields),
+            delay_id=fields.string("delay_id"),
         )
 
 

@@ -2,7 +2,10 @@
 """The service endpoints: what clients ask at `livekit_service_url`, with an OpenID token."""
 
 import logging
+from collections.abc import Collection
 
+from google.protobuf.json_format import Parse, ParseError
+from livekit.protocol.webhook import WebhookEvent
 from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
 from synapse.http.server import DirectServeJsonResource, UnrecognizedRequestResource
 from synapse.http.site import SynapseRequest
@@ -13,11 +16,28 @@ from twisted.web.server import Request
 from synapse_lk_jwt import openid
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
+from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
-from synapse_lk_jwt.sfu.names import MAX_IDENTITY_BYTES, device_identity, device_member_identity
-from synapse_lk_jwt.web.errors import as_matrix_errors
-from synapse_lk_jwt.web.requests import GetTokenRequest, SfuGetRequest, bad_json, read_json_object
+from synapse_lk_jwt.sfu.names import (
+    MAX_IDENTITY_BYTES,
+    device_identity,
+    device_member_identity,
+    livekit_room_name,
+)
+from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
+from synapse_lk_jwt.watch import Watch
+from synapse_lk_jwt.web.errors import as_matrix_errors, no_such_delayed_event
+from synapse_lk_jwt.web.requests import (
+    GetTokenRequest,
+    SfuGetRequest,
+    bad_json,
+    read_body,
+    read_json_object,
+)
+
+# LiveKit tells all of a participant, up to 64 KiB each of metadata and attributes among it.
+MAX_WEBHOOK_BYTES = 1024 * 1024
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +46,24 @@ class ServiceResource(UnrecognizedRequestResource):
     """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
 
     def __init__(
-        self, homeserver: Homeserver, issuer: Issuer, limits: Limits, livekit_url: str
+        self,
+        homeserver: Homeserver,
+        issuer: Issuer,
+        limits: Limits,
+        leaves: DelayedLeaves,
+        watch: Watch,
+        livekit_url: str,
     ) -> None:
         Resource.__init__(self)
+        core = (homeserver, issuer, limits, leaves, livekit_url)
         sfu = UnrecognizedRequestResource()
-        sfu.putChild(b"get", SfuGetResource(homeserver, issuer, limits, livekit_url))
+        sfu.putChild(b"get", SfuGetResource(*core))
         self.putChild(b"sfu", sfu)
-        self.putChild(b"get_token", GetTokenResource(homeserver, issuer, limits, livekit_url))
+        self.putChild(b"get_token", GetTokenResource(*core))
+        if homeserver.has_delayed_events:
+            # Clients take any answer but 404 as a promise.
+            self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(*core))
+        self.putChild(b"sfu_webhook", SfuWebhookResource(homeserver, issuer.signer, watch))
         self.putChild(b"healthz", HealthResource(homeserver))
 
 
@@ -59,11 +90,17 @@ class _TokenEndpoint(_Endpoint):
     """Verifies OpenID tokens and hands out LiveKit tokens."""
 
     def __init__(
-        self, homeserver: Homeserver, issuer: Issuer, limits: Limits, livekit_url: str
+        self,
+        homeserver: Homeserver,
+        issuer: Issuer,
+        limits: Limits,
+        leaves: DelayedLeaves,
+        livekit_url: str,
     ) -> None:
         super().__init__(homeserver)
         self._issuer = issuer
         self._limits = limits
+        self._leaves = leaves
         self._livekit_url = livekit_url
 
     async def _verify(
@@ -86,12 +123,26 @@ class _TokenEndpoint(_Endpoint):
         if delay_id is not None and not self._homeserver.is_mine(user_id):
             raise bad_json("delay_id", "is for users of this homeserver only")
 
-    async def _answer(
-        self, user_id: str, room_id: str, slot_id: str, identity: str
-    ) -> tuple[int, JsonDict]:
+    async def _check(self, user_id: str, room_id: str) -> None:
         await self._limits.ask_for_token(user_id, room_id)
         with as_matrix_errors():
             await self._issuer.check_membership(user_id, room_id)
+
+    async def _delegate(
+        self, user_id: str, room_id: str, slot_id: str, identities: Collection[str], delay_id: str
+    ) -> bool:
+        livekit_room = livekit_room_name(room_id, slot_id)
+        return await self._leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
+
+    async def _answer(
+        self, user_id: str, room_id: str, slot_id: str, identity: str, delay_id: str | None
+    ) -> tuple[int, JsonDict]:
+        await self._check(user_id, room_id)
+        if delay_id is not None and self._homeserver.has_delayed_events:
+            # Ahead of what needs the SFU: a client does not ask a second time. One whose delayed
+            # event is not there any more is served all the same.
+            await self._delegate(user_id, room_id, slot_id, [identity], delay_id)
+        with as_matrix_errors():
             token = await self._issuer.issue(user_id, room_id, slot_id, identity)
         return 200, {"url": self._livekit_url, "jwt": token}
 
@@ -115,7 +166,7 @@ class SfuGetResource(_TokenEndpoint):
         if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
             raise bad_json("device_id", "is too long")
         self._check_may_delegate(user_id, body.delay_id)
-        return await self._answer(user_id, body.room_id, body.slot_id, identity)
+        return await self._answer(user_id, body.room_id, body.slot_id, identity, body.delay_id)
 
 
 class GetTokenResource(_TokenEndpoint):
@@ -140,7 +191,69 @@ class GetTokenResource(_TokenEndpoint):
         user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
         self._check_may_delegate(user_id, body.delay_id)
         identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
-        return await self._answer(user_id, body.room_id, body.slot_id, identity)
+        return await self._answer(user_id, body.room_id, body.slot_id, identity, body.delay_id)
+
+
+class DelegateDelayedLeaveResource(_TokenEndpoint):
+    """Has the homeserver send a client's leave when the client is gone.
+
+    POST /_synapse/client/livekit/jwt/delegate_delayed_leave HTTP/1.1
+
+    As `/get_token`, with `delay_id` and `delay_timeout`.
+    """
+
+    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        body = GetTokenRequest.from_json(read_json_object(request), must_delegate=True)
+        assert body.delay_id is not None
+        user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
+        if not self._homeserver.is_mine(user_id):
+            raise SynapseError(403, "This is for users of this homeserver only", Codes.FORBIDDEN)
+        await self._check(user_id, body.room_id)
+        device_id = body.claimed_device_id
+        # The client may have joined with a token of either endpoint.
+        identities = {
+            device_identity(user_id, device_id),
+            device_member_identity(user_id, device_id, body.member_id),
+        }
+        if not await self._delegate(user_id, body.room_id, body.slot_id, identities, body.delay_id):
+            raise no_such_delayed_event()
+        return 200, {}
+
+
+class SfuWebhookResource(_Endpoint):
+    """LiveKit tells who has come and gone.
+
+    POST /_synapse/client/livekit/jwt/sfu_webhook HTTP/1.1
+    Authorization: …
+
+    {"event": "participant_left", "room": {…}, "participant": {…}, …}
+    """
+
+    def __init__(self, homeserver: Homeserver, signer: TokenSigner, watch: Watch) -> None:
+        super().__init__(homeserver)
+        self._signer = signer
+        self._watch = watch
+
+    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        body = read_body(request, MAX_WEBHOOK_BYTES)
+        try:
+            self._signer.verify_webhook(request.getHeader("Authorization") or "", body)
+        except InvalidSignature as e:
+            logger.warning("Refused a webhook that is not signed with livekit_secret: %s", e)
+            raise SynapseError(401, "The webhook is not signed", Codes.UNAUTHORIZED) from None
+        try:
+            event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
+        except ParseError:
+            # It is LiveKit's, but nothing that this version knows.
+            logger.warning("A webhook of LiveKit cannot be read")
+            return 200, {}
+        try:
+            await self._watch.webhook(event)
+        except Exception as e:
+            # LiveKit tries again.
+            logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
+            raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
+        return 200, {}
 
 
 class HealthResource(_Endpoint):

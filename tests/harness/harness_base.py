@@ -8,8 +8,17 @@ from io import BytesIO
 from typing import Any, ClassVar
 
 import attr
-from livekit.protocol.models import Room
-from livekit.protocol.room import CreateRoomRequest
+from livekit.protocol.models import ParticipantInfo, Room
+from livekit.protocol.room import (
+    CreateRoomRequest,
+    DeleteRoomRequest,
+    DeleteRoomResponse,
+    ListParticipantsRequest,
+    ListParticipantsResponse,
+    ListRoomsResponse,
+    RemoveParticipantResponse,
+    RoomParticipantIdentity,
+)
 from synapse.rest import ClientRestResource, admin
 from tests.server import FakeChannel
 from tests.test_utils import FakeResponse
@@ -30,25 +39,86 @@ class Sfu:
     """Answers for LiveKit, and remembers what it was asked.
 
     Attributes:
-        answer: what it does with the next requests; a list is used up one by one.
+        requests: the requests to make a room.
+        answer: what it does with the next of these; a list is used up one by one.
+        people: who is in each room there is.
+        asked: the names of the methods that were called for other reasons, and for which room.
+        is_down: whether connections to it are refused.
     """
 
     reactor: Any
     requests: list[tuple[str, CreateRoomRequest]] = attr.Factory(list)
     answer: Any = None
+    people: dict[str, dict[str, ParticipantInfo]] = attr.Factory(dict)
+    asked: list[tuple[str, str]] = attr.Factory(list)
+    is_down: bool = False
+    _sessions: int = 0
 
     async def request(
         self, method: str, uri: str, data: bytes | None = None, headers: Headers | None = None
     ) -> Any:
         assert method == "POST"
         assert headers is not None
+        name = uri.rpartition("/")[2]
+        if name != "CreateRoom":
+            return self._answer(name, data or b"")
         self.requests.append((uri, CreateRoomRequest.FromString(data or b"")))
         answer = self.answer.pop(0) if isinstance(self.answer, list) else self.answer
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, Deferred):
             answer = await answer
-        return answer or self.room(self.requests[-1][1].name)
+        if self.is_down:
+            raise ConnectionRefusedError()
+        room = self.requests[-1][1].name
+        self.people.setdefault(room, {})
+        return answer or self.room(room)
+
+    def _answer(self, name: str, data: bytes) -> Any:
+        if self.is_down:
+            raise ConnectionRefusedError()
+        answer: Any
+        missing = response(404, b'{"code": "not_found", "msg": ""}')
+        if name == "ListRooms":
+            self.asked.append((name, ""))
+            answer = ListRoomsResponse(
+                rooms=[
+                    Room(name=room, num_participants=len(people))
+                    for room, people in self.people.items()
+                ]
+            )
+        elif name == "ListParticipants":
+            room = ListParticipantsRequest.FromString(data).room
+            self.asked.append((name, room))
+            answer = ListParticipantsResponse(participants=self.people.get(room, {}).values())
+        elif name == "RemoveParticipant":
+            who = RoomParticipantIdentity.FromString(data)
+            self.asked.append((name, who.room))
+            if self.people.get(who.room, {}).pop(who.identity, None) is None:
+                return missing
+            answer = RemoveParticipantResponse()
+        else:
+            assert name == "DeleteRoom"
+            room = DeleteRoomRequest.FromString(data).room
+            self.asked.append((name, room))
+            if self.people.pop(room, None) is None:
+                return missing
+            answer = DeleteRoomResponse()
+        return protobuf(answer.SerializeToString())
+
+    def join(self, jwt: str, twin: str = "") -> ParticipantInfo:
+        """Lets the holder of a token in, as LiveKit does."""
+        said = claims(jwt)
+        self._sessions += 1
+        participant = ParticipantInfo(
+            sid=f"PA_{self._sessions}",
+            identity=said["sub"] + twin,
+            state=ParticipantInfo.State.ACTIVE,
+            attributes=said["attributes"],
+        )
+        room: str = said["video"]["room"]
+        self.people.setdefault(room, {})[participant.identity] = participant
+        return participant
 
     def room(self, name: str = "room", age: float = 0, participants: int = 0) -> Any:
         created = int(self.reactor.seconds() - age)

@@ -28,6 +28,7 @@ class EndpointTests(ModuleTestCase):
         assert not more
         assert uri == "https://sfu.example.com/twirp/livekit.RoomService/CreateRoom"
         assert (room.empty_timeout, room.departure_timeout, room.max_participants) == (300, 20, 0)
+        assert list(said.pop("attributes")) == ["synapse_lk_jwt"]
         assert said == {
             "iss": "APIkey",
             "sub": f"{self.alice}:DEVICE",
@@ -68,7 +69,7 @@ class EndpointTests(ModuleTestCase):
             assert channel.code == 405, (method, channel.result)
             assert channel.headers.hasHeader("Access-Control-Allow-Origin")
         for path in ("", "/", "/sfu", "/sfu/get/", "/sfu/get/x", "/get_tokens", "/healthz/x",
-                     "/delegate_delayed_leave", "/sfu_webhook"):  # fmt: skip
+                     "/delegate_delayed_leave", "/sfu_webhook/x"):  # fmt: skip
             channel = self.post(path, {})
             self.assert_error(channel, 404, Codes.UNRECOGNIZED)
             assert channel.headers.getRawHeaders("Access-Control-Allow-Origin") == ["*"]

@@ -73,6 +73,7 @@ def test_tokens(can_publish: bool) -> None:
         "room",
         can_publish=can_publish,
         can_update_own_metadata=not can_publish,
+        attributes={"key": "value"},
         lifetime_ms=60_500,
     )
     body = token.split(".")[1]
@@ -83,6 +84,7 @@ def test_tokens(can_publish: bool) -> None:
         "sub": "@älice:example.org:DEVICE",
         "nbf": 2_000_000_000,
         "exp": 2_000_000_060,
+        "attributes": {"key": "value"},
         "video": {
             "room": "room",
             "roomJoin": True,
@@ -104,7 +106,12 @@ def test_livekit_takes_our_signature() -> None:
     signer = TokenSigner("APIkey", secret, lambda: int(time.time() * 1000))
     verifier = TokenVerifier("APIkey", secret)
     token = signer.participant_token(
-        "me", "room", can_publish=True, can_update_own_metadata=False, lifetime_ms=60_000
+        "me",
+        "room",
+        can_publish=True,
+        can_update_own_metadata=False,
+        attributes={},
+        lifetime_ms=60_000,
     )
     assert verifier.verify(token).identity == "me"
     claims = verifier.verify(signer.api_token(VideoGrants(room_create=True)))

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delegated delayed leaves (MSC4195, 'Delegation of delayed leave events'): what to do when.
+
+A client schedules its own leave as a delayed event (MSC4140) and hands it over. From then on the
+event is restarted in good time while the participant is connected to the SFU, and sent as soon as
+the participant is gone.
+
+Nothing in here knows of Twisted, HTTP or databases: `step` takes what is known of a delegation and
+what has happened, and tells what is known afterwards and what is to be done.
+"""
+
+from enum import Enum, auto
+
+import attr
+
+# A participant who does not come up at all is given up after the delay, and after this at most.
+MAX_WAIT_MS = 3_600_000
+
+FIRST_LOOK_AGAIN_MS = 1_000
+
+# The delayed event is restarted after a third of its delay, but neither more nor less often.
+MIN_RESTART_MS = 1_000
+MAX_RESTART_MS = 300_000
+
+# How soon the SFU is asked again after it could not be asked.
+LOOK_AGAIN_MS = 2_000
+
+# Some clients join under one identity for a moment, leave, and join again under another one: who
+# has been there for less than this is looked for once more before the leave is sent.
+MOMENT_MS = 2_000
+
+# A leave that is on its way is left to whoever has taken it for so long.
+SENDING_MS = 10_000
+MAX_SEND_AGAIN_MS = 300_000
+
+# With the pauses above this is a day, after which nobody waits for the leave any more.
+MAX_SENDS = 300
+
+
+class Phase(Enum):
+    """How far a delegation has come; when it is done there is none any more."""
+
+    WAITING = "waiting"
+    CONNECTED = "connected"
+    LEAVING = "leaving"
+
+
+class Happened(Enum):
+    """What happens to a delegation. If the SFU does not answer, nothing does."""
+
+    SEEN = auto()
+    """One of its identities is connected: the SFU said so, asked or not."""
+    LEFT = auto()
+    """The SFU said that one of its identities has left."""
+    ABORTED = auto()
+    """The SFU said that a connection broke off, perhaps before it was up; or the room is gone."""
+    ABSENT = auto()
+    """The SFU was asked, and none of its identities is connected."""
+    ABSENT_AT_POLL = auto()
+    """The same, but nobody had a reason to ask."""
+    DUE = auto()
+    """It is time for the next thing (`Delegation.next_ms`)."""
+    NOT_SENT = auto()
+    """The leave could not be sent, and the room did not refuse it."""
+    OVER = auto()
+    """The delayed event is not there any more, or the room took the leave or refused it."""
+
+
+class Action(Enum):
+    """What is to be done."""
+
+    NOTHING = auto()
+    ASK = auto()
+    """Ask the SFU whether any identity is connected; if it answers, SEEN or ABSENT follows."""
+    RESTART = auto()
+    """Restart the delayed event; OVER follows if it is not there any more."""
+    SEND = auto()
+    """Send the leave now; OVER or NOT_SENT follows."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
+class Delegation:
+    """What is known of one delegation. All times are milliseconds since the epoch.
+
+    Attributes:
+        delay_ms: the delay of the delayed event, in milliseconds.
+        taken_ms: when it was taken on.
+        several: whether the participant may have more than one identity.
+        phase: how far it has come.
+        next_ms: when to do the next thing.
+        restarted_ms: when the delayed event was restarted last; 0 for never.
+        connected_ms: since when it is CONNECTED.
+        doubted: whether there is a reason to think that the participant is gone.
+        tries: looks, or attempts to send, in a row that did not help.
+    """
+
+    delay_ms: int
+    taken_ms: int
+    several: bool
+    phase: Phase = Phase.WAITING
+    next_ms: int
+    restarted_ms: int = 0
+    connected_ms: int = 0
+    doubted: bool = False
+    tries: int = 0
+
+    @property
+    def restart_interval_ms(self) -> int:
+        """Milliseconds between two restarts of the delayed event."""
+        return max(MIN_RESTART_MS, min(self.delay_ms // 3, MAX_RESTART_MS))
+
+    @property
+    def give_up_ms(self) -> int:
+        """When to stop waiting for the participant."""
+        return self.taken_ms + min(self.delay_ms, MAX_WAIT_MS)
+
+
+def take_on(delay_ms: int, several: bool, now_ms: int) -> Delegation:
+    """A new delegation. Whoever takes it on asks the SFU at once: those who are connected already
+    cause no webhook.
+    """
+    return Delegation(
+        delay_ms=delay_ms,
+        taken_ms=now_ms,
+        several=several,
+        next_ms=now_ms + FIRST_LOOK_AGAIN_MS,
+    )
+
+
+def step(d: Delegation, happened: Happened, now_ms: int) -> tuple[Delegation | None, Action]:
+    """What follows when something happens.
+
+    Returns:
+        The delegation as it is from now on, None when it is done, and what to do.
+    """
+    if happened is Happened.OVER:
+        return None, Action.NOTHING
+    if d.phase is Phase.LEAVING:
+        return _leaving(d, happened, now_ms)
+    match happened:
+        case Happened.SEEN:
+            return _seen(d, now_ms)
+        case Happened.LEFT:
+            # Nobody leaves who was not connected, even if we never saw it.
+            return _doubt(d, now_ms)
+        case Happened.ABORTED if d.phase is Phase.CONNECTED:
+            return _doubt(d, now_ms)
+        case Happened.ABSENT:
+            return _absent(d, now_ms)
+        case Happened.ABSENT_AT_POLL if d.phase is Phase.CONNECTED:
+            if d.tries == 0:
+                return attr.evolve(d, tries=1), Action.NOTHING
+            return _doubt(d, now_ms)
+        case Happened.DUE:
+            return _due(d, now_ms)
+    return d, Action.NOTHING
+
+
+def _seen(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+    if d.phase is Phase.CONNECTED:
+        d = attr.evolve(d, doubted=False, tries=0)
+        return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.NOTHING
+    d = attr.evolve(
+        d,
+        phase=Phase.CONNECTED,
+        connected_ms=now_ms,
+        restarted_ms=now_ms,
+        doubted=False,
+        tries=0,
+    )
+    return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.RESTART
+
+
+def _doubt(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+    return attr.evolve(d, doubted=True, next_ms=now_ms + LOOK_AGAIN_MS), Action.ASK
+
+
+def _absent(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+    if d.doubted:
+        if d.several and d.phase is Phase.CONNECTED and 0 <= now_ms - d.connected_ms < MOMENT_MS:
+            return attr.evolve(d, next_ms=now_ms + FIRST_LOOK_AGAIN_MS), Action.NOTHING
+        return _send(d, now_ms)
+    if d.phase is Phase.WAITING and now_ms >= d.give_up_ms:
+        return _send(d, now_ms)
+    return d, Action.NOTHING
+
+
+def _send(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+    d = attr.evolve(d, phase=Phase.LEAVING, next_ms=now_ms + SENDING_MS, doubted=False, tries=0)
+    return d, Action.SEND
+
+
+def _due(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+    if d.phase is Phase.WAITING:
+        pause_ms = min(FIRST_LOOK_AGAIN_MS << min(d.tries + 1, 20), max(1_000, d.delay_ms // 3))
+        next_ms = now_ms + pause_ms
+        if now_ms < d.give_up_ms:
+            next_ms = min(next_ms, d.give_up_ms)
+        return attr.evolve(d, next_ms=next_ms, tries=d.tries + 1), Action.ASK
+    if now_ms >= _restart_due_ms(d):
+        d = attr.evolve(d, restarted_ms=now_ms)
+        next_ms = now_ms if d.doubted else _restart_due_ms(d)
+        return attr.evolve(d, next_ms=next_ms), Action.RESTART
+    if d.doubted:
+        next_ms = min(now_ms + LOOK_AGAIN_MS, _restart_due_ms(d))
+        return attr.evolve(d, next_ms=next_ms), Action.ASK
+    return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.NOTHING
+
+
+def _restart_due_ms(d: Delegation) -> int:
+    return d.restarted_ms + d.restart_interval_ms
+
+
+def _leaving(d: Delegation, happened: Happened, now_ms: int) -> tuple[Delegation | None, Action]:
+    if happened is Happened.NOT_SENT:
+        if d.tries >= MAX_SENDS:
+            return None, Action.NOTHING
+        pause_ms = min(1_000 << min(d.tries, 20), MAX_SEND_AGAIN_MS)
+        return attr.evolve(d, next_ms=now_ms + pause_ms, tries=d.tries + 1), Action.NOTHING
+    if happened is Happened.DUE:
+        return attr.evolve(d, next_ms=now_ms + SENDING_MS), Action.SEND
+    return d, Action.NOTHING

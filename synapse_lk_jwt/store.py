@@ -1,0 +1,575 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module's own tables in the homeserver's database, SQLite or PostgreSQL.
+
+They hold what must survive a restart and what Synapse's processes must know of each other: which
+calls there are, delegated delayed leaves, and how far the event stream has been followed. What is
+decided about a delegation, and what is done to its delayed event, happens in one transaction: so
+however many processes hear of it at once, and whenever one of them dies, it is done once.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from enum import Enum, auto
+from typing import Any, TypeVar
+
+import attr
+from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
+from synapse.storage.engines import PostgresEngine
+from synapse.types import JsonDict
+
+from synapse_lk_jwt.delegation import Action, Delegation, Happened, Phase, step, take_on
+from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
+from synapse_lk_jwt.sfu.seal import Owner
+
+T = TypeVar("T")
+
+# Each entry takes the tables from one schema version to the next, the first one from nothing.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+        CREATE TABLE synapse_lk_jwt_calls (
+            livekit_room TEXT NOT NULL PRIMARY KEY,
+            room_id TEXT NOT NULL,
+            seen_ms BIGINT NOT NULL
+        )
+        """,
+        "CREATE INDEX synapse_lk_jwt_calls_room ON synapse_lk_jwt_calls (room_id)",
+        """
+        CREATE TABLE synapse_lk_jwt_owners (
+            livekit_room TEXT NOT NULL,
+            identity TEXT NOT NULL,
+            user_id TEXT NOT NULL,
+            PRIMARY KEY (livekit_room, identity)
+        )
+        """,
+        """
+        CREATE TABLE synapse_lk_jwt_delegations (
+            delay_id TEXT NOT NULL PRIMARY KEY,
+            user_id TEXT NOT NULL,
+            livekit_room TEXT NOT NULL,
+            event_type TEXT NOT NULL,
+            state_key TEXT,
+            delay_ms BIGINT NOT NULL,
+            taken_ms BIGINT NOT NULL,
+            several BOOLEAN NOT NULL,
+            phase TEXT NOT NULL,
+            next_ms BIGINT NOT NULL,
+            restarted_ms BIGINT NOT NULL,
+            connected_ms BIGINT NOT NULL,
+            doubted BOOLEAN NOT NULL,
+            tries INTEGER NOT NULL,
+            leave TEXT
+        )
+        """,
+        "CREATE INDEX synapse_lk_jwt_delegations_next ON synapse_lk_jwt_delegations (next_ms)",
+        "CREATE INDEX synapse_lk_jwt_delegations_room"
+        " ON synapse_lk_jwt_delegations (livekit_room, user_id)",
+        """
+        CREATE TABLE synapse_lk_jwt_identities (
+            livekit_room TEXT NOT NULL,
+            identity TEXT NOT NULL,
+            delay_id TEXT NOT NULL,
+            sid TEXT,
+            PRIMARY KEY (livekit_room, identity, delay_id)
+        )
+        """,
+        "CREATE INDEX synapse_lk_jwt_identities_delay ON synapse_lk_jwt_identities (delay_id)",
+        "CREATE TABLE synapse_lk_jwt_stream (position BIGINT NOT NULL)",
+    ),
+)
+
+# How many delegations one transaction deals with.
+BATCH = 100
+
+
+class Taken(Enum):
+    """What became of a delegation that somebody asked for."""
+
+    NEW = auto()
+    ALREADY = auto()
+    NO_SUCH_EVENT = auto()
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Task:
+    """What is left to be done for a delegation outside of the database.
+
+    Attributes:
+        action: ASK or SEND.
+        delay_id: the delegation.
+        livekit_room: the LiveKit room.
+        identities: the participant identities that it follows.
+        is_connected: whether one of them has been seen.
+        leave: the event to send.
+    """
+
+    action: Action
+    delay_id: str
+    livekit_room: str
+    identities: frozenset[str]
+    is_connected: bool
+    leave: JsonDict | None
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Tracked:
+    """What a poll of the SFU needs to know of a delegation.
+
+    Attributes:
+        delay_id: the delegation.
+        livekit_room: the LiveKit room.
+        is_connected: whether one of its identities has been seen.
+        is_settled: whether it is connected and nobody doubts that.
+        identities: the participant identities that it follows, with the last seen session of each.
+    """
+
+    delay_id: str
+    livekit_room: str
+    is_connected: bool
+    is_settled: bool
+    identities: dict[str, str | None]
+
+
+class Store:
+    """The tables of one homeserver. Every method makes sure of them first."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+        self._has_tables = False
+
+    async def _run(self, desc: str, func: Callable[..., T], *args: object) -> T:
+        run = self._homeserver.run_db_interaction
+        if not self._has_tables:
+            await run("synapse_lk_jwt_migrate", _migrate)
+            self._has_tables = True
+        return await run(f"synapse_lk_jwt_{desc}", func, *args)
+
+    # Which calls there are
+
+    async def note_call(self, livekit_room: str, room_id: str) -> None:
+        """Notes that a LiveKit room belongs to a Matrix room."""
+        await self._run("note_call", self._note_call, livekit_room, room_id)
+
+    def _note_call(self, txn: LoggingTransaction, livekit_room: str, room_id: str) -> None:
+        txn.execute(
+            "INSERT INTO synapse_lk_jwt_calls (livekit_room, room_id, seen_ms) VALUES (?, ?, ?)"
+            " ON CONFLICT (livekit_room) DO UPDATE SET seen_ms = EXCLUDED.seen_ms",
+            (livekit_room, room_id, self._homeserver.clock.time_msec()),
+        )
+
+    async def calls(self) -> dict[str, str]:
+        """All LiveKit rooms that were noted, each with its Matrix room."""
+
+        def calls(txn: LoggingTransaction) -> dict[str, str]:
+            txn.execute("SELECT livekit_room, room_id FROM synapse_lk_jwt_calls")
+            return dict(txn.fetchall())
+
+        return await self._run("calls", calls)
+
+    async def calls_in(self, room_ids: Collection[str]) -> dict[str, list[str]]:
+        """The LiveKit rooms of Matrix rooms; those that have none are left out."""
+
+        def calls_in(txn: LoggingTransaction) -> dict[str, list[str]]:
+            clause, args = make_in_list_sql_clause(txn.database_engine, "room_id", room_ids)
+            txn.execute(
+                f"SELECT room_id, livekit_room FROM synapse_lk_jwt_calls WHERE {clause}", args
+            )
+            found: dict[str, list[str]] = {}
+            for room_id, livekit_room in txn:
+                found.setdefault(room_id, []).append(livekit_room)
+            return found
+
+        return await self._run("calls_in", calls_in) if room_ids else {}
+
+    async def room_of(self, livekit_room: str) -> str | None:
+        """The Matrix room of a LiveKit room that was noted."""
+
+        def room_of(txn: LoggingTransaction) -> str | None:
+            txn.execute(
+                "SELECT room_id FROM synapse_lk_jwt_calls WHERE livekit_room = ?", (livekit_room,)
+            )
+            row = txn.fetchone()
+            return None if row is None else str(row[0])
+
+        return await self._run("room_of", room_of)
+
+    async def forget_calls(self, livekit_rooms: Collection[str], unseen_for_ms: int = 0) -> None:
+        """Forgets calls that are over, unless somebody has noted them within some milliseconds."""
+
+        def forget(txn: LoggingTransaction) -> None:
+            before_ms = self._homeserver.clock.time_msec() - unseen_for_ms
+            for livekit_room in livekit_rooms:
+                txn.execute(
+                    "DELETE FROM synapse_lk_jwt_calls WHERE livekit_room = ? AND seen_ms <= ?",
+                    (livekit_room, before_ms),
+                )
+                if txn.rowcount > 0:
+                    txn.execute(
+                        "DELETE FROM synapse_lk_jwt_owners WHERE livekit_room = ?", (livekit_room,)
+                    )
+
+        if livekit_rooms:
+            await self._run("forget_calls", forget)
+
+    # Whose participants they are, where they can change what the SFU says of it
+
+    async def owners(self, livekit_room: str) -> dict[str, str]:
+        """The users of those identities in a LiveKit room that were noted with `joined`."""
+
+        def owners(txn: LoggingTransaction) -> dict[str, str]:
+            txn.execute(
+                "SELECT identity, user_id FROM synapse_lk_jwt_owners WHERE livekit_room = ?",
+                (livekit_room,),
+            )
+            return dict(txn.fetchall())
+
+        return await self._run("owners", owners)
+
+    # What the SFU says
+
+    async def joined(
+        self, livekit_room: str, identity: str, sid: str, owner: Owner | None, *, note_owner: bool
+    ) -> None:
+        """Notes that a participant has joined.
+
+        Args:
+            livekit_room: the LiveKit room.
+            identity: the participant identity.
+            sid: LiveKit's name for this session of it.
+            owner: whose it is, if that is known.
+            note_owner: whether to remember that for `owners`.
+        """
+
+        def joined(txn: LoggingTransaction) -> None:
+            if owner is not None:
+                self._note_call(txn, livekit_room, owner.room_id)
+                if note_owner:
+                    txn.execute(
+                        "INSERT INTO synapse_lk_jwt_owners (livekit_room, identity, user_id)"
+                        " VALUES (?, ?, ?) ON CONFLICT (livekit_room, identity)"
+                        " DO UPDATE SET user_id = EXCLUDED.user_id",
+                        (livekit_room, identity, owner.user_id),
+                    )
+            self._note_sid(txn, livekit_room, identity, sid)
+            self._advance(txn, _OF_IDENTITY, (livekit_room, identity), Happened.SEEN)
+
+        await self._run("joined", joined)
+
+    def _note_sid(
+        self, txn: LoggingTransaction, livekit_room: str, identity: str, sid: str
+    ) -> None:
+        txn.execute(
+            "UPDATE synapse_lk_jwt_identities SET sid = ? WHERE livekit_room = ? AND identity = ?",
+            (sid, livekit_room, identity),
+        )
+
+    async def left(
+        self, livekit_room: str, identity: str, sid: str, happened: Happened
+    ) -> list[Task]:
+        """Notes that a participant has left, unless a later session of it has been seen.
+
+        Args:
+            livekit_room: the LiveKit room.
+            identity: the participant identity.
+            sid: LiveKit's name for the session that is over.
+            happened: LEFT or ABORTED.
+        """
+        return await self._run(
+            "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), happened
+        )
+
+    async def finished(self, livekit_room: str) -> list[Task]:
+        """Notes that a LiveKit room is gone."""
+
+        def finished(txn: LoggingTransaction) -> list[Task]:
+            for table in ("calls", "owners"):
+                txn.execute(
+                    f"DELETE FROM synapse_lk_jwt_{table} WHERE livekit_room = ?", (livekit_room,)
+                )
+            return self._advance(txn, _OF_ROOM, (livekit_room,), Happened.ABORTED)
+
+        return await self._run("finished", finished)
+
+    # Delegated delayed leaves
+
+    async def take_on(
+        self,
+        user_id: str,
+        room_id: str,
+        livekit_room: str,
+        identities: Collection[str],
+        delay_id: str,
+    ) -> tuple[Taken, Task | None]:
+        """Takes on a delegation; an older one of the same member is dropped.
+
+        Args:
+            user_id: a local user.
+            room_id: the Matrix room.
+            livekit_room: the LiveKit room.
+            identities: the participant identities that the user may have in it.
+            delay_id: the delayed event.
+
+        Returns:
+            What became of it, and what is to be done at once.
+        """
+        return await self._run(
+            "take_on", self._take_on, user_id, room_id, livekit_room, identities, delay_id
+        )
+
+    def _take_on(
+        self,
+        txn: LoggingTransaction,
+        user_id: str,
+        room_id: str,
+        livekit_room: str,
+        identities: Collection[str],
+        delay_id: str,
+    ) -> tuple[Taken, Task | None]:
+        event = self._homeserver.delayed_event(txn, delay_id, user_id)
+        if event is None or event.room_id != room_id:
+            return Taken.NO_SUCH_EVENT, None
+        txn.execute("SELECT 1 FROM synapse_lk_jwt_delegations WHERE delay_id = ?", (delay_id,))
+        if txn.fetchone() is not None:
+            return Taken.ALREADY, None
+        self._drop_older(txn, user_id, livekit_room, identities, event)
+        now_ms = self._homeserver.clock.time_msec()
+        several = len(identities) > 1
+        delegation = take_on(event.delay_ms, several, now_ms)
+        values = {
+            "delay_id": delay_id,
+            "user_id": user_id,
+            "livekit_room": livekit_room,
+            "event_type": event.type,
+            "state_key": event.state_key,
+            **_as_columns(delegation),
+        }
+        txn.execute(
+            f"INSERT INTO synapse_lk_jwt_delegations ({', '.join(values)})"
+            f" VALUES ({', '.join('?' * len(values))})",
+            tuple(values.values()),
+        )
+        for identity in identities:
+            txn.execute(
+                "INSERT INTO synapse_lk_jwt_identities (livekit_room, identity, delay_id)"
+                " VALUES (?, ?, ?)",
+                (livekit_room, identity, delay_id),
+            )
+        ask = Task(Action.ASK, delay_id, livekit_room, frozenset(identities), False, None)
+        return Taken.NEW, ask
+
+    def _drop_older(
+        self,
+        txn: LoggingTransaction,
+        user_id: str,
+        livekit_room: str,
+        identities: Collection[str],
+        event: DelayedEvent,
+    ) -> None:
+        """Drops the delegations that a new one takes the place of.
+
+        It is the same member if it has an identity in common, or if the leave is for the same
+        state. An older leave for that state is cancelled: it would remove the new membership.
+        """
+        txn.execute(
+            "SELECT delay_id, event_type, state_key FROM synapse_lk_jwt_delegations"
+            " WHERE livekit_room = ? AND user_id = ?",
+            (livekit_room, user_id),
+        )
+        for delay_id, event_type, state_key in txn.fetchall():
+            is_same_state = event.state_key is not None and (event_type, state_key) == (
+                event.type,
+                event.state_key,
+            )
+            if is_same_state:
+                self._homeserver.remove_delayed_event(txn, delay_id, user_id)
+            if is_same_state or not self._identities(txn, delay_id).keys().isdisjoint(identities):
+                self._delete(txn, delay_id)
+
+    async def happened(self, delay_id: str, happened: Happened) -> list[Task]:
+        """Notes that something has happened to a delegation, and says what is to be done."""
+        return await self._run("happened", self._advance, _OF_DELAY, (delay_id,), happened)
+
+    async def seen(self, delay_id: str, livekit_room: str, sids: Mapping[str, str]) -> None:
+        """Notes that the SFU, asked, has listed identities of a delegation, with their sessions."""
+
+        def seen(txn: LoggingTransaction) -> None:
+            for identity, sid in sids.items():
+                self._note_sid(txn, livekit_room, identity, sid)
+            self._advance(txn, _OF_DELAY, (delay_id,), Happened.SEEN)
+
+        await self._run("seen", seen)
+
+    async def due(self) -> list[Task]:
+        """Does what is due in the database, and says what is due elsewhere."""
+        now_ms = self._homeserver.clock.time_msec()
+        return await self._run("due", self._advance, _DUE, (now_ms, BATCH), Happened.DUE)
+
+    async def tracked(self) -> list[Tracked]:
+        """All delegations whose leave is not on its way yet."""
+
+        def tracked(txn: LoggingTransaction) -> list[Tracked]:
+            txn.execute(
+                "SELECT delay_id, d.livekit_room, phase, doubted, tries, identity, sid"
+                " FROM synapse_lk_jwt_delegations AS d"
+                " JOIN synapse_lk_jwt_identities USING (delay_id) WHERE phase <> ?",
+                (Phase.LEAVING.value,),
+            )
+            found: dict[str, Tracked] = {}
+            for delay_id, livekit_room, phase, doubted, tries, identity, sid in txn:
+                if delay_id not in found:
+                    is_connected = Phase(phase) is Phase.CONNECTED
+                    is_settled = is_connected and not doubted and not tries
+                    found[delay_id] = Tracked(delay_id, livekit_room, is_connected, is_settled, {})
+                found[delay_id].identities[identity] = sid
+            return list(found.values())
+
+        return await self._run("tracked", tracked)
+
+    def _advance(
+        self,
+        txn: LoggingTransaction,
+        which: str,
+        args: tuple[object, ...],
+        happened: Happened,
+    ) -> list[Task]:
+        """Takes delegations a step further, and does to their delayed events what that takes."""
+        columns = ("delay_id", "user_id", "livekit_room", "leave", *_COLUMNS)
+        txn.execute(
+            f"SELECT {', '.join(columns)} FROM synapse_lk_jwt_delegations WHERE {which}", args
+        )
+        rows = [dict(zip(columns, values, strict=True)) for values in txn.fetchall()]
+        tasks = (self._advance_one(txn, row, happened) for row in rows)
+        return [task for task in tasks if task is not None]
+
+    def _advance_one(
+        self, txn: LoggingTransaction, row: Mapping[str, Any], happened: Happened
+    ) -> Task | None:
+        delay_id, user_id = row["delay_id"], row["user_id"]
+        leave = json.loads(row["leave"]) if row["leave"] is not None else None
+        before = _from_columns(row)
+        if before.phase is Phase.LEAVING and happened is Happened.DUE:
+            assert leave is not None
+            if self._current(txn, leave["event"]) != leave["instead_of"]:
+                # It was sent, and this process or another one died ahead of noting that; or there
+                # is a newer membership, which it is not for.
+                happened = Happened.OVER
+        after, action = step(before, happened, self._homeserver.clock.time_msec())
+        if action is Action.RESTART:
+            if not self._homeserver.restart_delayed_event(txn, delay_id, user_id):
+                after, action = None, Action.NOTHING
+        elif action is Action.SEND and leave is None:
+            # Once Synapse does not have it any more, nobody else can send it, or lose it.
+            event = self._homeserver.delayed_event(txn, delay_id, user_id)
+            if event is None or not self._homeserver.remove_delayed_event(txn, delay_id, user_id):
+                after, action = None, Action.NOTHING
+            else:
+                leave = {"event": event.event, "instead_of": self._current(txn, event.event)}
+        if after is None:
+            self._delete(txn, delay_id)
+        elif after != before:
+            values = {**_as_columns(after), "leave": json.dumps(leave) if leave else None}
+            txn.execute(
+                "UPDATE synapse_lk_jwt_delegations"
+                f" SET {', '.join(f'{column} = ?' for column in values)} WHERE delay_id = ?",
+                (*values.values(), delay_id),
+            )
+        if action not in (Action.ASK, Action.SEND):
+            return None
+        return Task(
+            action,
+            delay_id,
+            row["livekit_room"],
+            frozenset(self._identities(txn, delay_id)),
+            before.phase is not Phase.WAITING,
+            leave["event"] if leave else None,
+        )
+
+    def _current(self, txn: LoggingTransaction, event: JsonDict) -> str | None:
+        """The event that is in force where the leave would take its place."""
+        if "state_key" not in event:
+            return None
+        return self._homeserver.state_event_id(
+            txn, event["room_id"], event["type"], event["state_key"]
+        )
+
+    def _identities(self, txn: LoggingTransaction, delay_id: str) -> dict[str, str | None]:
+        txn.execute(
+            "SELECT identity, sid FROM synapse_lk_jwt_identities WHERE delay_id = ?", (delay_id,)
+        )
+        return dict(txn.fetchall())
+
+    def _delete(self, txn: LoggingTransaction, delay_id: str) -> None:
+        for table in ("delegations", "identities"):
+            txn.execute(f"DELETE FROM synapse_lk_jwt_{table} WHERE delay_id = ?", (delay_id,))
+
+    # How far the event stream has been followed
+
+    async def position(self) -> int | None:
+        """The position up to which changes of state have been dealt with, None at first."""
+
+        def position(txn: LoggingTransaction) -> int | None:
+            txn.execute("SELECT position FROM synapse_lk_jwt_stream")
+            row = txn.fetchone()
+            return None if row is None else int(row[0])
+
+        return await self._run("position", position)
+
+    async def set_position(self, position: int) -> None:
+        """Notes the position. Must only be done by the process that follows the stream."""
+
+        def set_position(txn: LoggingTransaction) -> None:
+            txn.execute("UPDATE synapse_lk_jwt_stream SET position = ?", (position,))
+            if txn.rowcount == 0:
+                txn.execute("INSERT INTO synapse_lk_jwt_stream (position) VALUES (?)", (position,))
+
+        await self._run("set_position", set_position)
+
+
+_OF_DELAY = "delay_id = ?"
+_OF_ROOM = "livekit_room = ?"
+_OF_IDENTITY = (
+    "delay_id IN (SELECT delay_id FROM synapse_lk_jwt_identities"
+    " WHERE livekit_room = ? AND identity = ?)"
+)
+_OF_SESSION = (
+    "delay_id IN (SELECT delay_id FROM synapse_lk_jwt_identities"
+    " WHERE livekit_room = ? AND identity = ? AND COALESCE(sid, ?) = ?)"
+)
+_DUE = "next_ms <= ? ORDER BY next_ms LIMIT ?"
+
+_COLUMNS = tuple(field.name for field in attr.fields(Delegation))
+
+
+def _as_columns(delegation: Delegation) -> dict[str, Any]:
+    return {**attr.asdict(delegation), "phase": delegation.phase.value}
+
+
+def _from_columns(row: Mapping[str, Any]) -> Delegation:
+    # SQLite has no booleans.
+    return Delegation(
+        **{
+            **{column: row[column] for column in _COLUMNS},
+            "phase": Phase(row["phase"]),
+            "several": bool(row["several"]),
+            "doubted": bool(row["doubted"]),
+        }
+    )
+
+
+def _migrate(txn: LoggingTransaction) -> None:
+    """Brings the tables up to date, whichever process comes first."""
+    if isinstance(txn.database_engine, PostgresEngine):
+        # Nobody else takes this lock on that table, and it comes ahead of the first look at the
+        # data: a process that waits for it must see what the other one has made.
+        txn.execute("LOCK TABLE schema_version IN SHARE ROW EXCLUSIVE MODE")
+    txn.execute("CREATE TABLE IF NOT EXISTS synapse_lk_jwt_schema (version INTEGER NOT NULL)")
+    txn.execute("SELECT version FROM synapse_lk_jwt_schema")
+    row = txn.fetchone()
+    version = 0 if row is None else int(row[0])
+    for statements in MIGRATIONS[version:]:
+        for statement in statements:
+            txn.execute(statement)
+    if row is None:
+        txn.execute("INSERT INTO synapse_lk_jwt_schema (version) VALUES (?)", (len(MIGRATIONS),))
+    elif version < len(MIGRATIONS):
+        txn.execute("UPDATE synapse_lk_jwt_schema SET version = ?", (len(MIGRATIONS),))
