@@ -34,6 +34,8 @@ class Stage:
         """
         self.livekit = LiveKit(directory)
         self.a = Synapse("a", directory, self.module_config(), config_of_a)
+        self.service_url = self.a.client_url + service.PREFIX
+        self.livekit.webhook_urls = [f"{self.service_url}/sfu_webhook"]
         # B's own LiveKit has no part in the play, and is not there.
         config_of_b = {**self.module_config(), "livekit_url": "wss://sfu-of-b.example.com"}
         self.b = Synapse("b", directory, config_of_b)
@@ -68,12 +70,12 @@ class BrowserStage(Stage):
     def __init__(self, directory: Path) -> None:
         """As that of `Stage`."""
         super().__init__(directory, {"experimental_features": _FOR_ELEMENT_CALL})
-        service_url = self.a.client_url + service.PREFIX
-        self.livekit.webhook_urls = [f"{service_url}/sfu_webhook"]
         self.b.module_config = None
         self.b.extra_config = {
             "experimental_features": {**_FOR_ELEMENT_CALL, "msc4143_enabled": True},
-            "matrix_rtc": {"transports": [{"type": "livekit", "livekit_service_url": service_url}]},
+            "matrix_rtc": {
+                "transports": [{"type": "livekit", "livekit_service_url": self.service_url}]
+            },
         }
 
     def room(self, host: User, *guests: User) -> str:
