@@ -23,24 +23,24 @@ class BrowserStory:
         self._room_id = stage.room(self._alice, self._bob, self._rita)
         # Somebody without a camera can look on.
         features = {"feature_group_calls_without_video_and_audio": True}
-        self._pages = [
+        self.pages = [
             ElementCall(user, features=features) for user in (self._alice, self._bob, self._rita)
         ]
 
     def tell(self) -> None:
         """Serve Element Call and say what to try, until interrupted."""
-        for page in self._pages:
+        for page in self.pages:
             page.start()
         try:
             print(self.text(), flush=True)
             threading.Event().wait()
         finally:
-            for page in self._pages:
+            for page in self.pages:
                 page.stop()
 
     def text(self) -> str:
         """What the demo prints."""
-        alice, bob, rita = (page.link(self._room_id) for page in self._pages)
+        alice, bob, rita = (page.link(self._room_id) for page in self.pages)
         return f"""\
 ✔ Two homeservers, LiveKit and Element Call are up on 127.0.0.1
 

@@ -96,9 +96,13 @@ class Person:
 
     def open(self, room_id: str) -> None:
         """Follow a link to the call in a room, without waiting for the lobby."""
+        self.follow(self._element_call.link(room_id))
+
+    def follow(self, link: str) -> None:
+        """Go to an address, without waiting for the page."""
         # Going where it is already, but for what is behind the `#`, is no going for a browser.
         self.page.goto("about:blank")
-        self.page.goto(self._element_call.link(room_id), wait_until="commit")
+        self.page.goto(link, wait_until="commit")
 
     def join(self) -> None:
         """Click where the lobby invites to, once it is there, and wait for nothing more."""
@@ -189,7 +193,10 @@ class Scene:
 
     def person(self, user: User, **config: Any) -> Person:
         """Give the user a browser, and Element Call with this configuration."""
-        element_call = ElementCall(user, **{"media_quality": _LIGHT, **config})
+        return self.visitor(ElementCall(user, **{"media_quality": _LIGHT, **config}))
+
+    def visitor(self, element_call: ElementCall) -> Person:
+        """Give the user of an Element Call that has not been started a browser."""
         element_call.start()
         person = Person(self._browser, element_call)
         self.people.append(person)

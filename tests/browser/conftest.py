@@ -52,6 +52,12 @@ def scene(browser: Browser, stage: BrowserStage) -> Iterator[Scene]:
     scene.end()
 
 
+@pytest.fixture
+def pictures(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
+    """The directory for pictures: the one of the docs, if these are to be refreshed."""
+    return ROOT / "docs" / "pictures" if pytestconfig.getoption("--pictures") else tmp_path
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
