@@ -64,6 +64,11 @@ class Participant:
         """The identities of the other participants."""
         return list(self._room.remote_participants)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether it is in the call still; LiveKit may have thrown it out."""
+        return self._room.isconnected()
+
     async def publish_tone(self, hertz: float = 440.0) -> None:
         """Publish a microphone in which a tone sounds until this participant leaves."""
         source = rtc.AudioSource(_SAMPLE_RATE, 1)

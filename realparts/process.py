@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import ctypes
@@ -87,6 +88,11 @@ def wait_until(
             tails = "\n".join(process.log_tail() for process in processes)
             raise TimedOut(f"after {timeout:.0f} s still no {what}\n{tails}".rstrip())
         time.sleep(_POLL_SECONDS)
+
+
+async def until(condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
+    """As `wait_until`, while everything else on the event loop goes on."""
+    await asyncio.to_thread(wait_until, condition, what, timeout)
 
 
 class Process:

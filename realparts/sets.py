@@ -15,6 +15,7 @@ from realparts.matrix import User
 from realparts.postgres import Postgres
 from realparts.process import Process, stop_all
 from realparts.redis import Redis
+from realparts.service import PREFIX
 from realparts.synapse import Synapse
 
 _RATE_OFF = {"per_second": 10_000, "burst_count": 10_000}
@@ -91,7 +92,11 @@ def two_homeservers(directory: Path) -> Iterator[Homeservers]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One homeserver on PostgreSQL: main process, generic worker, and Redis between them."""
+    """One homeserver on PostgreSQL, with Redis between its processes.
+
+    There is the main process, a generic worker, to which LiveKit's webhooks go, and a worker for
+    background tasks.
+    """
 
     synapse: Synapse
     livekit: LiveKit
@@ -107,15 +112,22 @@ class Cluster:
 
 @contextlib.contextmanager
 def workers(directory: Path) -> Iterator[Cluster]:
-    """A homeserver with a worker.
+    """A homeserver with workers.
 
     Raises:
         MissingTool
     """
     livekit, redis, postgres = LiveKit(directory), Redis(directory), Postgres(directory)
-    with running(livekit, redis, postgres):
+    with running(redis, postgres):
         synapse = Synapse(
-            "c", directory, module_config(livekit), postgres=postgres, redis=redis, workers=1
+            "c",
+            directory,
+            module_config(livekit),
+            postgres=postgres,
+            redis=redis,
+            workers=1,
+            background_worker=True,
         )
-        with running(synapse):
+        livekit.webhook_urls.append(synapse.worker_urls[0] + PREFIX + "/sfu_webhook")
+        with running(livekit, synapse):
             yield Cluster(synapse, livekit)

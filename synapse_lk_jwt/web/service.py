@@ -243,7 +243,7 @@ class SfuWebhookResource(_Endpoint):
             raise SynapseError(401, "The webhook is not signed", Codes.UNAUTHORIZED) from None
         try:
             event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
-        except ParseError:
+        except (ParseError, ValueError):
             # It is LiveKit's, but nothing that this version knows.
             logger.warning("A webhook of LiveKit cannot be read")
             return 200, {}

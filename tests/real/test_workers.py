@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Main process and generic worker on PostgreSQL with Redis between them."""
+"""Main process and workers on PostgreSQL with Redis between them."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from realparts import service
+from realparts.call import Participant
 from realparts.http import http
 from realparts.matrix import User
+from realparts.member import POWER_LEVELS, enter
+from realparts.process import until
 from realparts.sets import Cluster
 
 PROCESSES = ("main", "worker")
@@ -114,6 +118,31 @@ def test_what_postgresql_cannot_store_is_refused_ahead_of_it(
 @pytest.fixture(scope="module")
 def carol(cluster: Cluster) -> User:
     return cluster.user("poisoner")
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_delegation_and_removal_wherever_they_are_asked_for(process: str, cluster: Cluster) -> None:
+    alice, bob = cluster.user("alice"), cluster.user("bob")
+    url = cluster.urls[process]
+    room_id = alice.create_room(preset="public_chat", power_levels=POWER_LEVELS)
+    bob.join(room_id)
+
+    async def test() -> None:
+        # The webhooks go to the worker, and background tasks run on another one.
+        bobs = await enter(bob, room_id, cluster.livekit, 6_000, url)
+        alices = await enter(alice, room_id, cluster.livekit, 3_600_000, url)
+        began = bob.delayed()[0]["running_since"]
+        await until(lambda: bob.delayed()[0]["running_since"] > began + 6_000, "restarts")
+        assert bobs.is_in_room(alice)
+        await alices.there.leave()
+        await until(lambda: not alices.is_in_room(bob), "leave", 5)
+        alice.kick(room_id, bob.user_id)
+        await until(lambda: not bobs.there.is_connected, "removal", 5)
+        again = await Participant.join(cluster.livekit.url, bobs.jwt)
+        await until(lambda: not again.is_connected, "removal", 5)
+        assert alices.leaves_sent() == 1
+
+    asyncio.run(test())
 
 
 def test_no_process_has_a_traceback(cluster: Cluster) -> None:

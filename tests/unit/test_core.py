@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
 import json
-from base64 import urlsafe_b64decode
+from base64 import b64encode, urlsafe_b64decode
 from typing import Any
 
+import jwt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,8 +18,10 @@ from synapse_lk_jwt.sfu.names import (
     device_member_identity,
     livekit_room_name,
     member_identity,
+    user_of_device_identity,
 )
-from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.sfu.seal import ATTRIBUTE, Owner, Sealer
+from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.web.requests import Fields, GetTokenRequest, SfuGetRequest
 
 
@@ -117,6 +121,84 @@ def test_livekit_takes_our_signature() -> None:
     claims = verifier.verify(signer.api_token(VideoGrants(room_create=True)))
     assert claims.video is not None
     assert claims.video.room_create
+
+
+BODY = b'{"event": "participant_left"}'
+WEBHOOK = {
+    "iss": "APIkey",
+    "nbf": 2_000_000_000,
+    "exp": 2_000_000_300,
+    "sha256": b64encode(hashlib.sha256(BODY).digest()).decode(),
+}
+
+
+@pytest.mark.parametrize("now", [1_999_999_941, 2_000_000_000, 2_000_000_359])
+def test_a_webhook_of_livekit_is_taken(now: int) -> None:
+    signer = TokenSigner("APIkey", "s" * 32, lambda: now * 1000)
+    signer.verify_webhook(jwt.encode(WEBHOOK, "s" * 32), BODY)
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        "",
+        "Bearer x",
+        "a.b.c",
+        "\udfff",
+        jwt.encode(WEBHOOK, "t" * 32),
+        jwt.encode(WEBHOOK, "s" * 64, algorithm="HS512"),
+        jwt.encode(WEBHOOK, "", algorithm="none"),
+        jwt.encode({**WEBHOOK, "iss": "another"}, "s" * 32),
+        jwt.encode({**WEBHOOK, "sha256": b64encode(bytes(32)).decode()}, "s" * 32),
+        jwt.encode({**WEBHOOK, "sha256": None}, "s" * 32),
+        jwt.encode({**WEBHOOK, "sha256": "\ud800"}, "s" * 32),
+        jwt.encode({**WEBHOOK, "exp": "soon"}, "s" * 32),
+        jwt.encode({**WEBHOOK, "nbf": [1]}, "s" * 32),
+        jwt.encode({**WEBHOOK, "exp": 1_999_999_000}, "s" * 32),
+        jwt.encode({**WEBHOOK, "nbf": 2_000_001_000}, "s" * 32),
+        jwt.encode({name: WEBHOOK[name] for name in ("iss", "sha256")}, "s" * 32),
+    ],
+)
+def test_what_is_no_webhook_of_livekit(authorization: str) -> None:
+    signer = TokenSigner("APIkey", "s" * 32, lambda: 2_000_000_000_000)
+    with pytest.raises(InvalidSignature) as raised:
+        signer.verify_webhook(authorization, BODY)
+    assert not authorization or authorization not in str(raised.value)
+
+
+def test_seals_are_opened_by_the_same_secret_only() -> None:
+    owner = Owner("@älice:example.org", "!room", "m.call#ROOM")
+    sealer = Sealer("secret")
+    sealed = sealer.seal(owner)
+    assert sealer.open(sealed) == owner
+    assert Sealer("secret").open(sealed) == owner
+    assert Sealer("another").open(sealed) is None
+    # It tells nothing, not even that two are of the same user.
+    assert sealer.seal(owner) != sealed
+    (value,) = sealed.values()
+    for wrong in ("", "é", "====", value[:-4], value[1:], "A" + value, value[:-5] + "AAAAA"):
+        assert sealer.open({ATTRIBUTE: wrong}) is None
+    assert sealer.open({}) is None
+
+
+@pytest.mark.parametrize(
+    ("identity", "user"),
+    [
+        ("@a:b.org:DEVICE", "@a:b.org"),
+        ("@a:b.org:", "@a:b.org"),
+        ("@a:b.org:123", "@a:b.org"),
+        ("@a:b.org:8448:DEVICE", "@a:b.org:8448"),
+        ("@a:b.org:8448:", "@a:b.org:8448"),
+        ("@a:[::1]:DEVICE", "@a:[::1]"),
+        ("@a:[::1]:8448:DE:VICE", "@a:[::1]:8448"),
+        ("@a:b.org:DE\nVICE#twin", "@a:b.org"),
+        ("@a:b.org", None),
+        ("O8437W3+jmzMVjoIP3tNwbm+XxHQk2iKpOA7aqw3qSc", None),
+        ("", None),
+    ],
+)
+def test_whose_a_device_identity_is(identity: str, user: str | None) -> None:
+    assert user_of_device_identity(identity) == user
 
 
 @pytest.mark.parametrize(

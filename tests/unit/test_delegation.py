@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows for a delegated delayed leave, whatever happens to it and in whatever order."""
+
+import itertools
+
+import attr
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from synapse_lk_jwt.delegation import (
+    LOOK_AGAIN_MS,
+    MAX_RESTART_MS,
+    MAX_SENDS,
+    MAX_WAIT_MS,
+    MIN_RESTART_MS,
+    MOMENT_MS,
+    SENDING_MS,
+    Action,
+    Delegation,
+    Happened,
+    Phase,
+    step,
+    take_on,
+)
+
+NOW = 1_000_000_000
+DELAY = 18_000
+
+
+def waiting(delay_ms: int = DELAY, several: bool = False) -> Delegation:
+    return take_on(delay_ms, several, NOW)
+
+
+def after(*what: Happened, d: Delegation | None = None, at: int = NOW) -> Delegation:
+    """A delegation to which all of this has happened."""
+    d = d or waiting()
+    for happened in what:
+        following, _ = step(d, happened, at)
+        assert following is not None
+        d = following
+    return d
+
+
+CONNECTED = after(Happened.SEEN)
+DOUBTED = after(Happened.SEEN, Happened.LEFT)
+LEAVING = after(Happened.SEEN, Happened.LEFT, Happened.ABSENT)
+STATES = {
+    "waiting": waiting(),
+    "waiting, left": after(Happened.LEFT),
+    "connected": CONNECTED,
+    "connected, missed once": after(Happened.SEEN, Happened.ABSENT_AT_POLL),
+    "connected, doubted": DOUBTED,
+    "leaving": LEAVING,
+}
+W, C, L, OVER = Phase.WAITING, Phase.CONNECTED, Phase.LEAVING, None
+NOTHING, ASK, RESTART, SEND = Action.NOTHING, Action.ASK, Action.RESTART, Action.SEND
+
+# What follows at once, when nothing is due yet.
+TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
+    "waiting": {
+        Happened.SEEN: (C, RESTART),
+        Happened.LEFT: (W, ASK),
+        Happened.ABORTED: (W, NOTHING),
+        Happened.ABSENT: (W, NOTHING),
+        Happened.ABSENT_AT_POLL: (W, NOTHING),
+        Happened.DUE: (W, ASK),
+        Happened.NOT_SENT: (W, NOTHING),
+        Happened.OVER: (OVER, NOTHING),
+    },
+    "waiting, left": {
+        Happened.SEEN: (C, RESTART),
+        Happened.LEFT: (W, ASK),
+        Happened.ABORTED: (W, NOTHING),
+        Happened.ABSENT: (L, SEND),
+        Happened.ABSENT_AT_POLL: (W, NOTHING),
+        Happened.DUE: (W, ASK),
+        Happened.NOT_SENT: (W, NOTHING),
+        Happened.OVER: (OVER, NOTHING),
+    },
+    "connected": {
+        Happened.SEEN: (C, NOTHING),
+        Happened.LEFT: (C, ASK),
+        Happened.ABORTED: (C, ASK),
+        Happened.ABSENT: (C, NOTHING),
+        Happened.ABSENT_AT_POLL: (C, NOTHING),
+        Happened.DUE: (C, NOTHING),
+        Happened.NOT_SENT: (C, NOTHING),
+        Happened.OVER: (OVER, NOTHING),
+    },
+    "connected, missed once": {
+        Happened.SEEN: (C, NOTHING),
+        Happened.LEFT: (C, ASK),
+        Happened.ABORTED: (C, ASK),
+        Happened.ABSENT: (C, NOTHING),
+        Happened.ABSENT_AT_POLL: (C, ASK),
+        Happened.DUE: (C, NOTHING),
+        Happened.NOT_SENT: (C, NOTHING),
+        Happened.OVER: (OVER, NOTHING),
+    },
+    "connected, doubted": {
+        Happened.SEEN: (C, NOTHING),
+        Happened.LEFT: (C, ASK),
+        Happened.ABORTED: (C, ASK),
+        Happened.ABSENT: (L, SEND),
+        Happened.ABSENT_AT_POLL: (C, NOTHING),
+        Happened.DUE: (C, ASK),
+        Happened.NOT_SENT: (C, NOTHING),
+        Happened.OVER: (OVER, NOTHING),
+    },
+    "leaving": {
+        Happened.SEEN: (L, NOTHING),
+        Happened.LEFT: (L, NOTHING),
+        Happened.ABORTED: (L, NOTHING),
+        Happened.ABSENT: (L, NOTHING),
+        Happened.ABSENT_AT_POLL: (L, NOTHING),
+        Happened.DUE: (L, SEND),
+        Happened.NOT_SENT: (L, NOTHING),
+        Happened.OVER: (OVER, NOTHING),
+    },
+}
+
+
+@pytest.mark.parametrize(("state", "happened"), list(itertools.product(STATES, Happened)))
+def test_every_state_knows_what_to_do_about_everything(state: str, happened: Happened) -> None:
+    following, action = step(STATES[state], happened, NOW)
+    assert (following and following.phase, action) == TABLE[state][happened]
+
+
+def test_who_is_seen_again_is_not_doubted_any_more() -> None:
+    assert after(Happened.SEEN, d=DOUBTED) == CONNECTED
+    assert after(Happened.SEEN, d=after(Happened.ABSENT_AT_POLL, d=CONNECTED)) == CONNECTED
+
+
+def test_two_polls_in_a_row_and_one_more_look_are_needed() -> None:
+    d = after(Happened.ABSENT_AT_POLL, Happened.SEEN, Happened.ABSENT_AT_POLL, d=CONNECTED)
+    assert step(d, Happened.ABSENT, NOW)[1] is NOTHING
+    d, action = step(d, Happened.ABSENT_AT_POLL, NOW)  # type: ignore[assignment]
+    assert action is ASK
+    assert step(d, Happened.ABSENT, NOW)[1] is SEND
+
+
+@pytest.mark.parametrize(
+    ("delay_ms", "interval_ms"),
+    [
+        (100, MIN_RESTART_MS),
+        (3_000, MIN_RESTART_MS),
+        (18_000, 6_000),
+        (3_600_000, MAX_RESTART_MS),
+        (86_400_000, MAX_RESTART_MS),
+    ],
+)
+def test_the_event_is_restarted_in_good_time(delay_ms: int, interval_ms: int) -> None:
+    d = after(Happened.SEEN, d=waiting(delay_ms))
+    assert d.next_ms == NOW + interval_ms
+    assert step(d, Happened.DUE, NOW + interval_ms - 1)[1] is NOTHING
+    following, action = step(d, Happened.DUE, NOW + interval_ms)
+    assert action is RESTART
+    assert following is not None
+    assert following.next_ms == NOW + 2 * interval_ms
+
+
+def test_while_the_sfu_does_not_answer_the_event_is_kept_alive_and_the_sfu_asked_again() -> None:
+    d, now, actions = DOUBTED, NOW, []
+    while now < NOW + DELAY:
+        now = d.next_ms
+        following, action = step(d, Happened.DUE, now)
+        assert following is not None
+        assert now - following.restarted_ms <= d.restart_interval_ms
+        d = following
+        actions.append(action)
+    assert actions.count(RESTART) == 3
+    assert actions.count(ASK) >= 8
+
+
+def test_waiting_backs_off_up_to_a_third_of_the_delay_and_ends() -> None:
+    d, looks = waiting(60_000), []
+    while True:
+        now = d.next_ms
+        following, action = step(d, Happened.DUE, now)
+        assert action is ASK
+        looks.append(now - NOW)
+        following, action = step(following, Happened.ABSENT, now)  # type: ignore[arg-type]
+        assert following is not None
+        d = following
+        if action is SEND:
+            break
+    assert looks == [1_000, 3_000, 7_000, 15_000, 31_000, 51_000, 60_000]
+
+
+def test_nobody_is_waited_for_longer_than_an_hour() -> None:
+    d = waiting(86_400_000)
+    assert step(d, Happened.ABSENT, NOW + MAX_WAIT_MS - 1)[1] is NOTHING
+    assert step(d, Happened.ABSENT, NOW + MAX_WAIT_MS)[1] is SEND
+
+
+def test_an_sfu_that_does_not_answer_does_not_end_the_waiting() -> None:
+    d, action = step(waiting(), Happened.DUE, NOW + 10 * DELAY)
+    assert action is ASK
+    assert d is not None
+    assert d.phase is W
+
+
+def test_who_leaves_after_a_moment_may_come_back_under_another_name() -> None:
+    d = after(Happened.SEEN, Happened.LEFT, d=waiting(several=True))
+    d, action = step(d, Happened.ABSENT, NOW + MOMENT_MS - 1)  # type: ignore[assignment]
+    assert action is NOTHING
+    assert d.next_ms <= NOW + MOMENT_MS + LOOK_AGAIN_MS
+    assert step(d, Happened.DUE, d.next_ms)[1] is ASK
+    assert step(d, Happened.SEEN, d.next_ms)[1] is NOTHING
+    assert step(d, Happened.ABSENT, NOW + MOMENT_MS)[1] is SEND
+
+
+def test_a_leave_is_sent_again_until_the_room_has_answered() -> None:
+    d, pauses = LEAVING, []
+    assert d.next_ms == NOW + SENDING_MS
+    for _ in range(12):
+        d = after(Happened.NOT_SENT, d=d)
+        pauses.append(d.next_ms - NOW)
+    assert pauses[:4] == [1_000, 2_000, 4_000, 8_000]
+    assert pauses[-1] == 300_000
+    assert step(attr.evolve(d, tries=MAX_SENDS), Happened.NOT_SENT, NOW)[0] is None
+
+
+@settings(max_examples=2_000, deadline=None)
+@given(
+    delay_ms=st.integers(1, 10 * MAX_WAIT_MS),
+    several=st.booleans(),
+    story=st.lists(st.tuples(st.sampled_from(Happened), st.integers(0, 400_000)), max_size=40),
+)
+def test_whatever_happens_in_whatever_order(
+    delay_ms: int, several: bool, story: list[tuple[Happened, int]]
+) -> None:
+    now = NOW
+    d: Delegation | None = take_on(delay_ms, several, now)
+    reason_to_leave = False
+    restarted = None
+    for happened, pause_ms in story:
+        now += pause_ms
+        assert d is not None
+        before = d
+        d, action = step(d, happened, now)
+        if happened in (Happened.LEFT, Happened.ABORTED, Happened.ABSENT_AT_POLL):
+            reason_to_leave = True
+        if happened is Happened.SEEN:
+            reason_to_leave = False
+        if d is None:
+            assert action is NOTHING
+            assert happened is Happened.OVER or before.tries >= MAX_SENDS
+            break
+        # Nothing is ever left lying about.
+        assert d.next_ms > now or happened is not Happened.DUE or action is RESTART
+        if before.phase is L:
+            assert d.phase is L
+            assert action in (NOTHING, SEND)
+        elif action is SEND:
+            # Never without a look that found nobody, nor without a reason to look.
+            assert happened is Happened.ABSENT
+            assert reason_to_leave or now >= before.give_up_ms
+        if before.phase is C:
+            assert d.phase is not W
+        if action is RESTART:
+            assert d.phase is C
+            if restarted is not None:
+                assert now - restarted >= MIN_RESTART_MS
+            restarted = now
