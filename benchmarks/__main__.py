@@ -251,24 +251,33 @@ def measure(bench: Bench, rounds: int, seconds: float) -> None:
     """Prints the table of requests per second."""
     rows = bench.rows()
     results: dict[str, list[Result]] = {row.name: [] for row in rows}
+    cpu: dict[str, list[float]] = {row.name: [] for row in rows}
     for row in rows:
         # Warms up caches, and has the key of the other homeserver fetched.
         asyncio.run(run(bench.port, row.make(4 * USERS), 4, 10))
     for _ in range(rounds):
         for row in rows:
             requests = row.make(int(4000 * seconds))
-            results[row.name].append(asyncio.run(run(bench.port, requests, CONNECTIONS, seconds)))
+            used = bench.a.main.cpu_seconds()
+            result = asyncio.run(run(bench.port, requests, CONNECTIONS, seconds))
+            used = bench.a.main.cpu_seconds() - used
+            results[row.name].append(result)
+            cpu[row.name].append(used / len(result.times))
 
     def median(name: str, what: Callable[[Result], float]) -> float:
         return statistics.median(map(what, results[name]))
 
-    print(f"\n{'':28}{'req/s':>8}{'p50 ms':>8}{'p99 ms':>8}{'ratio':>8}  goal")
+    columns = "".join(f"{column:>8}" for column in ("req/s", "p50 ms", "p99 ms", "CPU ms"))
+    print(f"\n{'':28}{columns}{'CPU':>8}{'ratio':>8}  goal")
     for row in rows:
         rate = median(row.name, lambda result: result.per_second)
         line = f"{row.name:28}{rate:8.0f}"
         for part in (0.5, 0.99):
             line += f"{1000 * median(row.name, lambda r, part=part: r.quantile(part)):8.1f}"  # type: ignore[misc]
+        cpu_seconds = statistics.median(cpu[row.name])
+        line += f"{1000 * cpu_seconds:8.3f}"
         if row.beside is not None:
+            line += f"{statistics.median(cpu[row.beside]) / cpu_seconds:8.2f}"
             ratio = rate / median(row.beside, lambda result: result.per_second)
             line += f"{ratio:8.2f}"
             if row.goal is not None:

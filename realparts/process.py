@@ -236,6 +236,13 @@ class Process:
                 return int(line.split()[1]) * 1024
         raise ProcessDied(f"{self.name} is not running")
 
+    def cpu_seconds(self) -> float:
+        """CPU time that it has used so far, all threads together (Linux only)."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        # The name of the program comes first, in parentheses, and can hold anything.
+        fields = stat.rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def _signal(self, number: signal.Signals) -> None:
         # The group is gone if the process and all that it started have ended by themselves.
         with contextlib.suppress(ProcessLookupError, PermissionError):

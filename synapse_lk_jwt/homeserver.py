@@ -7,6 +7,7 @@ against the oldest and the newest Synapse that is supported.
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import copy
 from inspect import signature
 from io import BytesIO
 from typing import Any, Protocol
@@ -30,8 +31,11 @@ from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id, get_loc
 from synapse.util.caches.response_cache import ResponseCache
 from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
+from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
+
+from synapse_lk_jwt.http import BoundedPool
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ logger = logging.getLogger(__name__)
 # that holds them.
 _GROUP = "synapse_lk_jwt"
 _SERVLETS = "_synapse_lk_jwt_servlets"
+
+# With headers. Bodies, and those of a `.well-known/matrix/server`, have narrower limits.
+MAX_FEDERATION_ANSWER_BYTES = 256 * 1024
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -97,6 +104,7 @@ class Homeserver:
             if hasattr(config, "msc4140_enabled")
             else config.max_event_delay_ms
         )
+        self._pool = BoundedPool(self.reactor, MAX_FEDERATION_ANSWER_BYTES)
 
     def is_mine(self, user_id: str) -> bool:
         """Whether a user is one of this homeserver."""
@@ -182,7 +190,8 @@ class Homeserver:
         Takes the agent of Synapse's federation client, so that server discovery, TLS policy and IP
         block lists hold, but not the client: it would write the query into the log, count an error
         against the server, after which Synapse does not talk to it at all for ten minutes, and
-        read a body of any size. No redirect is followed; the time is for the caller to limit.
+        read a body of any size. The connections are our own, because Synapse's take headers of any
+        size. No redirect is followed; the time is for the caller to limit.
 
         Args:
             method: the HTTP verb.
@@ -212,7 +221,7 @@ class Homeserver:
                 BytesIO(encode_canonical_json(content)), cooperator=client._cooperator
             )
         uri = f"matrix-federation://{server_name}{path}"
-        response: Deferred[IResponse] = client.agent.request(
+        response: Deferred[IResponse] = _on_pool(self._pool, client.agent).request(
             method.encode("ascii"), uri.encode("ascii"), headers, producer
         )
         return await make_deferred_yieldable(response)
@@ -404,9 +413,8 @@ class Homeserver:
         except ImportError:
             return "this Synapse has no registry of servlets"
         setattr(self._hs, _SERVLETS, (client, federation))
-        # The types name the servlets that Synapse has itself.
-        CLIENT_GROUPS[_GROUP] = (_register_client_servlet,)
-        FEDERATION_GROUPS[_GROUP] = (_FederationServlet,)  # type: ignore[assignment]
+        _put_first(CLIENT_GROUPS, _register_client_servlet)
+        _put_first(FEDERATION_GROUPS, _FederationServlet)
         return None
 
     def advertise(self, livekit_url: str | None, service_url: str) -> None:
@@ -437,6 +445,20 @@ class Homeserver:
             config.server.extra_well_known_client_content = well_known
 
 
+def _on_pool(pool: HTTPConnectionPool, agent: Any) -> Any:
+    """A copy of one of Synapse's agents, and of those that it is made of, on another pool.
+
+    Synapse's own stays as it is. An agent that keeps its parts elsewhere does without the pool.
+    """
+    agent = copy(agent)
+    if hasattr(agent, "_pool"):
+        agent._pool = pool
+    for part in ("_agent", "_well_known_resolver", "_well_known_agent"):
+        if hasattr(agent, part):
+            setattr(agent, part, _on_pool(pool, getattr(agent, part)))
+    return agent
+
+
 class FederationServlet(Protocol):
     """What Synapse wants of a servlet."""
 
@@ -449,6 +471,13 @@ class FederationServletFactory(Protocol):
     def __call__(
         self, *, hs: Any, authenticator: Any, ratelimiter: Any, server_name: str
     ) -> "FederationServlet": ...
+
+
+def _put_first(groups: dict[str, Any], servlet: Any) -> None:
+    """Puts our group ahead of all others: Synapse tries hundreds of patterns in this order."""
+    others = {name: servlets for name, servlets in groups.items() if name != _GROUP}
+    groups.clear()
+    groups.update({_GROUP: (servlet,), **others})
 
 
 def _register_client_servlet(hs: Any, http_server: HttpServer) -> None:

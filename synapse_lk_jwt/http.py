@@ -2,21 +2,30 @@
 """What comes from the network is bounded here: in time, in size and in what counts as JSON."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
+import attr
 from synapse.logging.context import (
     PreserveLoggingContext,
     make_deferred_yieldable,
     run_in_background,
 )
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import (
+    IProtocol,
+    IProtocolFactory,
+    IReactorTime,
+    IStreamClientEndpoint,
+)
 from twisted.internet.protocol import Protocol, connectionDone
+from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
-from twisted.web.client import ResponseDone
+from twisted.web.client import HTTPConnectionPool, ResponseDone
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import IResponse
+from zope.interface import implementer
 
 T = TypeVar("T")
 
@@ -103,6 +112,69 @@ class _BodyReader(Protocol):
                 self.done.callback(bytes(self._body))
             else:
                 self.done.errback(reason)
+
+
+class BoundedPool(HTTPConnectionPool):
+    """Connections over which one answer, headers and all, cannot be larger than allowed.
+
+    Twisted's client limits how long a header is and not how many there are, and reads on for as
+    long as the other side sends. Here the connection is closed.
+    """
+
+    def __init__(self, reactor: IReactorTime, max_bytes: int) -> None:
+        """
+        Args:
+            reactor: whose time it is.
+            max_bytes: the limit; larger than the largest body by as much as headers may take.
+        """
+        HTTPConnectionPool.__init__(self, reactor)
+        # Whether to ask again is for the caller to decide.
+        self.retryAutomatically = False
+        self._max_bytes = max_bytes
+
+    def getConnection(self, key: Hashable, endpoint: IStreamClientEndpoint) -> "Deferred[Any]":
+        return super().getConnection(key, _BoundedEndpoint(endpoint, self._max_bytes))
+
+
+@implementer(IStreamClientEndpoint)
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _BoundedEndpoint:
+    _endpoint: IStreamClientEndpoint
+    _max_bytes: int
+
+    def connect(self, factory: IProtocolFactory) -> "Deferred[Any]":
+        bounded: WrappingFactory[_BoundedConnection] = WrappingFactory(factory)
+        bounded.protocol = partial(_BoundedConnection, max_bytes=self._max_bytes)
+        # Else it logs every connection.
+        bounded.noisy = False
+        connected: Deferred[Any] = self._endpoint.connect(bounded)
+        # Twisted's client wants its own protocol.
+        return connected.addCallback(lambda connection: connection.wrappedProtocol)
+
+
+class _BoundedConnection(ProtocolWrapper):
+    """Counts from each write on: a client writes a request, and what then comes is the answer."""
+
+    def __init__(self, factory: Any, protocol: IProtocol, max_bytes: int) -> None:
+        ProtocolWrapper.__init__(self, factory, protocol)
+        self._max_bytes = max_bytes
+        self._received = 0
+
+    def write(self, data: bytes) -> None:
+        self._received = 0
+        ProtocolWrapper.write(self, data)
+
+    def writeSequence(self, data: Iterable[bytes]) -> None:
+        self._received = 0
+        ProtocolWrapper.writeSequence(self, data)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._received > self._max_bytes:
+            # The orderly way takes the other side's consent under TLS.
+            self.abortConnection()
+        else:
+            ProtocolWrapper.dataReceived(self, data)
 
 
 def parse_json(body: bytes) -> Any:

@@ -20,6 +20,7 @@ from synapse_lk_jwt.sfu.names import (
     livekit_room_name,
     member_identity,
 )
+from synapse_lk_jwt.web.answers import respond
 from synapse_lk_jwt.web.errors import as_matrix_errors, check_url, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     HomeserverDelegateRequest,
@@ -75,7 +76,7 @@ class GetTokenRestServlet(RestServlet):
         self._remote_sfus = remote_sfus
         self._livekit_url = livekit_url
 
-    async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+    async def on_POST(self, request: SynapseRequest) -> None:
         """Handles a request."""
         requester = await _requester(self._homeserver, request)
         user_id = requester.user.to_string()
@@ -89,7 +90,7 @@ class GetTokenRestServlet(RestServlet):
                 token = await self._issuer.issue(user_id, body.room_id, body.slot_id, identity)
             else:
                 token = await self._ask(body.server_name, user_id, body)
-        return 200, {"jwt": token}
+        respond(request, 200, {"jwt": token})
 
     async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
         room_id = body.room_id

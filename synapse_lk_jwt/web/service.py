@@ -27,6 +27,7 @@ from synapse_lk_jwt.sfu.names import (
 )
 from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.watch import Watch
+from synapse_lk_jwt.web.answers import respond
 from synapse_lk_jwt.web.errors import as_matrix_errors, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
@@ -81,6 +82,9 @@ class _Endpoint(DirectServeJsonResource):
         if request.method not in self.METHODS:
             raise UnrecognizedRequestError(code=405)
         return await super()._async_render(request)
+
+    def _send_response(self, request: SynapseRequest, code: int, response_object: JsonDict) -> None:
+        respond(request, code, response_object)
 
     def getChild(self, path: bytes, request: Request) -> Resource:
         return UnrecognizedRequestResource()

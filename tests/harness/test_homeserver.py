@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import synapse.federation.transport.server as federation_servlets
 import synapse.rest as client_servlets
@@ -16,9 +16,11 @@ from harness_base import URL, ModuleTestCase, P, response
 from synapse.api.errors import Codes
 from synapse.appservice import ApplicationService
 from synapse.rest import ClientRestResource
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionLost
 
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.http import BoundedPool
 from synapse_lk_jwt.sfu.names import member_identity
 
 PREFIXES = ("v1", "unstable/io.element.msc4195")
@@ -271,6 +273,19 @@ class HookTests(ModuleTestCase):
         assert isinstance(federation_servlets.SERVLET_GROUPS, dict)
         assert "synapse_lk_jwt" in client_servlets.SERVLET_GROUPS
         assert "synapse_lk_jwt" in federation_servlets.SERVLET_GROUPS
+
+    def test_requests_to_other_homeservers_go_over_connections_of_our_own(self) -> None:
+        config = {**super().default_config(), "server_name": "second", "modules": []}
+        second = self.setup_test_homeserver(server_name="second", config=config)
+        homeserver = Homeserver(second.get_module_api())
+        homeserver._pool = pool = Mock(spec=BoundedPool)
+        pool.getConnection.side_effect = lambda key, endpoint: fail(ConnectionLost())
+        request = homeserver.federation_request("GET", "other.example.com", "/")
+        self.get_failure(request, ConnectionLost)
+        # The server's `.well-known` first, then the server itself.
+        asked = [call.args[0][:2] for call in pool.getConnection.call_args_list]
+        host = b"other.example.com"
+        assert asked == [(b"https", host), (b"matrix-federation", host)]
 
     def test_two_homeservers_in_one_process(self) -> None:
         config = super().default_config()

@@ -85,6 +85,15 @@ def _endless(connection: ssl.SSLSocket) -> None:
         _sent_endlessly[0] += 65536
 
 
+def _endlessly(connection: ssl.SSLSocket, first: bytes, again: bytes) -> None:
+    connection.sendall(b"HTTP/1.1 " + first + b"\r\n")
+    again *= 65536 // len(again)
+    # As above.
+    for _ in range(16 * 1024):
+        connection.sendall(again)
+        _sent_endlessly[0] += len(again)
+
+
 def _slow(connection: ssl.SSLSocket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
     for _ in range(60):
@@ -109,6 +118,12 @@ ANSWERS: dict[str, Callable[[ssl.SSLSocket], None]] = {
     "drops": lambda c: None,
     "huge": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n{"),
     "endless": _endless,
+    "endless headers": lambda c: _endlessly(c, b"200 OK", b"a: b\r\n"),
+    "endless header": lambda c: _endlessly(c, b"200 OK\r\na: b", b" b\r\n"),
+    "endless header line": lambda c: _endlessly(c, b"200 OK", b"a"),
+    "endless continuation": lambda c: _endlessly(
+        c, b"100 Continue\r\n", b"HTTP/1.1 100 Go\r\n\r\n"
+    ),
     "slow": _slow,
     "silent": _silent,
 }
@@ -123,6 +138,7 @@ def test_a_hostile_homeserver_gets_401_in_time_and_no_memory(
     token = {"access_token": "token", "matrix_server_name": hostile(ANSWERS[kind])}
     body = service.sfu_get_body(alice, room_id, openid_token=token)
     memory = homeservers.a.main.memory()
+    _sent_endlessly[0] = 0
     began = time.monotonic()
 
     answer = service.post(homeservers.a.client_url, "/sfu/get", body)
