@@ -8,6 +8,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from operator import lt
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ class Person:
         """The page is gone at once: nobody is asked, and nothing that it began is waited for."""
         self.page.close()
 
+    def crash(self) -> None:
+        """The page is gone without having done anything more; LiveKit is not told, either."""
+        with contextlib.suppress(PlaywrightError):
+            self.page.goto("chrome://crash")
+
     def hear_nothing(self, news: Callable[[], object]) -> None:
         """From now on the homeserver has nothing to say to the page, which goes on waiting.
 
@@ -129,25 +135,23 @@ class Person:
         wait_until(lambda: bool(self.frames() and held), f"next sync of {self.user.user_id}")
 
     def frames(self) -> list[int]:
-        """How many frames each video has shown so far, this person's own first or last."""
+        """How many frames each video on the page has shown so far."""
         frames = self.page.evaluate(_FRAMES)
         assert isinstance(frames, list)
         return frames
 
     def wait_for_videos(self, number: int, frames: int = 10, timeout: float = 30.0) -> None:
         """Wait until there are so many videos, each of which goes on by so many frames."""
-        wait_until(
-            lambda: len(self.frames()) == number,
-            f"{number} videos at {self.user.user_id}",
-            timeout,
-        )
-        start = self.frames()
+        start: list[int] = []
 
         def go_on() -> bool:
+            nonlocal start
             now = self.frames()
-            return len(now) == number and all(
-                n - s >= frames for n, s in zip(now, start, strict=True)
-            )
+            # While people come and go, videos are taken away and begin anew.
+            if not len(now) == len(start) == number or any(map(lt, now, start)):
+                start = now
+                return False
+            return all(n - s >= frames for n, s in zip(now, start, strict=True))
 
         wait_until(go_on, f"{number} moving videos at {self.user.user_id}", timeout)
 
@@ -162,9 +166,9 @@ class Person:
         """Write what this person sees, and what the browser's console says, into a directory."""
         name = self.user.user_id[1:].partition(":")[0]
         (directory / f"{name}-console.log").write_text("\n".join(self._console))
-        # There is nothing to see if the tab is closed.
+        # There is nothing to see if the tab is closed or has crashed.
         with contextlib.suppress(PlaywrightError):
-            self.page.screenshot(path=directory / f"{name}.png")
+            self.page.screenshot(path=directory / f"{name}.png", timeout=5_000)
 
     def leave(self) -> None:
         """Close the browser, and end Element Call."""

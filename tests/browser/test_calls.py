@@ -96,6 +96,20 @@ def test_a_closed_tab_is_gone_within_two_seconds(mode: str, scene: Scene) -> Non
     alice.wait_for_videos(1)
 
 
+def test_a_crashed_tab_is_gone_as_soon_as_livekit_knows(scene: Scene) -> None:
+    alice, bob, room_id = call_of_two(scene, "compatibility")
+
+    bob.crash()
+    wait_until(lambda: on_the_sfu(scene) == 1, "end of Bob's connection", timeout=60)
+    with within(2):
+        wait_until(
+            lambda: in_the_call(alice.user, room_id) == {alice.user.user_id},
+            "end of Bob's membership",
+        )
+
+    alice.wait_for_videos(1)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_kick_ends_the_call_within_a_second(mode: str, scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, mode)
