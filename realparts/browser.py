@@ -158,10 +158,6 @@ class Person:
     def wait_for_text(self, text: str, timeout: float = 30.0) -> None:
         self.page.get_by_text(text).first.wait_for(timeout=timeout * 1000)
 
-    def text(self) -> str:
-        """All that can be read on the page."""
-        return self.page.inner_text("body")
-
     def write_down(self, directory: Path) -> None:
         """Write what this person sees, and what the browser's console says, into a directory."""
         name = self.user.user_id[1:].partition(":")[0]

@@ -116,7 +116,7 @@ def test_a_kick_ends_the_call_within_a_second(mode: str, scene: Scene) -> None:
 
     alice.user.kick(room_id, bob.user.user_id)
     with within(1):
-        wait_until(lambda: "You have been removed from the call" in bob.text(), "message for Bob")
+        bob.wait_for_text("You have been removed from the call")
         wait_until(lambda: on_the_sfu(scene) == 1, "end of Bob's connection")
 
     alice.wait_for_videos(1)
