@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+from typing import Any
 from urllib.parse import quote
 
 from realparts.element_call import ElementCall
@@ -15,7 +16,12 @@ from realparts.stage import BrowserStage
 class BrowserStory:
     """Alice and Bob are of homeserver A; Rita, of B, is restricted on A."""
 
-    def __init__(self, stage: BrowserStage) -> None:
+    def __init__(self, stage: BrowserStage, **config: Any) -> None:
+        """
+        Args:
+            stage: servers that are running.
+            config: keys for Element Call's `config.json`.
+        """
         self._stage = stage
         self._alice = stage.a.register("alice")
         self._bob = stage.a.register("bob")
@@ -24,7 +30,8 @@ class BrowserStory:
         # Somebody without a camera can look on.
         features = {"feature_group_calls_without_video_and_audio": True}
         self.pages = [
-            ElementCall(user, features=features) for user in (self._alice, self._bob, self._rita)
+            ElementCall(user, features=features, **config)
+            for user in (self._alice, self._bob, self._rita)
         ]
 
     def tell(self) -> None:

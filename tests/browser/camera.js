@@ -24,12 +24,12 @@
         pen.stroke();
     };
     draw();
-    setInterval(draw, 66);
+    setInterval(draw, 100);
     const devices = navigator.mediaDevices;
     const real = devices.getUserMedia.bind(devices);
     devices.getUserMedia = async (wanted) => {
         const stream = wanted.audio ? await real({ audio: wanted.audio }) : new MediaStream();
-        if (wanted.video) stream.addTrack(canvas.captureStream(15).getVideoTracks()[0]);
+        if (wanted.video) stream.addTrack(canvas.captureStream(10).getVideoTracks()[0]);
         return stream;
     };
 }

@@ -13,6 +13,8 @@ from realparts import service
 from realparts.browser import Person, Scene
 
 CAMERA = (Path(__file__).resolve().parent / "camera.js").read_text()
+# Good enough for the pictures. All of it is worked out without the help of a graphics card.
+MEDIA = {"video": {"max_resolution": 360, "max_framerate": 10, "simulcast_layers": []}}
 COLOURS = ["#7fb8ad", "#d9b26f", "#b39ac9"]
 TERMINAL = """
     <body style="margin: 0"><pre style="margin: 0; padding: 16px 20px; width: 860px;
@@ -22,7 +24,7 @@ TERMINAL = """
 
 
 def test_the_demo_keeps_what_it_says(scene: Scene, browser: Browser, pictures: Path) -> None:
-    story = BrowserStory(scene.stage)
+    story = BrowserStory(scene.stage, media_quality=MEDIA)
     text = story.text()
     log = scene.stage.a.main
     start, before = log.log_text(), log.log_size()
