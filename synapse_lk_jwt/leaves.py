@@ -89,8 +89,12 @@ class DelayedLeaves:
                 await self._store.seen(delegation.delay_id, delegation.livekit_room, sids)
 
     async def _do_what_is_due(self) -> None:
-        tasks = await self._store.due()
-        self.begin(tasks)
+        # All of it: what is left for the next second would be more every second, and too late in
+        # the end.
+        is_all = False
+        while not is_all:
+            tasks, is_all = await self._store.due()
+            self.begin(tasks)
 
     async def _do(self, task: Task) -> None:
         mark = (task.action, task.delay_id)

@@ -8,7 +8,7 @@ however many processes hear of it at once, and whenever one of them dies, it is 
 """
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum, auto
 from typing import Any, TypeVar
 
@@ -399,10 +399,14 @@ class Store:
 
         await self._run("seen", seen)
 
-    async def due(self) -> list[Task]:
-        """Does what is due in the database, and says what is due elsewhere."""
-        now_ms = self._homeserver.clock.time_msec()
-        return await self._run("due", self._advance, _DUE, (now_ms, BATCH), Happened.DUE)
+    async def due(self) -> tuple[list[Task], bool]:
+        """Does what is due in the database, and says what is due elsewhere, and if it is all."""
+
+        def due(txn: LoggingTransaction) -> tuple[list[Task], bool]:
+            rows = self._rows(txn, _DUE, (self._homeserver.clock.time_msec(), BATCH))
+            return self._advance_all(txn, rows, Happened.DUE), len(rows) < BATCH
+
+        return await self._run("due", due)
 
     async def tracked(self) -> list[Tracked]:
         """All delegations whose leave is not on its way yet."""
@@ -433,11 +437,20 @@ class Store:
         happened: Happened,
     ) -> list[Task]:
         """Takes delegations a step further, and does to their delayed events what that takes."""
+        return self._advance_all(txn, self._rows(txn, which, args), happened)
+
+    def _rows(
+        self, txn: LoggingTransaction, which: str, args: tuple[object, ...]
+    ) -> list[dict[str, Any]]:
         columns = ("delay_id", "user_id", "livekit_room", "leave", *_COLUMNS)
         txn.execute(
             f"SELECT {', '.join(columns)} FROM synapse_lk_jwt_delegations WHERE {which}", args
         )
-        rows = [dict(zip(columns, values, strict=True)) for values in txn.fetchall()]
+        return [dict(zip(columns, values, strict=True)) for values in txn.fetchall()]
+
+    def _advance_all(
+        self, txn: LoggingTransaction, rows: Iterable[Mapping[str, Any]], happened: Happened
+    ) -> list[Task]:
         tasks = (self._advance_one(txn, row, happened) for row in rows)
         return [task for task in tasks if task is not None]
 

@@ -359,6 +359,19 @@ class KeptAliveTests(DelegationTestCase):
         assert (self.pending(), self.rows(), self.rows("identities")) == ([], [], [])
         assert self.sent() == 1
 
+    def test_more_than_one_transaction_deals_with(self) -> None:
+        self.sfu.join(self.token())
+        assert self.delegate(self.delayed(5_000)).code == 200
+        for name in ("B", "C", "D", "E"):
+            body = self.get_token_body()
+            body["member"].update(id=name, claimed_device_id=name)
+            self.sfu.join(self.post("/get_token", body).json_body["jwt"])
+            delay = {"delay_id": self.delayed(5_000, key=name), "delay_timeout": 5_000}
+            assert self.post("/get_token", {**body, **delay}).code == 200
+        with patch("synapse_lk_jwt.store.BATCH", 1):
+            self.advance_by(30)
+        assert len(self.pending()) == 5
+
     def test_who_comes_after_delegating_is_seen_by_webhook(self) -> None:
         jwt = self.token()
         assert self.delegate(self.delayed(5_000)).code == 200
