@@ -15,6 +15,7 @@ from typing import Any
 
 from livekit import api
 
+from realparts.cache import cache_directory
 from realparts.http import http
 from realparts.process import MissingTool, Process, free_port
 
@@ -159,9 +160,7 @@ def find_livekit() -> Path:
     installed = shutil.which("livekit-server")
     if installed is not None:
         return Path(installed)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = caches / "synapse-lk-jwt" / f"livekit-server-{VERSION}"
-    binary = cache / "server"
+    binary = cache_directory() / f"livekit-server-{VERSION}" / "server"
     if not binary.exists():
         _build(binary)
     return binary

@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from realparts import service
 from realparts.livekit import LiveKit
+from realparts.matrix import User
 from realparts.process import stop_all
 from realparts.synapse import Synapse
+
+# What Element Call wants of a homeserver. Its mode `matrix_2_0` needs sticky events, MSC4354.
+_FOR_ELEMENT_CALL = {"msc4222_enabled": True, "msc4354_enabled": True}
 
 
 class Stage:
@@ -29,6 +34,8 @@ class Stage:
         """
         self.livekit = LiveKit(directory)
         self.a = Synapse("a", directory, self.module_config(), config_of_a)
+        self.service_url = self.a.client_url + service.PREFIX
+        self.livekit.webhook_urls = [f"{self.service_url}/sfu_webhook"]
         # B's own LiveKit has no part in the play, and is not there.
         config_of_b = {**self.module_config(), "livekit_url": "wss://sfu-of-b.example.com"}
         self.b = Synapse("b", directory, config_of_b)
@@ -52,3 +59,30 @@ class Stage:
 
     def stop(self) -> None:
         stop_all([self.livekit.process, *self.a.processes, *self.b.processes])
+
+
+class BrowserStage(Stage):
+    """The same for calls in Element Call: B has neither module nor LiveKit, and names A's.
+
+    Element Call publishes on the SFU that the user's own homeserver names.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """As that of `Stage`."""
+        super().__init__(directory, {"experimental_features": _FOR_ELEMENT_CALL})
+        self.b.module_config = None
+        self.b.extra_config = {
+            "experimental_features": {**_FOR_ELEMENT_CALL, "msc4143_enabled": True},
+            "matrix_rtc": {
+                "transports": [{"type": "livekit", "livekit_service_url": self.service_url}]
+            },
+        }
+
+    def room(self, host: User, *guests: User) -> str:
+        """A room of `host`, of A, in which the guests are, and where all may be in a call."""
+        everybody = {"events": {"org.matrix.msc3401.call.member": 0}}
+        room_id = host.create_room(preset="public_chat", power_levels=everybody)
+        host.send_state(room_id, "m.room.name", {"name": "A call"})
+        for guest in guests:
+            guest.join(room_id, via=[self.a.server_name])
+        return room_id

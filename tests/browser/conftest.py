@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser
+
+from realparts.browser import Scene, chromium
+from realparts.element_call import find_element_call
+from realparts.process import MissingTool
+from realparts.skips import missing_tool
+from realparts.stage import BrowserStage
+
+ROOT = Path(__file__).resolve().parents[2]
+FAILURES = ROOT / "browser-failures"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--headed", action="store_true", help="let the browser be watched")
+    parser.addoption(
+        "--pictures", action="store_true", help="put the pictures for the docs into docs/pictures"
+    )
+
+
+@pytest.fixture(scope="session")
+def browser(pytestconfig: pytest.Config) -> Iterator[Browser]:
+    try:
+        find_element_call()
+        with chromium(pytestconfig.getoption("--headed")) as started:
+            yield started
+    except MissingTool as e:
+        missing_tool(e)
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserStage]:
+    try:
+        stage = BrowserStage(tmp_path_factory.mktemp("stage"))
+    except MissingTool as e:
+        missing_tool(e)
+    try:
+        stage.start()
+        yield stage
+    finally:
+        stage.stop()
+
+
+@pytest.fixture
+def scene(browser: Browser, stage: BrowserStage) -> Iterator[Scene]:
+    scene = Scene(browser, stage)
+    yield scene
+    scene.end()
+
+
+@pytest.fixture
+def pictures(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
+    """The directory for pictures: the one of the docs, if these are to be refreshed."""
+    return ROOT / "docs" / "pictures" if pytestconfig.getoption("--pictures") else tmp_path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    scene = getattr(item, "funcargs", {}).get("scene")
+    if report.failed and report.when == "call" and isinstance(scene, Scene):
+        directory = FAILURES / item.name
+        scene.write_down(directory)
+        report.sections.append(
+            ("browser", f"Screenshots, the browser's console and the servers' logs: {directory}")
+        )
+    return report

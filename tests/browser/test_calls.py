@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element Call as people use it: they see each other, and are gone when they go."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from realparts.browser import Person, Scene
+from realparts.matrix import User
+from realparts.process import wait_until
+
+MODES = ["compatibility", "matrix_2_0"]
+
+
+def call_of_two(scene: Scene, mode: str) -> tuple[Person, Person, str]:
+    """Alice and Bob, who see each other, and their Matrix room."""
+    alice, bob = scene.of_a("alice"), scene.of_a("bob")
+    room_id = scene.stage.room(alice, bob)
+    people = [scene.person(user, matrix_rtc_mode=mode) for user in (alice, bob)]
+    for person in people:
+        person.open(room_id)
+    for person in people:
+        person.join()
+    for person in people:
+        person.wait_for_videos(2)
+    return people[0], people[1], room_id
+
+
+def in_the_call(user: User, room_id: str) -> set[str]:
+    """Whose devices are in the call, as the Matrix room says."""
+    state = user.call("GET", f"/_matrix/client/v3/rooms/{room_id}/state").ok()
+    people = {
+        event["sender"]
+        for event in state
+        if event["type"] == "org.matrix.msc3401.call.member" and event["content"]
+    }
+    # In `matrix_2_0` these are messages, of which the last with the same key counts.
+    last: dict[tuple[str, str], Any] = {}
+    for event in reversed(user.timeline(room_id)):
+        if event["type"] == "org.matrix.msc4143.rtc.member":
+            content = event["content"]
+            last[event["sender"], content["msc4354_sticky_key"]] = content
+    return people | {sender for (sender, _), content in last.items() if "application" in content}
+
+
+def on_the_sfu(scene: Scene) -> int:
+    livekit = scene.stage.livekit
+    return sum(len(livekit.participants(room["name"])) for room in livekit.rooms())
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if what is done takes longer; what it took is seen with `-s`, and when a test fails."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    print(f"took {took:.2f} s")
+    assert took < seconds
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_see_each_other_until_one_hangs_up(mode: str, scene: Scene) -> None:
+    alice, bob, room_id = call_of_two(scene, mode)
+    assert on_the_sfu(scene) == 2
+    assert in_the_call(alice.user, room_id) == {alice.user.user_id, bob.user.user_id}
+
+    bob.hang_up()
+
+    alice.wait_for_videos(1)
+    wait_until(
+        lambda: in_the_call(alice.user, room_id) == {alice.user.user_id}, "end of Bob's membership"
+    )
+    assert on_the_sfu(scene) == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_closed_tab_is_gone_within_two_seconds(mode: str, scene: Scene) -> None:
+    alice, bob, room_id = call_of_two(scene, mode)
+    # By its own account it would be there for an hour.
+    scheduled = [url for url in bob.requests if "org.matrix.msc4140.delay=" in url]
+    assert ["org.matrix.msc4140.delay=3600000" in url for url in scheduled] == [True]
+
+    # Who leaves within two seconds is looked for once more: some clients come back at once.
+    bob.wait_for_videos(2, frames=40)
+
+    with within(2):
+        bob.close_tab()
+        wait_until(
+            lambda: in_the_call(alice.user, room_id) == {alice.user.user_id},
+            "end of Bob's membership",
+        )
+
+    alice.wait_for_videos(1)
+
+
+def test_a_crashed_tab_is_gone_as_soon_as_livekit_knows(scene: Scene) -> None:
+    alice, bob, room_id = call_of_two(scene, "compatibility")
+
+    bob.crash()
+    wait_until(lambda: on_the_sfu(scene) == 1, "end of Bob's connection", timeout=60)
+    with within(2):
+        wait_until(
+            lambda: in_the_call(alice.user, room_id) == {alice.user.user_id},
+            "end of Bob's membership",
+        )
+
+    alice.wait_for_videos(1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_kick_ends_the_call_within_a_second(mode: str, scene: Scene) -> None:
+    alice, bob, room_id = call_of_two(scene, mode)
+
+    alice.user.kick(room_id, bob.user.user_id)
+    with within(1):
+        wait_until(lambda: bob.frames() == [], "end of the videos at Bob's")
+        wait_until(lambda: on_the_sfu(scene) == 1, "end of Bob's connection")
+
+    bob.wait_for_text("You have been removed from the call")
+    alice.wait_for_videos(1)
+
+
+def test_a_kick_ends_the_call_of_a_page_that_does_not_hear_of_it(scene: Scene) -> None:
+    alice, bob, room_id = call_of_two(scene, "compatibility")
+    bob.hear_nothing(lambda: alice.user.send_text(room_id, "Bob's last news"))
+
+    alice.user.kick(room_id, bob.user.user_id)
+    with within(1):
+        wait_until(lambda: bob.frames() == [], "end of the videos at Bob's")
+        assert on_the_sfu(scene) == 1
+
+
+def test_a_restricted_user_can_join_and_not_start(scene: Scene) -> None:
+    alice, rita = scene.of_a("alice"), scene.of_b("rita")
+    room_id = scene.stage.room(alice, rita)
+    rita_there, alice_there = scene.person(rita), scene.person(alice)
+
+    rita_there.open(room_id)
+    rita_there.join()
+    rita_there.wait_for_text("Call creation might be restricted to authorized users only.")
+    assert on_the_sfu(scene) == 0
+
+    alice_there.open(room_id)
+    alice_there.join()
+    alice_there.wait_for_videos(1)
+    rita_there.open(room_id)
+    rita_there.join()
+    for person in (rita_there, alice_there):
+        person.wait_for_videos(2)
+    assert on_the_sfu(scene) == 2
+
+
+def test_livekit_goes_and_comes_back(scene: Scene) -> None:
+    livekit = scene.stage.livekit
+    alice = scene.of_a("alice")
+    room_id = scene.stage.room(alice)
+    person = scene.person(alice)
+    livekit.stop()
+    try:
+        person.open(room_id)
+        person.join()
+        person.wait_for_text("Something went wrong")
+    finally:
+        livekit.start()
+        livekit.wait_ready()
+
+    person.open(room_id)
+    person.join()
+    person.wait_for_videos(1)

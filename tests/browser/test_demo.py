@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`./run demo --browser` keeps what it says, and is where the pictures in the docs are from."""
+
+import html
+import re
+import subprocess
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page
+
+from demo.browser import BrowserStory
+from realparts import service
+from realparts.browser import Person, Scene
+
+CAMERA = (Path(__file__).resolve().parent / "camera.js").read_text()
+# Good enough for the pictures. All of it is worked out without the help of a graphics card.
+MEDIA = {"video": {"max_resolution": 360, "max_framerate": 10, "simulcast_layers": []}}
+COLOURS = ["#7fb8ad", "#d9b26f", "#b39ac9"]
+TERMINAL = """
+    <body style="margin: 0"><pre style="margin: 0; padding: 16px 20px; width: 860px;
+        font: 13px/1.5 'DejaVu Sans Mono', monospace; white-space: pre-wrap; word-break: break-all;
+        background: #1d2127; color: #d6dae0">%s</pre></body>
+"""
+
+
+def test_the_demo_keeps_what_it_says(scene: Scene, browser: Browser, pictures: Path) -> None:
+    story = BrowserStory(scene.stage, media_quality=MEDIA)
+    text = story.text()
+    log = scene.stage.a.main
+    start, before = log.log_text(), log.log_size()
+    people: list[Person] = []
+    for page, colour in zip(story.pages, COLOURS, strict=True):
+        person = scene.visitor(page)
+        person.page.add_init_script(f"({CAMERA})({colour!r})")
+        people.append(person)
+    alice, bob, rita = people
+    links = dict(re.findall(r"^  (Alice|Bob|Rita) +(http\S+)$", text, re.MULTILINE))
+
+    rita.follow(links["Rita"])
+    rita.join()
+    rita.wait_for_text("Call creation might be restricted to authorized users only.")
+    take(rita.page, pictures / "restricted.png")
+
+    alice.follow(links["Alice"])
+    alice.join()
+    alice.wait_for_videos(1)
+    for person, name in ((rita, "Rita"), (bob, "Bob")):
+        person.follow(links[name])
+        person.join()
+    for person in people:
+        person.wait_for_videos(3)
+    take(alice.page, pictures / "call.png")
+
+    [kick] = re.findall(r"^ +(curl .*/kick'$)", text, re.MULTILINE)
+    subprocess.run(["sh", "-c", kick], capture_output=True, timeout=30, check=True)
+    bob.wait_for_text("You have been removed from the call")
+    alice.wait_for_videos(2)
+    bob.follow(links["Bob"])
+    bob.join()
+    bob.wait_for_videos(3)
+
+    # What an admin sees of it, and of a LiveKit that is away for a moment.
+    scene.stage.livekit.stop()
+    ask = service.sfu_get_body(alice.user, alice.user.create_room())
+    assert service.post(alice.user.client_url, "/sfu/get", ask).status == 503
+    scene.stage.livekit.start()
+    scene.stage.livekit.wait_ready()
+    service.post(alice.user.client_url, "/sfu/get", ask).ok()
+    lines = [line for line in of_the_module(start) if "Serving" in line]
+    lines += of_the_module(log.log_text(before))
+    assert any("Removed @bob:" in line for line in lines)
+    terminal = browser.new_page(viewport={"width": 900, "height": 100})
+    command = r"$ grep ' - synapse_lk_jwt\.' homeserver.log"
+    terminal.set_content(TERMINAL % html.escape("\n".join([command, *lines])))
+    take(terminal, pictures / "log.png", full_page=True)
+    terminal.close()
+
+
+def of_the_module(log: str) -> list[str]:
+    return [line for line in log.splitlines() if " - synapse_lk_jwt." in line]
+
+
+def take(page: Page, place: Path, full_page: bool = False) -> None:
+    place.parent.mkdir(exist_ok=True)
+    page.screenshot(path=place, full_page=full_page)
+    assert place.stat().st_size < 200_000
