@@ -7,7 +7,7 @@ clock, while all of this follows Synapse's.
 
 import hashlib
 import hmac
-from base64 import b64encode
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
@@ -42,6 +42,13 @@ class TokenSigner:
     key: str
     secret: str = attr.ib(repr=False)
     time_msec: Callable[[], int]
+    # PyJWT looks a plain secret over each time, and for longer than it takes to sign.
+    _jwk: jwt.PyJWK = attr.ib(init=False, repr=False, eq=False)
+
+    @_jwk.default
+    def _make_jwk(self) -> jwt.PyJWK:
+        secret = urlsafe_b64encode(self.secret.encode("utf-8")).decode("ascii")
+        return jwt.PyJWK({"kty": "oct", "alg": "HS256", "k": secret})
 
     def participant_token(
         self,
@@ -118,7 +125,7 @@ class TokenSigner:
     def _sign(self, claims: dict[str, Any], lifetime_sec: int, identity: str) -> str:
         now = self.time_msec() // 1000
         claims.update(sub=identity, iss=self.key, nbf=now, exp=now + lifetime_sec)
-        return jwt.encode(claims, self.secret, algorithm="HS256")
+        return jwt.encode(claims, self._jwk)
 
 
 @lru_cache
