@@ -179,7 +179,8 @@ def _seen(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
 
 
 def _doubt(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    return attr.evolve(d, doubted_ms=now_ms, next_ms=now_ms + LOOK_AGAIN_MS), Action.ASK
+    next_ms = min(now_ms + LOOK_AGAIN_MS, _restart_due_ms(d))
+    return attr.evolve(d, doubted_ms=now_ms, next_ms=next_ms), Action.ASK
 
 
 def _absent(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
@@ -187,7 +188,8 @@ def _absent(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
         # In between, `_due` asks again.
         come_back_ms = d.doubted_ms + COME_BACK_MS
         if d.several and d.doubted_ms < d.connected_ms + MOMENT_MS and now_ms < come_back_ms:
-            return attr.evolve(d, next_ms=come_back_ms), Action.NOTHING
+            next_ms = min(come_back_ms, _restart_due_ms(d))
+            return attr.evolve(d, next_ms=next_ms), Action.NOTHING
         return _send(d, now_ms)
     if d.phase is Phase.WAITING and now_ms >= d.give_up_ms:
         return _send(d, now_ms)

@@ -7,6 +7,7 @@ against the oldest and the newest Synapse that is supported.
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import closing
 from copy import copy
 from inspect import signature
 from io import BytesIO
@@ -26,7 +27,7 @@ from synapse.http.servlet import RestServlet
 from synapse.logging.context import make_deferred_yieldable
 from synapse.module_api import ModuleApi
 from synapse.storage._base import db_to_json
-from synapse.storage.database import LoggingTransaction
+from synapse.storage.database import LoggingDatabaseConnection, LoggingTransaction
 from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id, get_localpart_from_id
 from synapse.util.async_helpers import Linearizer
 from synapse.util.caches.response_cache import ResponseCache
@@ -114,13 +115,17 @@ class Homeserver:
 
         The store of a worker has no method for this, so the table is read on every process.
         """
-        row = await self._store.db_pool.simple_select_one(
-            table="open_id_tokens",
-            keyvalues={"token": token},
-            retcols=("user_id", "ts_valid_until_ms"),
-            allow_none=True,
-            desc="synapse_lk_jwt_openid_token",
-        )
+
+        def select(connection: LoggingDatabaseConnection) -> tuple[Any, ...] | None:
+            with closing(connection.cursor(txn_name="synapse_lk_jwt_openid_token")) as txn:
+                txn.execute(
+                    "SELECT user_id, ts_valid_until_ms FROM open_id_tokens WHERE token = ?",
+                    (token,),
+                )
+                return txn.fetchone()
+
+        # One query needs no transaction, which would cost a tenth of the whole request.
+        row = await self._store.db_pool.runWithConnection(select, db_autocommit=True)
         if row is None or row[1] < self.clock.time_msec():
             return None
         return str(row[0])

@@ -585,8 +585,11 @@ class LeavingTests(DelegationTestCase):
 
     def test_the_client_itself_has_sent_its_leave(self) -> None:
         (delay_id,) = self.pending()
-        path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}/send"
-        assert self.make_request("POST", path).code == 200
+        path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}"
+        channel = self.make_request(
+            "POST", path, {"action": "send"}, access_token=self.alices_token
+        )
+        assert channel.code == 200, channel.result
         with self.assertNoLogs("synapse_lk_jwt", logging.WARNING):
             self.leaves(self.participant)
         assert self.rows() == []

@@ -251,6 +251,9 @@ def test_whatever_happens_in_whatever_order(
             assert action is NOTHING
             assert happened is Happened.OVER or before.tries >= MAX_SENDS
             break
+        if d.phase is C:
+            # Whatever else there is to do, the event is restarted in time.
+            assert d.next_ms <= max(now, d.restarted_ms + d.restart_interval_ms)
         # Nothing is ever left lying about.
         assert d.next_ms > now or happened is not Happened.DUE or action is RESTART
         if before.phase is L:
