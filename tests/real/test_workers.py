@@ -2,15 +2,20 @@
 """Main process and workers on PostgreSQL with Redis between them."""
 
 import asyncio
+import hashlib
+import json
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from livekit import api
 
 from realparts import service
 from realparts.call import Participant
 from realparts.http import http
 from realparts.matrix import User
-from realparts.member import POWER_LEVELS, enter
+from realparts.member import MEMBER, POWER_LEVELS, enter
 from realparts.process import until
 from realparts.sets import Cluster
 
@@ -143,6 +148,37 @@ def test_delegation_and_removal_wherever_they_are_asked_for(process: str, cluste
         assert alices.leaves_sent() == 1
 
     asyncio.run(test())
+
+
+def test_one_delegation_asked_for_many_times_at_once(cluster: Cluster) -> None:
+    dave = cluster.user("dave")
+    room_id = dave.create_room(power_levels=POWER_LEVELS)
+    delay_ids = [dave.delay_state(room_id, MEMBER, {}, "key") for _ in range(4)]
+    asked = [
+        (url, service.sfu_get_body(dave, room_id, delay_id=delay_id, delay_timeout=3_600_000))
+        for delay_id in delay_ids
+        for url in cluster.urls.values()
+        for _ in range(2)
+    ]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = list(pool.map(lambda ask: service.post(ask[0], "/sfu/get", ask[1]), asked))
+    assert [answer.status for answer in answers] == [200] * len(asked)
+    # Each takes the place of those before, whichever process took these on.
+    assert len(dave.delayed()) == 1
+
+
+def test_a_name_that_postgresql_cannot_store_holds_up_no_webhooks(cluster: Cluster) -> None:
+    livekit = cluster.livekit
+    for event in ("participant_joined", "participant_left", "participant_connection_aborted"):
+        body = json.dumps(
+            {"event": event, "room": {"name": "r"}, "participant": {"identity": "\0"}}
+        )
+        digest = b64encode(hashlib.sha256(body.encode()).digest()).decode()
+        signed = api.AccessToken(livekit.key, livekit.secret).with_sha256(digest).to_jwt()
+        for url in cluster.urls.values():
+            path = f"{url}{service.PREFIX}/sfu_webhook"
+            answer = http("POST", path, body.encode(), {"Authorization": signed})
+            assert answer.status == 200, answer
 
 
 def test_no_process_has_a_traceback(cluster: Cluster) -> None:
