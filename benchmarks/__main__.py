@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures tokens per second on a real Synapse, beside what Synapse does itself."""
+"""Measures tokens per second on a real Synapse, beside what Synapse does itself; or leaves."""
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import pstats
 import sqlite3
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,18 +19,17 @@ import attr
 from signedjson.key import decode_signing_key_base64
 from signedjson.sign import sign_json
 
+from benchmarks import leaves
 from benchmarks.load import Result, run
-from realparts.http import http
+from benchmarks.setting import KEY, RATE_OFF, SECRET, URL, StubSfu, as_json, http_request
 from realparts.matrix import User
-from realparts.process import Process, free_port, stop_all
+from realparts.process import free_port, stop_all
 from realparts.service import PREFIX, SLOT
 from realparts.synapse import Synapse
 
 USERS = 50
 CONNECTIONS = 16
 STORM = 1000
-URL = "wss://sfu.example.com"
-RATE_OFF = {"per_second": 1_000_000, "burst_count": 1_000_000}
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -77,32 +74,17 @@ class Bench:
         return {
             "livekit_url": URL,
             "livekit_internal_url": f"http://127.0.0.1:{self.sfu_port}",
-            "livekit_key": "APIkey",
-            "livekit_secret": "s" * 32,
+            "livekit_key": KEY,
+            "livekit_secret": SECRET,
             "rc_token": RATE_OFF,
             "rc_openid": RATE_OFF,
         }
 
-    def sfu(self, delay_ms: int) -> Process:
+    def sfu(self, delay_ms: int) -> StubSfu:
         """Starts a stub SFU."""
-        process = Process(
-            "stub SFU",
-            [sys.executable, "-m", "benchmarks.stub_sfu", str(self.sfu_port), str(delay_ms)],
-            self.directory / "sfu.log",
-        )
-        process.start()
-        process.wait_until(self._sfu_answers, "stub SFU")
-        return process
-
-    def _sfu_answers(self) -> bool:
-        try:
-            return http("GET", f"http://127.0.0.1:{self.sfu_port}/count").status == 200
-        except OSError:
-            return False
-
-    def rooms_asked_for(self) -> int:
-        """How often the stub SFU was asked to make a room."""
-        return int(http("GET", f"http://127.0.0.1:{self.sfu_port}/count").body)
+        sfu = StubSfu(self.directory, delay_ms, self.sfu_port)
+        sfu.start()
+        return sfu
 
     def start(self) -> None:
         """Starts the homeservers and makes users and rooms."""
@@ -237,14 +219,7 @@ def _request(
 ) -> bytes:
     if user is not None:
         authorization = f"Bearer {user.access_token}"
-    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n"
-    if authorization is not None:
-        head += f"Authorization: {authorization}\r\n"
-    content = b""
-    if body is not None:
-        content = json.dumps(body).encode()
-        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
-    return head.encode() + b"\r\n" + content
+    return http_request(method, path, None if body is None else as_json(body), authorization)
 
 
 def measure(bench: Bench, rounds: int, seconds: float) -> None:
@@ -300,7 +275,7 @@ def storm(bench: Bench) -> None:
         print(
             f"\nstorm: {STORM} requests for one new call at once, an SFU that takes 50 ms: all"
             f" served in {result.seconds:.2f} s, p50 {result.quantile(0.5):.2f} s,"
-            f" p99 {result.quantile(0.99):.2f} s, CreateRoom requests: {bench.rooms_asked_for()}"
+            f" p99 {result.quantile(0.99):.2f} s, CreateRoom requests: {sfu.get('/count')}"
         )
     finally:
         sfu.stop()
@@ -314,7 +289,7 @@ def cost_of_the_module(directory: Path, starts: int) -> None:
         True: Synapse(
             "with",
             directory,
-            {"livekit_url": URL, "livekit_key": "APIkey", "livekit_secret": "s" * 32},
+            {"livekit_url": URL, "livekit_key": KEY, "livekit_secret": "s" * 32},
         ),
         False: Synapse("without", directory),
     }
@@ -362,12 +337,23 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=5, help="of Synapse with and without it")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
     parser.add_argument("--profile", metavar="ROW", help="where the time of one row goes")
+    parser.add_argument(
+        "--leaves", action="store_true", help="not tokens, but following the SFU and the rooms"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.starts = 1, 1, 1
-    print(
+    where = (
         f"Synapse {version('matrix-synapse')} on SQLite, log level INFO, Python"
-        f" {platform.python_version()}, {os.cpu_count()} cores; {CONNECTIONS} connections,"
+        f" {platform.python_version()}, {os.cpu_count()} cores"
+    )
+    if options.leaves:
+        print(where)
+        with tempfile.TemporaryDirectory() as name:
+            leaves.measure(Path(name), options.quick)
+        return
+    print(
+        f"{where}; {CONNECTIONS} connections,"
         f" {options.rounds} rounds of {options.seconds:g} s, medians; {USERS} users in one call"
     )
     with tempfile.TemporaryDirectory() as name:
@@ -383,7 +369,7 @@ def main() -> None:
             sfu.stop()
             storm(bench)
         finally:
-            stop_all([sfu, *bench.a.processes, *bench.b.processes])
+            stop_all([sfu.process, *bench.a.processes, *bench.b.processes])
         cost_of_the_module(directory / "starts", options.starts)
 
 

@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it costs to follow the SFU and the Matrix room, on a real Synapse and a stub SFU."""
+
+import asyncio
+import datetime
+import hashlib
+import json
+import sqlite3
+import statistics
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import attr
+from google.protobuf.json_format import MessageToJson
+from livekit import api
+from livekit.protocol.models import ParticipantInfo, Room
+from livekit.protocol.webhook import WebhookEvent
+
+from benchmarks.load import Result, run
+from benchmarks.setting import KEY, RATE_OFF, SECRET, URL, StubSfu, as_json, http_request
+from realparts import service
+from realparts.matrix import User
+from realparts.member import MEMBER, POWER_LEVELS
+from realparts.process import stop_all, wait_until
+from realparts.service import PREFIX
+from realparts.synapse import Synapse
+
+CALLS = 20
+PEOPLE_IN_A_CALL = 10
+EVERY_SEC = 0.05
+GOAL_MS = 250
+TRACKED = (100, 10_000, 100_000)
+HOUR_MS = 3_600_000
+# How often the leave of somebody who is connected is restarted then.
+RESTART_MS = 300_000
+# Long enough for whatever is measured to be over ahead of the next poll.
+POLL_SEC = 300
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Somebody:
+    """Somebody in a call, with what their LiveKit token says."""
+
+    user: User
+    room_id: str
+    livekit_room: str
+    identity: str
+    attributes: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """The state key of their membership event."""
+        return f"_{self.user.user_id}_{self.user.device_id}_m.call"
+
+
+def _port(synapse: Synapse) -> int:
+    return int(synapse.client_url.rpartition(":")[2])
+
+
+def module_config(sfu: StubSfu, poll_sec: int = POLL_SEC) -> dict[str, Any]:
+    """The module's configuration for the stub SFU."""
+    return {
+        "livekit_url": URL,
+        "livekit_internal_url": sfu.api_url,
+        "livekit_key": KEY,
+        "livekit_secret": SECRET,
+        "sanity_check_interval": f"{poll_sec}s",
+        "rc_token": RATE_OFF,
+        "rc_openid": RATE_OFF,
+    }
+
+
+def webhook(event: str, livekit_room: str, identity: str, attributes: Mapping[str, str]) -> bytes:
+    """A whole request, as LiveKit sends it."""
+    participant = ParticipantInfo(
+        identity=identity, sid=f"PA_{identity}", attributes=dict(attributes)
+    )
+    message = WebhookEvent(event=event, room=Room(name=livekit_room), participant=participant)
+    body = MessageToJson(message).encode("utf-8")
+    token = (
+        api.AccessToken(KEY, SECRET)
+        .with_sha256(b64encode(hashlib.sha256(body).digest()).decode("ascii"))
+        .with_ttl(datetime.timedelta(minutes=10))
+        .to_jwt()
+    )
+    return http_request("POST", f"{PREFIX}/sfu_webhook", body, token)
+
+
+def measure_times(directory: Path) -> None:
+    """Prints how long a leave takes to reach the SFU, and a disconnect to reach the room."""
+    directory.mkdir()
+    sfu = StubSfu(directory)
+    synapse = Synapse("leaves", directory, module_config(sfu))
+    try:
+        sfu.start()
+        synapse.start()
+        synapse.wait_ready()
+        watcher = synapse.register("watcher")
+        people = list(_people(synapse, watcher))
+        sfu.put("/rooms", _rooms(people))
+        for somebody in people:
+            _delegate(somebody)
+        to_room = _disconnect(synapse, sfu, watcher, people)
+        sfu.put("/rooms", _rooms(people))
+        from_request, from_answer = _leave(sfu, people)
+    finally:
+        stop_all([sfu.process, *synapse.processes])
+    print(
+        f"\n{len(people)} people in {CALLS} calls, one of them goes every"
+        f" {1000 * EVERY_SEC:.0f} ms (goal: p99 below {GOAL_MS} ms)"
+    )
+    print(f"{'':62}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}")
+    for what, times in (
+        ("leaving the room, from the request to RemoveParticipant", from_request),
+        ("leaving the room, from the answer to RemoveParticipant", from_answer),
+        ("participant_left, from the webhook to the leave in /sync", to_room),
+    ):
+        print(
+            f"{what:62}"
+            + "".join(f"{1000 * Result(0, times).quantile(q):8.0f}" for q in (0.5, 0.99, 1))
+        )
+
+
+def _people(synapse: Synapse, watcher: User) -> Iterator[Somebody]:
+    for call in range(CALLS):
+        room_id = watcher.create_room(preset="public_chat", power_levels=POWER_LEVELS)
+        for number in range(PEOPLE_IN_A_CALL):
+            user = synapse.register(f"user{call}-{number}")
+            user.join(room_id)
+            body = service.get_token_body(user, room_id)
+            jwt = service.post(synapse.client_url, "/get_token", body).ok()["jwt"]
+            claims = service.claims(jwt)
+            yield Somebody(
+                user, room_id, claims["video"]["room"], claims["sub"], claims["attributes"]
+            )
+
+
+def _rooms(people: Sequence[Somebody]) -> dict[str, dict[str, Mapping[str, str]]]:
+    rooms: dict[str, dict[str, Mapping[str, str]]] = {}
+    for somebody in people:
+        rooms.setdefault(somebody.livekit_room, {})[somebody.identity] = somebody.attributes
+    return rooms
+
+
+def _delegate(somebody: Somebody) -> None:
+    """Somebody sends their membership and hands over their leave."""
+    user, room_id = somebody.user, somebody.room_id
+    user.send_state(room_id, MEMBER, {"application": "m.call"}, somebody.key)
+    delay_id = user.delay_state(room_id, MEMBER, {}, somebody.key, HOUR_MS)
+    more = {"delay_id": delay_id, "delay_timeout": HOUR_MS}
+    body = service.get_token_body(user, room_id, **more)
+    service.post(user.client_url, "/delegate_delayed_leave", body).ok()
+
+
+def _one_by_one(people: Sequence[Somebody], go: Callable[[Somebody], None]) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        began = time.monotonic()
+        doing = []
+        for number, somebody in enumerate(people):
+            time.sleep(max(0.0, began + number * EVERY_SEC - time.monotonic()))
+            doing.append(threads.submit(go, somebody))
+        for done in doing:
+            done.result()
+
+
+def _disconnect(
+    synapse: Synapse, sfu: StubSfu, watcher: User, people: Sequence[Somebody]
+) -> list[float]:
+    sent: dict[str, float] = {}
+    seen: dict[str, float] = {}
+    port = _port(synapse)
+
+    def go(somebody: Somebody) -> None:
+        sfu.put("/gone", {somebody.livekit_room: {somebody.identity: {}}})
+        request = webhook(
+            "participant_left", somebody.livekit_room, somebody.identity, somebody.attributes
+        )
+        sent[somebody.key] = time.monotonic()
+        asyncio.run(run(port, [request], 1, 10))
+
+    with _watching(watcher, seen):
+        _one_by_one(people, go)
+        wait_until(lambda: sent.keys() <= seen.keys(), "all leaves in the rooms")
+    return [seen[key] - sent[key] for key in sent]
+
+
+@contextmanager
+def _watching(watcher: User, seen: dict[str, float]) -> Iterator[None]:
+    """Notes when a client sees that somebody has left a call."""
+    wanted = {"room": {"timeline": {"types": [MEMBER]}, "state": {"types": []}}}
+    path = f"/_matrix/client/v3/sync?filter={quote(json.dumps(wanted))}"
+    since = watcher.call("GET", path).ok()["next_batch"]
+    is_over = False
+
+    def watch() -> None:
+        nonlocal since
+        while not is_over:
+            answer = watcher.call("GET", f"{path}&timeout=500&since={since}").ok()
+            now = time.monotonic()
+            since = answer["next_batch"]
+            for room in answer.get("rooms", {}).get("join", {}).values():
+                for event in room["timeline"]["events"]:
+                    if not event["content"]:
+                        seen[event["state_key"]] = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over = True
+        thread.join()
+
+
+def _leave(sfu: StubSfu, people: Sequence[Somebody]) -> tuple[list[float], list[float]]:
+    sent: dict[str, float] = {}
+    answered: dict[str, float] = {}
+
+    def go(somebody: Somebody) -> None:
+        sent[somebody.identity] = time.monotonic()
+        somebody.user.leave(somebody.room_id)
+        answered[somebody.identity] = time.monotonic()
+
+    _one_by_one(people, go)
+    wait_until(lambda: len(sfu.get("/removed")) >= len(people), "all of them removed")
+    removed = {identity: at for _, identity, at in sfu.get("/removed")}
+    return (
+        [removed[identity] - at for identity, at in sent.items()],
+        # Synapse may have told the module before it answered.
+        [max(0.0, removed[identity] - at) for identity, at in answered.items()],
+    )
+
+
+def measure_messages(directory: Path, rounds: int, messages: int) -> None:
+    """Prints the CPU time of a message in a room without a call, with and without the module."""
+    directory.mkdir()
+    sfu = StubSfu(directory)
+    synapses = {
+        True: Synapse("with", directory, module_config(sfu, poll_sec=30)),
+        False: Synapse("without", directory),
+    }
+    try:
+        sfu.start()
+        for synapse in synapses.values():
+            synapse.start()
+        makes = {}
+        for has_module, synapse in synapses.items():
+            synapse.wait_ready()
+            makes[has_module] = _messages(synapse)
+            asyncio.run(run(_port(synapse), makes[has_module](messages), 1, 600))
+        cpu: dict[bool, list[float]] = {True: [], False: []}
+        for number in range(rounds):
+            # Whoever comes first has a cache that is colder, or a machine that is.
+            for has_module in (True, False) if number % 2 else (False, True):
+                synapse = synapses[has_module]
+                requests = makes[has_module](messages)
+                before = synapse.main.cpu_seconds()
+                asyncio.run(run(_port(synapse), requests, 1, 600))
+                cpu[has_module].append((synapse.main.cpu_seconds() - before) / messages)
+    finally:
+        stop_all([sfu.process, *(s.main for s in synapses.values())])
+    ratio = statistics.median(a / b for a, b in zip(cpu[True], cpu[False], strict=True))
+    print(
+        f"\na message in a room without a call costs Synapse"
+        f" {1000 * statistics.median(cpu[False]):.2f} ms of CPU time without the module and"
+        f" {1000 * statistics.median(cpu[True]):.2f} ms with it: {100 * (ratio - 1):+.1f} %"
+        f" (goal: within 5), {rounds} rounds of {messages} messages, medians"
+    )
+
+
+def _messages(synapse: Synapse) -> Callable[[int], list[bytes]]:
+    user = synapse.register("alice")
+    room_id = quote(user.create_room())
+    made = 0
+
+    def make(count: int) -> list[bytes]:
+        nonlocal made
+        made += count
+        path = f"/_matrix/client/v3/rooms/{room_id}/send/m.room.message/"
+        body = b'{"msgtype": "m.text", "body": "Good morning"}'
+        return [
+            http_request("PUT", f"{path}{number}", body, f"Bearer {user.access_token}")
+            for number in range(made - count, made)
+        ]
+
+    return make
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Cost:
+    """Of one thing: seconds of wall clock, and of CPU time."""
+
+    wall: float
+    cpu: float
+
+
+def measure_many(directory: Path, requests: int) -> None:
+    """Prints what a token, a webhook and a poll cost when very many people are in calls."""
+    directory.mkdir()
+    sfu = StubSfu(directory)
+    synapse = Synapse("many", directory, module_config(sfu))
+    print(f"\n{'participants in calls':28}{'p50 ms':>10}{'CPU ms':>10}")
+    try:
+        sfu.start()
+        synapse.start()
+        synapse.wait_ready()
+        many = _Many(synapse, sfu)
+        for count in TRACKED:
+            synapse.stop()
+            many.fill_up_to(count)
+            synapse.start()
+            synapse.wait_ready()
+            for what, cost in many.costs(requests).items():
+                name = f"{count:>7,} {what}"
+                print(f"{name:28}{1000 * cost.wall:10.1f}{1000 * cost.cpu:10.1f}", flush=True)
+    finally:
+        stop_all([sfu.process, *synapse.processes])
+
+
+class _Many:
+    """A few users who are in very many calls, each time with another device."""
+
+    def __init__(self, synapse: Synapse, sfu: StubSfu) -> None:
+        self._synapse = synapse
+        self._sfu = sfu
+        self._users = [synapse.register(f"user{number}") for number in range(PEOPLE_IN_A_CALL)]
+        self._room_id = self._users[0].create_room(preset="public_chat", power_levels=POWER_LEVELS)
+        for user in self._users[1:]:
+            user.join(self._room_id)
+        self._count = 0
+        self._tokens = 0
+
+    def fill_up_to(self, count: int) -> None:
+        """Notes participants in the database, and tells the SFU; Synapse must be down."""
+        now_ms = int(1000 * time.time())
+        rooms: dict[str, dict[str, dict[str, str]]] = {}
+        delegations: list[dict[str, object]] = []
+        identities: list[dict[str, object]] = []
+        delayed: list[dict[str, object]] = []
+        for number in range(self._count, count):
+            livekit_room, identity, user = self._participant(number)
+            rooms.setdefault(livekit_room, {})[identity] = {}
+            delay_id = f"delay{number}"
+            # Their restarts are due one after the other, as they would be.
+            restarted_ms = now_ms - number * RESTART_MS // count
+            delegations.append(
+                {
+                    "delay_id": delay_id,
+                    "user_id": user.user_id,
+                    "livekit_room": livekit_room,
+                    "member": identity,
+                    "event_type": MEMBER,
+                    "state_key": identity,
+                    "delay_ms": HOUR_MS,
+                    "taken_ms": now_ms,
+                    "several": False,
+                    "phase": "connected",
+                    "next_ms": restarted_ms + RESTART_MS,
+                    "restarted_ms": restarted_ms,
+                    "connected_ms": now_ms,
+                    "doubted_ms": 0,
+                    "tries": 0,
+                }
+            )
+            identities.append(
+                {
+                    "livekit_room": livekit_room,
+                    "identity": identity,
+                    "delay_id": delay_id,
+                    "sid": f"PA_{identity}",
+                }
+            )
+            delayed.append(
+                {
+                    "delay_id": delay_id,
+                    "user_localpart": user.user_id[1:].partition(":")[0],
+                    "delay": HOUR_MS,
+                    "send_ts": restarted_ms + HOUR_MS,
+                    "room_id": self._room_id,
+                    "event_type": MEMBER,
+                    "state_key": identity,
+                    "content": "{}",
+                    "is_processed": False,
+                }
+            )
+        calls = [
+            {"livekit_room": room, "room_id": self._room_id, "seen_ms": now_ms} for room in rooms
+        ]
+        with sqlite3.connect(self._synapse.directory / "homeserver.db") as database:
+            for table, rows in (
+                ("synapse_lk_jwt_calls", calls),
+                ("synapse_lk_jwt_delegations", delegations),
+                ("synapse_lk_jwt_identities", identities),
+                ("delayed_events", delayed),
+            ):
+                columns = list(rows[0])
+                database.executemany(
+                    f"INSERT INTO {table} ({', '.join(columns)})"
+                    f" VALUES ({', '.join(f':{column}' for column in columns)})",
+                    rows,
+                )
+        database.close()
+        self._count = count
+        self._sfu.put("/rooms", rooms)
+
+    def _participant(self, number: int) -> tuple[str, str, User]:
+        user = self._users[number % PEOPLE_IN_A_CALL]
+        return f"call{number // PEOPLE_IN_A_CALL}", f"{user.user_id}:DEVICE{number}", user
+
+    def costs(self, requests: int) -> dict[str, Cost]:
+        """Of each thing that is measured."""
+        # The module polls as soon as it is up.
+        first = self._poll()
+        self._run(self._token_requests(requests))
+        costs = {"token": self._run(self._token_requests(requests))}
+        for event in ("participant_joined", "participant_left"):
+            asked = [self._participant(n * self._count // requests) for n in range(requests)]
+            costs[event] = self._run([webhook(event, room, who, {}) for room, who, _ in asked])
+        return {**costs, "poll": first}
+
+    def _poll(self) -> Cost:
+        """One poll: the SFU is asked for a list of rooms first, and for participants last."""
+        process = self._synapse.main
+        before = process.cpu_seconds()
+        rooms = self._count // PEOPLE_IN_A_CALL
+
+        def is_over() -> bool:
+            return bool(self._sfu.get("/asked").get("ListParticipants", [0])[0] >= rooms)
+
+        wait_until(is_over, "poll", 600)
+        times, _, last = self._sfu.get("/asked")["ListParticipants"]
+        _, first, _ = self._sfu.get("/asked")["ListRooms"]
+        assert times == rooms, times
+        return Cost(last - first, process.cpu_seconds() - before)
+
+    def _token_requests(self, count: int) -> list[bytes]:
+        tokens, bodies = [], []
+        for number in range(count):
+            user = self._users[number % PEOPLE_IN_A_CALL]
+            self._tokens += 1
+            token = f"token{self._tokens:018}"
+            tokens.append((token, 2**52, user.user_id))
+            openid = {"access_token": token, "matrix_server_name": self._synapse.server_name}
+            bodies.append(service.sfu_get_body(user, self._room_id, openid_token=openid))
+        with sqlite3.connect(self._synapse.directory / "homeserver.db", timeout=30) as database:
+            database.executemany(
+                "INSERT INTO open_id_tokens (token, ts_valid_until_ms, user_id) VALUES (?, ?, ?)",
+                tokens,
+            )
+        database.close()
+        return [http_request("POST", f"{PREFIX}/sfu/get", as_json(body)) for body in bodies]
+
+    def _run(self, requests: list[bytes]) -> Cost:
+        process = self._synapse.main
+        before = process.cpu_seconds()
+        result = asyncio.run(run(_port(self._synapse), requests, 1, 600))
+        cpu = process.cpu_seconds() - before
+        return Cost(result.quantile(0.5), cpu / len(requests))
+
+
+def measure(directory: Path, is_quick: bool) -> None:
+    """Prints everything."""
+    measure_times(directory / "times")
+    measure_messages(directory / "messages", *((1, 100) if is_quick else (9, 400)))
+    measure_many(directory / "many", 50 if is_quick else 400)
