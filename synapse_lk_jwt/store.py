@@ -513,6 +513,13 @@ class Store:
                 # It was sent, and this process or another one died ahead of noting that; or there
                 # is a newer membership, which it is not for.
                 happened = Happened.OVER
+        elif (
+            before.phase is Phase.WAITING
+            and happened is Happened.DUE
+            and self._homeserver.delayed_event(txn, delay_id, user_id) is None
+        ):
+            # It was sent, or cancelled, and there is nothing to wait for any more.
+            happened = Happened.OVER
         now_ms = self._homeserver.clock.time_msec()
         after, action = step(before, happened, now_ms, asked_ms)
         if action is Action.RESTART:

@@ -406,6 +406,18 @@ class KeptAliveTests(DelegationTestCase):
         assert not self.is_in_call()
         assert (self.rows(), self.sent()) == ([], 1)
 
+    def test_nobody_waits_for_who_has_sent_their_leave_already(self) -> None:
+        self.token()
+        delay_id = self.delayed()
+        assert self.delegate(delay_id).code == 200
+        path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}"
+        channel = self.make_request(
+            "POST", path, {"action": "send"}, access_token=self.alices_token
+        )
+        assert channel.code == 200, channel.result
+        self.advance_by(3)
+        assert (self.rows(), self.rows("identities")) == ([], [])
+
     def test_an_sfu_that_does_not_answer_is_not_absence(self) -> None:
         alice = self.sfu.join(self.token())
         assert self.delegate(self.delayed(5_000)).code == 200
