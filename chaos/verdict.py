@@ -136,11 +136,11 @@ def forgotten_calls(play: Play) -> list[str]:
 def history(play: Play) -> list[str]:
     """What went wrong on the way, and may have been made good since."""
     found = [*play.trouble]
-    sent_at_start = _sent_at_start(play)
+    sent, sent_at_start = _sent_by_synapse(play)
     for person in play.people:
         if person.trouble is not None:
             found.append(f"{person.name} was in trouble: {person.trouble}")
-        found += _wrong_leaves(play, person, sent_at_start)
+        found += _wrong_leaves(play, person, sent, sent_at_start)
         found += _ghosts(play, person)
         found += [
             f"{person.name} was removed at {clock(at)}, and was no reason to"
@@ -150,15 +150,19 @@ def history(play: Play) -> list[str]:
     return found
 
 
-def _wrong_leaves(play: Play, person: Person, sent_at_start: set[str]) -> Iterator[str]:
+def _wrong_leaves(
+    play: Play, person: Person, sent: set[str], sent_at_start: set[str]
+) -> Iterator[str]:
     seen = play.events.get((person.room_id, person.key), [])
     for before, event in pairwise(seen):
         if event.number is not None:
             continue
         if before.number is None:
-            # Synapse may send what fell due while it was down twice, and it takes what client and
-            # module send while the other one is not in the room yet.
-            if sent_at_start.isdisjoint({before.event_id, event.event_id}) and not any(
+            # Synapse may send what fell due while it was down twice, or what is due and what the
+            # client has it send; and it takes what client and module send while the other one is
+            # not in the room yet.
+            both = {before.event_id, event.event_id}
+            if not (both <= sent or both & sent_at_start) and not any(
                 since - 0.5 <= max(before.at, event.at) <= until for since, until in person.leaving
             ):
                 yield f"{person.name} has two leaves in a row: {before.event_id}, {event.event_id}"
@@ -179,25 +183,29 @@ def _wrong_leaves(play: Play, person: Person, sent_at_start: set[str]) -> Iterat
             )
 
 
-def _sent_at_start(play: Play) -> set[str]:
-    """Leaves that Synapse sent itself because they fell due while it was down, or not all up."""
+def _sent_by_synapse(play: Play) -> tuple[set[str], set[str]]:
+    """Leaves that Synapse sent itself, when they fell due or a client said so.
+
+    Returns:
+        All of them, and those that fell due while it was down, or not all up.
+    """
     due = {delay_id for outage in play.outages for delay_id in outage.due}
-    return {
-        event_id
-        for event_id, at_ms, metadata in play.rows(
-            "SELECT event_id, origin_server_ts, internal_metadata"
-            " FROM events JOIN event_json USING (event_id)"
-        )
-        if (delay_id := json.loads(metadata).get("delay_id")) in due
-        or (
-            delay_id is not None
-            and any(
-                outage.what != "livekit"
-                and outage.since <= at_ms / 1000 <= outage.until + FIRST_TICK_SEC
-                for outage in play.outages
-            )
-        )
-    }
+    sent, sent_at_start = set(), set()
+    for event_id, at_ms, metadata in play.rows(
+        "SELECT event_id, origin_server_ts, internal_metadata"
+        " FROM events JOIN event_json USING (event_id)"
+    ):
+        delay_id = json.loads(metadata).get("delay_id")
+        if delay_id is None:
+            continue
+        sent.add(event_id)
+        if delay_id in due or any(
+            outage.what != "livekit"
+            and outage.since <= at_ms / 1000 <= outage.until + FIRST_TICK_SEC
+            for outage in play.outages
+        ):
+            sent_at_start.add(event_id)
+    return sent, sent_at_start
 
 
 def ghosts(play: Play, person: Person) -> Iterator[tuple[float, Membership, float]]:
