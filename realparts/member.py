@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from realparts import service
-from realparts.call import Participant
+from realparts.call import CallRefused, Participant
 from realparts.livekit import LiveKit
 from realparts.matrix import User
+from realparts.process import until
 
 MEMBER = "org.matrix.msc3401.call.member"
 # What a room has to allow for everybody to say that they are in the call.
@@ -77,3 +78,18 @@ def hand_over(member: Member, delay_ms: int, client_url: str | None = None) -> N
     delay = {"delay_id": delay_id, "delay_timeout": delay_ms}
     body = service.get_token_body(member.user, member.room_id, **delay)
     service.post(client_url or member.user.client_url, "/delegate_delayed_leave", body).ok()
+
+
+async def is_kept_out(url: str, jwt: str) -> None:
+    """Come with a token, and wait until LiveKit has been told to throw its holder out.
+
+    That may happen before the client is through with connecting.
+
+    Raises:
+        TimedOut
+    """
+    try:
+        there = await Participant.join(url, jwt, timeout=5.0)
+    except CallRefused:
+        return
+    await until(lambda: not there.is_connected, "removal", 5)

@@ -77,7 +77,10 @@ def test_an_sfu_that_hangs(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=hang, args=(listener,), daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        synapse.module_config = module_config(livekit, livekit_internal_url=url)
+        # Only the token asks: no poll.
+        synapse.module_config = module_config(
+            livekit, livekit_internal_url=url, sanity_check_interval=0
+        )
         synapse.restart()
         alice = synapse.register(f"alice{len(answer)}")
         began = time.monotonic()
