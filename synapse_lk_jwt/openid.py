@@ -26,6 +26,10 @@ class InvalidToken(Exception):
     """The token proves nothing. The text says why, for the log alone."""
 
 
+class CannotAsk(InvalidToken):
+    """The homeserver that made the token gave no proper answer."""
+
+
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class OpenIdToken:
     """What a client got from its homeserver's `openid/request_token`.
@@ -76,13 +80,15 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
     except Exception as e:
         # Whatever can go wrong on the way to a stranger is the client's problem, not ours. The
         # text of such an error may hold the URL and with it the token: its type must do.
-        raise InvalidToken(f"{server} could not be asked ({type(e).__name__})") from None
-    if status != 200:
+        raise CannotAsk(f"{server} could not be asked ({type(e).__name__})") from None
+    if status in (401, 403):
         raise InvalidToken(f"{server} answered {status}")
+    if status != 200:
+        raise CannotAsk(f"{server} answered {status}")
     try:
         answer = parse_json(body)
     except ValueError:
-        raise InvalidToken(f"{server} did not answer with JSON") from None
+        raise CannotAsk(f"{server} did not answer with JSON") from None
     user_id = answer.get("sub") if isinstance(answer, dict) else None
     if not is_user_id(user_id, of_server=server):
         raise InvalidToken(f"{server} did not answer with a user of its own")

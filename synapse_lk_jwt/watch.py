@@ -17,6 +17,7 @@ from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.identifiers import is_clean
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.membership import Membership
+from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.rooms import Listing, RoomService, SfuError
 from synapse_lk_jwt.store import Store, Tracked
 
@@ -53,6 +54,7 @@ class Watch:
         rooms: RoomService,
         leaves: DelayedLeaves,
         membership: Membership,
+        processes: Processes,
         interval_ms: int,
         *,
         note_owners: bool,
@@ -64,6 +66,7 @@ class Watch:
             rooms: the SFU.
             leaves: told who has come and gone.
             membership: told who has come.
+            processes: told when those who are in calls have joined.
             interval_ms: milliseconds between two polls, 0 for none.
             note_owners: whether participants can change what the SFU says of them.
         """
@@ -72,6 +75,7 @@ class Watch:
         self._rooms = rooms
         self._leaves = leaves
         self._membership = membership
+        self._processes = processes
         self._note_owners = note_owners
         # LiveKit rooms with somebody in them at the last poll.
         self._occupied: set[str] = set()
@@ -139,6 +143,7 @@ class Watch:
         # there a moment ago.
         looked_at = {name for name, is_occupied in there.items() if is_occupied or name in tracked}
         occupied = set()
+        joined_sec: list[int] = []
 
         async def look(livekit_room: str) -> None:
             try:
@@ -149,6 +154,7 @@ class Watch:
             await self._leaves.polled(tracked.get(livekit_room, ()), listing)
             if listing.participants:
                 occupied.add(livekit_room)
+                joined_sec.extend(participant.joined_at for participant in listing.participants)
                 with suppress(SfuError):
                     await self._look(livekit_room, calls.get(livekit_room), listing.participants)
 
@@ -156,6 +162,7 @@ class Watch:
         for livekit_room in tracked.keys() - there.keys():
             await self._leaves.polled(tracked[livekit_room], Listing(asked_ms, ()))
         self._occupied = occupied
+        await self._processes.look(joined_sec)
         await self._store.forget_calls(calls.keys() - there.keys(), FORGET_CALLS_MS)
 
     async def _make_again(

@@ -294,7 +294,10 @@ class RoomService:
         if cause != self._trouble:
             self._trouble = cause
             logger.error(
-                "LiveKit at %s cannot be used, calls cannot be started: %s", self._api_url, cause
+                "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
+                self._api_url,
+                cause,
+                self._homeserver.check_command,
             )
         return SfuError(cause)
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from google.protobuf.json_format import Parse, ParseError
 from livekit.protocol.webhook import WebhookEvent
-from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
-from synapse.http.server import DirectServeJsonResource, UnrecognizedRequestResource
+from synapse.api.errors import Codes, SynapseError
+from synapse.http.server import UnrecognizedRequestResource
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict
 from twisted.web.resource import Resource
-from twisted.web.server import Request
 
 from synapse_lk_jwt import openid
 from synapse_lk_jwt.homeserver import Homeserver
@@ -19,6 +18,7 @@ from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.names import (
     MAX_IDENTITY_BYTES,
     device_identity,
@@ -27,7 +27,8 @@ from synapse_lk_jwt.sfu.names import (
 )
 from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.watch import Watch
-from synapse_lk_jwt.web.answers import respond
+from synapse_lk_jwt.web.check import CheckResource
+from synapse_lk_jwt.web.endpoint import Endpoint
 from synapse_lk_jwt.web.errors import as_matrix_errors, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
@@ -53,6 +54,8 @@ class ServiceResource(UnrecognizedRequestResource):
         limits: Limits,
         leaves: DelayedLeaves,
         watch: Watch,
+        processes: Processes,
+        check: CheckResource,
         livekit_url: str,
     ) -> None:
         Resource.__init__(self)
@@ -64,33 +67,14 @@ class ServiceResource(UnrecognizedRequestResource):
         if homeserver.has_delayed_events:
             # Clients take any answer but 404 as a promise.
             self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(*core))
-        self.putChild(b"sfu_webhook", SfuWebhookResource(homeserver, issuer.signer, watch))
+        self.putChild(
+            b"sfu_webhook", SfuWebhookResource(homeserver, issuer.signer, watch, processes)
+        )
+        self.putChild(b"check", check)
         self.putChild(b"healthz", HealthResource(homeserver))
 
 
-class _Endpoint(DirectServeJsonResource):
-    """One path with one verb."""
-
-    METHODS: tuple[bytes, ...] = (b"POST",)
-
-    def __init__(self, homeserver: Homeserver) -> None:
-        super().__init__(clock=homeserver.clock)
-        self._homeserver = homeserver
-
-    async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
-        # Synapse finds the handler by the verb's name, and any string can be a verb.
-        if request.method not in self.METHODS:
-            raise UnrecognizedRequestError(code=405)
-        return await super()._async_render(request)
-
-    def _send_response(self, request: SynapseRequest, code: int, response_object: JsonDict) -> None:
-        respond(request, code, response_object)
-
-    def getChild(self, path: bytes, request: Request) -> Resource:
-        return UnrecognizedRequestResource()
-
-
-class _TokenEndpoint(_Endpoint):
+class _TokenEndpoint(Endpoint):
     """Verifies OpenID tokens and hands out LiveKit tokens."""
 
     def __init__(
@@ -224,7 +208,7 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
         return 200, {}
 
 
-class SfuWebhookResource(_Endpoint):
+class SfuWebhookResource(Endpoint):
     """LiveKit tells who has come and gone.
 
     POST /_synapse/client/livekit/jwt/sfu_webhook HTTP/1.1
@@ -233,17 +217,30 @@ class SfuWebhookResource(_Endpoint):
     {"event": "participant_left", "room": {…}, "participant": {…}, …}
     """
 
-    def __init__(self, homeserver: Homeserver, signer: TokenSigner, watch: Watch) -> None:
+    def __init__(
+        self, homeserver: Homeserver, signer: TokenSigner, watch: Watch, processes: Processes
+    ) -> None:
         super().__init__(homeserver)
         self._signer = signer
         self._watch = watch
+        self._processes = processes
+        # Why webhooks were refused since the last one was taken.
+        self._refused: set[str] = set()
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = read_body(request, MAX_WEBHOOK_BYTES)
         try:
             self._signer.verify_webhook(request.getHeader("Authorization") or "", body)
         except InvalidSignature as e:
-            logger.warning("Refused a webhook that is not signed with livekit_secret: %s", e)
+            self._processes.refused()
+            if str(e) not in self._refused:
+                self._refused.add(str(e))
+                logger.warning(
+                    "Refused a webhook that is not signed with livekit_key and livekit_secret: %s."
+                    " %s",
+                    e,
+                    self._homeserver.check_command,
+                )
             raise SynapseError(401, "The webhook is not signed", Codes.UNAUTHORIZED) from None
         try:
             event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
@@ -251,6 +248,8 @@ class SfuWebhookResource(_Endpoint):
             # It is LiveKit's, but nothing that this version knows.
             logger.warning("A webhook of LiveKit cannot be read")
             return 200, {}
+        self._refused.clear()
+        self._processes.webhook(event.room.name)
         try:
             await self._watch.webhook(event)
         except Exception as e:
@@ -260,7 +259,7 @@ class SfuWebhookResource(_Endpoint):
         return 200, {}
 
 
-class HealthResource(_Endpoint):
+class HealthResource(Endpoint):
     """Whether the module serves. Says nothing of the SFU, without which restricted users do fine.
 
     GET /_synapse/client/livekit/jwt/healthz HTTP/1.1

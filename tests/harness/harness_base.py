@@ -61,7 +61,9 @@ class Sfu:
     async def request(
         self, method: str, uri: str, data: bytes | None = None, headers: Headers | None = None
     ) -> Any:
-        assert method == "POST"
+        if method == "GET":
+            assert uri.endswith("/rtc/validate"), uri
+            return FakeResponse(code=404, body=b"requested room does not exist")
         assert headers is not None
         name = uri.rpartition("/")[2]
         if name != "CreateRoom":
