@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ _GO_NEEDED = "1.26"
 
 
 class LiveKit:
-    """One LiveKit server; `url` is for clients, `api_url` for its API."""
+    """One LiveKit server; `url` is for clients, `api_url` for its API, `tcp_port` for media."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class LiveKit:
         key: str = "APIrealparts",
         secret: str = "not-a-secret-at-all-but-long-enough",
         redis_port: int | None = None,
+        extra_config: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +45,7 @@ class LiveKit:
             key: the API key.
             secret: the API secret, at least 32 characters, or LiveKit refuses to start.
             redis_port: of a Redis that it shares with other nodes; by default it is alone.
+            extra_config: top-level keys of its configuration, instead of those that are set here.
 
         Raises:
             MissingTool: if LiveKit is neither there nor can be built.
@@ -53,8 +55,9 @@ class LiveKit:
         self.key = key
         self.secret = secret
         self.redis_port = redis_port
+        self.extra_config = dict(extra_config or {})
         self.port = free_port()
-        self._tcp_port = free_port()
+        self.tcp_port = free_port()
         self._udp_port = free_port()
         self._config = directory / "livekit.json"
         self.process = Process(
@@ -81,7 +84,7 @@ class LiveKit:
             "keys": {self.key: self.secret},
             "room": {"auto_create": self.auto_create},
             "rtc": {
-                "tcp_port": self._tcp_port,
+                "tcp_port": self.tcp_port,
                 "udp_port": self._udp_port,
                 "node_ip": "127.0.0.1",
                 "use_external_ip": False,
@@ -92,6 +95,7 @@ class LiveKit:
             config["webhook"] = {"api_key": self.key, "urls": self.webhook_urls}
         if self.redis_port is not None:
             config["redis"] = {"address": f"127.0.0.1:{self.redis_port}"}
+        config.update(self.extra_config)
         self._config.write_text(json.dumps(config, indent=2))
         self.process.start()
 

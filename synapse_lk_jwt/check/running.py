@@ -110,7 +110,7 @@ class Running:
             )
             return [*findings, *(f for _, f in silent), warning("processes", text)], None
         # Those that have just been started have not noted themselves yet.
-        present = {other["instance"]: {"is_background": False} for other in states.values()}
+        present = {other["instance"]: other for other in states.values()}
         present |= {process["instance"]: process for process in state["processes"]}
         findings += [finding for name, finding in silent if name not in present]
         if not any(process["is_background"] for process in present.values()):

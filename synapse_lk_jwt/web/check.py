@@ -62,6 +62,7 @@ class CheckResource(Endpoint):
         answer: JsonDict = {
             "server_name": homeserver.server_name,
             "instance": homeserver.instance_name,
+            "is_background": homeserver.runs_background_tasks,
             "versions": {
                 name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse", "livekit-api")
             }

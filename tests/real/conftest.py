@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import pytest
 
 from realparts.process import MissingTool
+from realparts.public import Public, public_homeserver
 from realparts.sets import Cluster, Homeservers, two_homeservers, workers
 from realparts.skips import missing_tool
 
@@ -21,6 +22,15 @@ def homeservers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Homeserver
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     try:
         with workers(tmp_path_factory.mktemp("cluster")) as servers:
+            yield servers
+    except MissingTool as e:
+        missing_tool(e)
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
+    try:
+        with public_homeserver(tmp_path_factory.mktemp("public")) as servers:
             yield servers
     except MissingTool as e:
         missing_tool(e)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of LiveKit: whether it is reached, knows the key, makes rooms, and tells of them."""
+
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from realparts.check import Checker, Finding
+from realparts.livekit import LiveKit
+from realparts.nginx import UPGRADE, Nginx, proxy
+from realparts.process import wait_until
+from realparts.public import Public
+from realparts.service import PREFIX
+from realparts.sets import module_config, running
+from realparts.skips import missing_tool
+from realparts.synapse import Synapse
+from synapse_lk_jwt.check import probe
+from synapse_lk_jwt.check import running as running_checks
+
+
+def pasted(finding: Finding) -> dict[str, Any]:
+    """The lines of a finding, as they are in a file of YAML."""
+    content = yaml.safe_load("\n".join(finding.lines))
+    assert isinstance(content, dict)
+    return content
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another LiveKit behind nginx, for tests to start with something wrong."""
+
+    livekit: LiveKit
+    nginx: Nginx
+
+    def restart(self, extra_config: Mapping[str, Any]) -> None:
+        self.livekit.extra_config = dict(extra_config)
+        # It would take its time to end.
+        self.livekit.process.kill()
+        self.livekit.start()
+        self.livekit.wait_ready()
+
+    def named(self, **more: Any) -> dict[str, Any]:
+        """The module's keys that name it."""
+        url = self.nginx.url("other").replace("https:", "wss:")
+        return {"livekit_url": url, "livekit_internal_url": self.livekit.api_url, **more}
+
+
+@pytest.fixture
+def other(public: Public, tmp_path: Path) -> Iterator[Other]:
+    livekit = LiveKit(tmp_path)
+    servers = {"other": proxy(livekit.api_url, "/", *UPGRADE)}
+    nginx = Nginx(tmp_path, servers, public.synapse.directory)
+    try:
+        with running(nginx):
+            yield Other(livekit, nginx)
+    finally:
+        livekit.process.kill()
+
+
+# Where LiveKit is
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://127.0.0.1:1", "the connection is refused"),
+        ("http://livekit.invalid:7880", "its name cannot be resolved"),
+        ("https://127.0.0.1:{livekit}", "it does not speak TLS as it should"),
+        ("http://127.0.0.1:{synapse}", "a web page (404) answers"),
+        ("https://127.0.0.1:{nginx}", "a web page (404) answers"),
+        ("http://127.0.0.1:{nginx}", "a web page (400) answers"),
+        ("http://127.0.0.1:{media}", "the connection broke (Connection reset by peer)"),
+    ],
+)
+def test_livekit_is_not_there(url: str, text: str, public: Public) -> None:
+    url = url.format(
+        livekit=public.livekit.port,
+        synapse=public.synapse.client_url.rpartition(":")[2],
+        nginx=public.nginx.port("matrix"),
+        media=public.livekit.tcp_port,
+    )
+    report = public.check.run(module={"livekit_internal_url": url})
+    finding = report.the("wrong", "LiveKit")
+    assert url in finding.text
+    assert text in finding.text
+    assert finding.file == "changed.json"
+    assert "livekit_internal_url" in pasted(finding)
+    # It cannot be told apart from a LiveKit without webhooks.
+    assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
+    assert report.status == 1
+
+
+def test_livekit_hangs(public: Public, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "TIMEOUT_SEC", 1)
+    # Connections are taken by the system, and by nobody from there.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        report = public.check.run(module={"livekit_internal_url": url})
+    assert "no answer within 1 s" in report.the("wrong", "LiveKit").text
+
+
+def test_a_certificate_that_nobody_has_signed(public: Public) -> None:
+    url = public.nginx.url("livekit")
+    checker = Checker(public.synapse)
+    finding = checker.run(module={"livekit_internal_url": url}).the("wrong", "LiveKit")
+    assert "its certificate is not valid (self-signed certificate)" in finding.text
+    line = pasted(finding)["livekit_internal_url"]
+    assert line == "http://127.0.0.1:7880"
+
+
+def test_a_proxy_that_shows_a_page(public: Public, tmp_path: Path) -> None:
+    page = "default_type text/html; return 200 '<html>Welcome</html>';"
+    nginx = Nginx(tmp_path, {"page": page}, public.synapse.directory)
+    with running(nginx):
+        report = public.check.run(module={"livekit_internal_url": nginx.url("page")})
+    assert "a web page (200) answers" in report.the("wrong", "LiveKit").text
+
+
+# Whose key it is
+
+
+def test_the_key_is_not_livekits(public: Public) -> None:
+    report = public.check.run(module={"livekit_key": "APIother"})
+    finding = report.the("wrong", "LiveKit")
+    assert "does not know the key 'APIother'" in finding.text
+    assert finding.file == "LiveKit's configuration (livekit.yaml)"
+    assert list(pasted(finding)["keys"]) == ["APIother"]
+
+
+def test_the_secret_is_not_livekits(public: Public, other: Other) -> None:
+    other.livekit.secret = "another-secret-of-thirty-two-characters"
+    other.restart({})
+    report = public.check.run(module=other.named())
+    finding = report.the("wrong", "LiveKit")
+    assert "knows the key 'APIrealparts' with another secret" in finding.text
+    assert finding.file == "changed.json"
+    assert list(pasted(finding)) == ["livekit_secret_path"]
+    assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
+
+
+# Clocks
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [("+10m", "wrong"), ("+30s", "warning")])
+def test_clocks_that_are_apart(ahead: str, verdict: str, tmp_path: Path) -> None:
+    if shutil.which("faketime") is None:
+        missing_tool("faketime is missing: apt-get install faketime")
+    # Go asks the kernel for the time, past what `faketime` puts in between.
+    wrapper = ["faketime", "-f", ahead]
+    livekit = LiveKit(tmp_path)
+    late = Synapse("late", tmp_path, module_config(livekit))
+    livekit.webhook_urls.append(f"{late.client_url}{PREFIX}/sfu_webhook")
+    late.main.command = [*wrapper, *late.main.command]
+    with running(livekit, late):
+        report = Checker(late).start(wrapper=wrapper)
+        wait_until(lambda: "clocks: LiveKit's is" in late.log_text(), "line in the log")
+    finding = report.the(verdict, "clocks")
+    seconds = 600 if ahead == "+10m" else 30
+    behind = [f"LiveKit's is {seconds + more} s behind this one's" for more in (-1, 0, 1)]
+    assert finding.text.startswith(tuple(behind)), finding
+    assert finding.lines == ["timedatectl set-ntp true"]
+    assert late.log_text().count("clocks: LiveKit's is") == 1
+
+
+# Who makes rooms
+
+
+def test_rooms_for_whoever_comes(public: Public, other: Other) -> None:
+    other.livekit.auto_create = True
+    other.livekit.webhook_urls = public.livekit.webhook_urls
+    other.restart({})
+    report = public.check.run(module=other.named())
+    finding = report.the("wrong", "auto_create")
+    assert "full_access_homeservers is without effect" in finding.text
+    assert report.bad == {"auto_create": "wrong"}, str(report)
+    assert report.status == 1
+    assert other.livekit.rooms() == []
+
+    report = public.check.run(module=other.named(full_access_homeservers=["*"]))
+    assert report.the("warning", "auto_create").lines == finding.lines
+    assert report.status == 0
+
+    other.restart(pasted(finding))
+    assert public.check.run(module=other.named()).bad == {}
+
+
+# Who is told
+
+
+@pytest.mark.parametrize(
+    "webhook",
+    [
+        {},
+        {"webhook": {"api_key": "APIrealparts", "urls": ["{synapse}/sfu_webhook"]}},
+        {"webhook": {"api_key": "APIrealparts", "urls": ["http://127.0.0.1:1{P}/sfu_webhook"]}},
+    ],
+)
+def test_webhooks_that_do_not_arrive(
+    webhook: dict[str, Any], public: Public, other: Other, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running_checks, "WEBHOOK_SEC", 1)
+    for settings in webhook.values():
+        url = settings["urls"][0].format(synapse=public.synapse.client_url, P=PREFIX)
+        webhook = {"webhook": {**settings, "urls": [url]}}
+    other.restart(webhook)
+    report = public.check.run(module=other.named())
+    finding = report.the("wrong", "webhooks")
+    assert "do not arrive" in finding.text
+    assert "livekit.yaml" in str(finding.file)
+    assert report.bad == {"webhooks": "wrong"}, str(report)
+
+    other.restart(pasted(finding))
+    monkeypatch.undo()
+    assert public.check.run(module=other.named()).bad == {}
+
+
+def test_webhooks_with_the_signature_of_another_key(public: Public, other: Other) -> None:
+    keys = {
+        other.livekit.key: other.livekit.secret,
+        "APIsecond": "the-secret-of-the-second-key-of-livekit",
+    }
+    webhook = {"api_key": "APIsecond", "urls": public.livekit.webhook_urls}
+    other.restart({"keys": keys, "webhook": webhook})
+    report = public.check.run(module=other.named())
+    finding = report.the("wrong", "webhooks")
+    assert "with the signature of another key, and are refused" in finding.text
+    assert report.bad == {"webhooks": "wrong"}, str(report)
+    assert second not in str(report)
+
+    other.restart({"keys": keys, **pasted(finding)})
+    assert public.check.run(module=other.named()).bad == {}
