@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from realparts.synapse import Synapse
 from synapse_lk_jwt.check.command import main
 
@@ -32,6 +34,13 @@ class Finding:
     text: str
     file: str | None
     lines: Sequence[str]
+
+    @property
+    def pasted(self) -> dict[str, Any]:
+        """What the lines are in a file of YAML."""
+        content = yaml.safe_load("\n".join(self.lines))
+        assert isinstance(content, dict), self
+        return content
 
 
 @dataclass(frozen=True)

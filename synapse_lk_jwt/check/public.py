@@ -46,7 +46,9 @@ class Public:
         except NoAnswer as e:
             return self._not_reached(f"{url} cannot be reached: {e}")
         if health.status != 200 or health.json != {}:
-            return self._not_reached(f"{url}/healthz is answered {_describe(health)}, not by us")
+            return self._not_reached(
+                f"{url}/healthz is answered {_describe(health)}, not by the module"
+            )
         problem = _cors_problem(health)
         if problem is not None:
             return wrong("service", f"{url} {problem}", PROXY, *_CORS_LINES)
@@ -148,9 +150,11 @@ class Public:
             return self._no_well_known(f"{url} {problem}")
         foci = content.get(FOCI)
         named = [
-            str(focus.get("livekit_service_url", "")).rstrip("/")
+            str(focus["livekit_service_url"]).rstrip("/")
             for focus in (foci if isinstance(foci, list) else [])
-            if isinstance(focus, dict) and focus.get("type") == "livekit"
+            if isinstance(focus, dict)
+            and focus.get("type") == "livekit"
+            and focus.get("livekit_service_url")
         ]
         if not named:
             return self._no_well_known(f"{url} does not have {FOCI}")
@@ -164,6 +168,7 @@ class Public:
                 ".well-known",
                 f"{url} sends clients to {base_url}, while public_baseurl is"
                 f" {setup.public_baseurl}/",
+                *self._well_known_lines(),
             )
         return ok(".well-known", f"names the service, at {url}")
 
@@ -176,12 +181,16 @@ class Public:
         return answer
 
     def _no_well_known(self, text: str) -> Finding:
+        return wrong(
+            ".well-known", f"{text}: older clients find no calls", *self._well_known_lines()
+        )
+
+    def _well_known_lines(self) -> tuple[str, ...]:
+        """The file to change, and what to write into it."""
         setup = self._setup
         host, _ = parse_server_name(setup.server_name)
         foci = f'[{{"type":"livekit","livekit_service_url":"{setup.service_url}"}}]'
-        return wrong(
-            ".well-known",
-            f"{text}: older clients find no calls",
+        return (
             f"the configuration of the web server of {host} (nginx)",
             "location = /.well-known/matrix/client {",
             "    default_type application/json;",
@@ -212,11 +221,14 @@ class Public:
             return self._no_websocket(f"{url} cannot be reached: {e}")
         if answer.status == 101:
             return ok("livekit_url", f"{url} takes WebSockets")
-        if answer.status == 401:
+        # The room has just been made.
+        is_room_missing = answer.status == 404 and b"room" in answer.body and not answer.is_html
+        if answer.status == 401 or is_room_missing:
+            cause = "does not know the room" if is_room_missing else "refuses the key"
             return wrong(
                 "livekit_url",
                 f"at {url} is another LiveKit than at {self._setup.module.livekit_internal_url}:"
-                " it refuses the key",
+                f" it {cause}",
                 self._setup.file("modules"),
                 "livekit_url: wss://sfu.example.com    # of the same LiveKit",
             )

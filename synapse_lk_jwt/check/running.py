@@ -25,6 +25,9 @@ ASK_AGAIN_SEC = 0.2
 
 State = Mapping[str, Any]
 
+# What tells an answer of the module from anything else.
+STATE_KEYS = {"server_name", "instance", "processes", "transports", "not_served", "versions"}
+
 
 class NoModuleThere(Exception):
     """Something answers, and it is not this module with this configuration.
@@ -77,7 +80,7 @@ class Running:
             json.dumps(question).encode("ascii"),
         )
         state = answer.json
-        if answer.status == 200 and isinstance(state, dict) and "instance" in state:
+        if answer.status == 200 and isinstance(state, dict) and state.keys() >= STATE_KEYS:
             return state
         health = await self.probe.request("GET", f"{service_url}/healthz")
         raise NoModuleThere(answer.status, health.status == 200 and health.json == {})

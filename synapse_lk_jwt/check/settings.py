@@ -182,7 +182,9 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
         yield ok("rtc/transports", f"names {ours}")
     if setup.foci is not None:
         foci = [str(e.get("livekit_service_url", "")).rstrip("/") for e in _livekits(setup.foci)]
-        if ours not in foci and (foci or not setup.module.advertise):
+        # The module adds itself to a list that names no LiveKit.
+        is_added_to = setup.module.advertise and isinstance(setup.foci, list) and not foci
+        if ours not in foci and not is_added_to:
             yield wrong(
                 ".well-known",
                 f"{FOCI} names {' and '.join(foci) or 'no LiveKit'}, which was set by hand, and not"
@@ -291,6 +293,7 @@ def _federation(setup: Setup) -> Iterator[Finding]:
             setup.file("listeners"),
             "listeners:",
             "  - port: 8448    # or the one that your reverse proxy forwards to",
+            "    type: http",
             "    resources:",
             "      - names: [federation, openid]",
         )

@@ -148,7 +148,8 @@ def read(paths: Sequence[str]) -> Setup:
         raise CannotRun(f"{e.filename!r} cannot be read ({e.strerror})") from None
     except yaml.YAMLError as e:
         raise CannotRun(f"a configuration file is not YAML: {e}") from None
-    return from_synapse(config, module, raw, file_of)
+    # As they were named on the command line: Synapse makes their paths absolute.
+    return attr.evolve(from_synapse(config, module, raw, file_of), files=tuple(files))
 
 
 def from_synapse(

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from realparts.check import Checker, Finding
+from realparts.check import Checker
 from realparts.livekit import LiveKit
 from realparts.nginx import UPGRADE, Nginx, proxy
 from realparts.process import wait_until
@@ -22,13 +21,6 @@ from realparts.skips import missing_tool
 from realparts.synapse import Synapse
 from synapse_lk_jwt.check import probe
 from synapse_lk_jwt.check import running as running_checks
-
-
-def pasted(finding: Finding) -> dict[str, Any]:
-    """The lines of a finding, as they are in a file of YAML."""
-    content = yaml.safe_load("\n".join(finding.lines))
-    assert isinstance(content, dict)
-    return content
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ def test_livekit_is_not_there(url: str, text: str, public: Public) -> None:
     assert url in finding.text
     assert text in finding.text
     assert finding.file == "changed.json"
-    assert "livekit_internal_url" in pasted(finding)
+    assert "livekit_internal_url" in finding.pasted
     # It cannot be told apart from a LiveKit without webhooks.
     assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
     assert report.status == 1
@@ -110,7 +102,7 @@ def test_a_certificate_that_nobody_has_signed(public: Public) -> None:
     checker = Checker(public.synapse)
     finding = checker.run(module={"livekit_internal_url": url}).the("wrong", "LiveKit")
     assert "its certificate is not valid (self-signed certificate)" in finding.text
-    line = pasted(finding)["livekit_internal_url"]
+    line = finding.pasted["livekit_internal_url"]
     assert line == "http://127.0.0.1:7880"
 
 
@@ -130,7 +122,7 @@ def test_the_key_is_not_livekits(public: Public) -> None:
     finding = report.the("wrong", "LiveKit")
     assert "does not know the key 'APIother'" in finding.text
     assert finding.file == "LiveKit's configuration (livekit.yaml)"
-    assert list(pasted(finding)["keys"]) == ["APIother"]
+    assert list(finding.pasted["keys"]) == ["APIother"]
 
 
 def test_the_secret_is_not_livekits(public: Public, other: Other) -> None:
@@ -140,7 +132,7 @@ def test_the_secret_is_not_livekits(public: Public, other: Other) -> None:
     finding = report.the("wrong", "LiveKit")
     assert "knows the key 'APIrealparts' with another secret" in finding.text
     assert finding.file == "changed.json"
-    assert list(pasted(finding)) == ["livekit_secret_path"]
+    assert list(finding.pasted) == ["livekit_secret_path"]
     assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
 
 
@@ -186,7 +178,7 @@ def test_rooms_for_whoever_comes(public: Public, other: Other) -> None:
     assert report.the("warning", "auto_create").lines == finding.lines
     assert report.status == 0
 
-    other.restart(pasted(finding))
+    other.restart(finding.pasted)
     assert public.check.run(module=other.named()).bad == {}
 
 
@@ -215,16 +207,14 @@ def test_webhooks_that_do_not_arrive(
     assert "livekit.yaml" in str(finding.file)
     assert report.bad == {"webhooks": "wrong"}, str(report)
 
-    other.restart(pasted(finding))
+    other.restart(finding.pasted)
     monkeypatch.undo()
     assert public.check.run(module=other.named()).bad == {}
 
 
 def test_webhooks_with_the_signature_of_another_key(public: Public, other: Other) -> None:
-    keys = {
-        other.livekit.key: other.livekit.secret,
-        "APIsecond": "the-secret-of-the-second-key-of-livekit",
-    }
+    second = "the-secret-of-the-second-key-of-livekit"
+    keys = {other.livekit.key: other.livekit.secret, "APIsecond": second}
     webhook = {"api_key": "APIsecond", "urls": public.livekit.webhook_urls}
     other.restart({"keys": keys, "webhook": webhook})
     report = public.check.run(module=other.named())
@@ -233,5 +223,5 @@ def test_webhooks_with_the_signature_of_another_key(public: Public, other: Other
     assert report.bad == {"webhooks": "wrong"}, str(report)
     assert second not in str(report)
 
-    other.restart({"keys": keys, **pasted(finding)})
+    other.restart({"keys": keys, **finding.pasted})
     assert public.check.run(module=other.named()).bad == {}
