@@ -34,8 +34,9 @@ _LIMITS_OFF = {"per_second": 10_000, "burst_count": 10_000}
 class Synapse:
     """One homeserver; `server_name` is the address of its federation listener.
 
-    What it is told in `module_config`, `extra_config`, `env` and `log_level` counts at the next
-    start.
+    What it is told in `module_config`, `extra_config`, `env`, `log_level` and `without_module`
+    counts at the next start. `without_module` has the names of processes (`main`, `worker1`, …,
+    `background`) that do not load the module.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Synapse:
         self.extra_config = dict(extra_config or {})
         self.env = dict(env or {})
         self.log_level = log_level
+        self.without_module: tuple[str, ...] = ()
         self._postgres = postgres
         self._redis = redis
         self._shared_secret = secrets.token_hex(16)
@@ -174,8 +176,7 @@ class Synapse:
 
     def _write_config(self) -> None:
         config = self._base_config()
-        if self.module_config is not None:
-            config["modules"] = [{"module": MODULE, "config": dict(self.module_config)}]
+        config["modules"] = self._modules("main")
         if self._worker_ports:
             config.update(self._shared_worker_config())
         config.update(self.extra_config)
@@ -188,12 +189,18 @@ class Synapse:
                     "worker_app": "synapse.app.generic_worker",
                     "worker_name": worker,
                     "worker_log_config": "log.json",
+                    **({"modules": self._modules(worker)} if self.without_module else {}),
                     "worker_listeners": [
                         _listener(client_port, ["client"]),
                         _listener(replication_port, ["replication"]),
                     ],
                 },
             )
+
+    def _modules(self, process: str) -> list[dict[str, Any]]:
+        if self.module_config is None or process in self.without_module:
+            return []
+        return [{"module": MODULE, "config": dict(self.module_config)}]
 
     def _base_config(self) -> dict[str, Any]:
         listeners = [

@@ -84,7 +84,7 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
     if options.user_id is not None:
         return await _way(options.user_id, options.room, setup, sfu, running)
     findings = list(settings.check(setup))
-    of_sfu = await sfu.check(setup.file("modules"))
+    of_sfu = await sfu.check(setup.block)
     of_running, state = await running.check()
     findings += of_sfu + of_running
     if state is None:
@@ -95,7 +95,7 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
     else:
         text = "and livekit_url cannot be told before LiveKit can be used"
         findings.append(warning("webhooks", text))
-    return findings + await public.check_homeserver()
+    return findings + await public.check_homeserver(state)
 
 
 async def _way(

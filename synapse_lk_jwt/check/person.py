@@ -171,7 +171,7 @@ class Person:
                 "SFU",
                 "says that there is no such room: nobody with full access has started the call, and"
                 " this user may not. That is as configured",
-                self._setup.file("modules"),
+                self._setup.block,
                 f"full_access_homeservers: [{server}]    # to let its users start calls",
             )
         return wrong("SFU", f"refuses the token ({answer.status}); see 'check' without --as")

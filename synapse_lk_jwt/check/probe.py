@@ -21,6 +21,10 @@ class NoAnswer(Exception):
     """Nobody answered. The text says why."""
 
 
+class Refused(NoAnswer):
+    """Nothing listens there."""
+
+
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Answer:
     """An HTTP response.
@@ -103,7 +107,7 @@ class HttpProbe:
         except (asyncio.TimeoutError, TimeoutError):
             raise NoAnswer(f"no answer within {TIMEOUT_SEC} s") from None
         except ConnectionRefusedError:
-            raise NoAnswer("the connection is refused: nothing listens there") from None
+            raise Refused("the connection is refused: nothing listens there") from None
         except socket.gaierror as e:
             raise NoAnswer(f"its name cannot be resolved ({e.strerror})") from None
         except ssl.SSLCertVerificationError as e:

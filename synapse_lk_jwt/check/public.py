@@ -7,7 +7,7 @@ from synapse.util.stringutils import parse_server_name
 
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
-from synapse_lk_jwt.check.running import NoModuleThere, Running
+from synapse_lk_jwt.check.running import NoModuleThere, Running, State
 from synapse_lk_jwt.check.setup import FOCI, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 
@@ -28,12 +28,16 @@ class Public:
         self._running = running
         self._sfu = sfu
 
-    async def check_homeserver(self) -> list[Finding]:
-        """All findings about the homeserver."""
+    async def check_homeserver(self, state: State) -> list[Finding]:
+        """All findings about the homeserver.
+
+        Args:
+            state: what it says of itself inside the network.
+        """
         return [
             await self._service(),
             await self._preflight(),
-            *await self._matrix(),
+            *await self._matrix(state),
             await self._well_known(),
         ]
 
@@ -96,13 +100,16 @@ class Public:
             return wrong("preflight", text, PROXY, *_CORS_LINES)
         return ok("preflight", "is answered as browsers want it")
 
-    async def _matrix(self) -> list[Finding]:
+    async def _matrix(self, state: State) -> list[Finding]:
         """The paths below `/_matrix`, which may be served by another process."""
         findings = []
-        for method, path, check in (
-            ("GET", TRANSPORTS, "rtc/transports"),
-            ("POST", GET_TOKEN, "MSC4195"),
+        for method, path, check, is_served in (
+            ("GET", TRANSPORTS, "rtc/transports", bool(state["transports"])),
+            ("POST", GET_TOKEN, "MSC4195", state["not_served"] is None),
         ):
+            if not is_served:
+                # That has been told, and is not the proxy's.
+                continue
             url = f"{self._setup.public_baseurl}{path}"
             try:
                 answer = await self._probe.request(method, url)
@@ -229,7 +236,7 @@ class Public:
                 "livekit_url",
                 f"at {url} is another LiveKit than at {self._setup.module.livekit_internal_url}:"
                 f" it {cause}",
-                self._setup.file("modules"),
+                self._setup.block,
                 "livekit_url: wss://sfu.example.com    # of the same LiveKit",
             )
         return self._no_websocket(

@@ -12,9 +12,9 @@ import attr
 from livekit.api import VideoGrants
 from livekit.protocol.room import CreateRoomRequest, DeleteRoomRequest
 
-from synapse_lk_jwt.check.probe import NoAnswer, Probe
+from synapse_lk_jwt.check.probe import NoAnswer, Probe, Refused
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wrong
-from synapse_lk_jwt.check.setup import MODULE, Setup
+from synapse_lk_jwt.check.setup import MAIN, MODULE, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
 from synapse_lk_jwt.sfu.names import CHECK_ROOM
@@ -98,36 +98,41 @@ class Running:
         findings: list[Finding] = []
         states: dict[str, State] = {}
         silent: list[tuple[str, Finding]] = []
+        refused: set[str] = set()
         for name, url in addresses.items():
             try:
                 states[name] = await self.ask_process(url)
             except NoAnswer as e:
-                text = f"{name} does not answer at {url}: {e}"
+                text = f"{_called(name)} does not answer at {url}: {e}"
                 silent.append((name, warning("processes", text)))
+                if isinstance(e, Refused):
+                    refused.add(name)
             except NoModuleThere as e:
                 findings.append(self._without_module(name, url, e))
         state = states.get(setup.instance) or next(iter(states.values()), None)
+        if not addresses:
+            text = "cannot be asked: this configuration has no listener. The rest cannot be told"
+            return [warning("processes", text)], None
         if state is None:
-            text = (
-                "none of Synapse's answers with the module: is it running? The rest cannot be told"
-            )
-            return [*findings, *(f for _, f in silent), warning("processes", text)], None
+            return [*findings, *(f for _, f in silent), *_nobody(findings)], None
         # Those that have just been started have not noted themselves yet.
         present = {other["instance"]: other for other in states.values()}
         present |= {process["instance"]: process for process in state["processes"]}
-        findings += [finding for name, finding in silent if name not in present]
+        # What cannot be reached from here is there if it has noted itself lately. Where nothing
+        # listens it was there.
+        findings += [f for name, f in silent if name in refused or name not in present]
         if not any(process["is_background"] for process in present.values()):
             findings.append(
                 wrong(
                     "processes",
-                    f"{setup.background} runs the background tasks and has not loaded the module:"
+                    f"{_called(setup.background)} runs the background tasks and has not loaded the module:"
                     " delayed leaves are not restarted, and nobody is removed from calls",
-                    f"the configuration that {setup.background} is started with",
+                    f"the configuration that {_called(setup.background)} is started with",
                     *_MODULES,
                 )
             )
         if not findings:
-            names = " and ".join(sorted(present))
+            names = " and ".join(_called(name) for name in sorted(present))
             findings.append(
                 ok(
                     "processes",
@@ -153,15 +158,15 @@ class Running:
         if cause.has_module:
             return wrong(
                 "processes",
-                f"{name} at {url} runs with another livekit_secret than is in these files",
+                f"{_called(name)} at {url} runs with another livekit_secret than is in these files",
                 "the command line",
                 "systemctl restart matrix-synapse    # or however you restart Synapse",
             )
         return wrong(
             "processes",
-            f"{name} at {url} has not loaded the module, or another module serves"
+            f"{_called(name)} at {url} has not loaded the module, or another module serves"
             f" {self.setup.module.path_prefix} ({cause})",
-            f"the configuration that {name} is started with; then restart it",
+            f"the configuration that {_called(name)} is started with; then restart it",
             *_MODULES,
         )
 
@@ -175,6 +180,25 @@ class Running:
             text = f"names {' and '.join(named)}, as the running Synapse has it: restart it"
             return [warning("rtc/transports", text)]
         return []
+
+
+def _called(name: str) -> str:
+    """What admins call a process."""
+    return "the main process" if name == MAIN else name
+
+
+def _nobody(findings: list[Finding]) -> list[Finding]:
+    """What to say if no process has answered with the module, beside what is said of each."""
+    if findings:
+        return [warning("processes", "none has answered with the module: the rest cannot be told")]
+    return [
+        wrong(
+            "processes",
+            "none of Synapse's answers: is it running? The rest cannot be told",
+            "the command line",
+            "systemctl start matrix-synapse    # or however you start Synapse",
+        )
+    ]
 
 
 _MODULES = (

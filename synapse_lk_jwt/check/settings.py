@@ -129,11 +129,11 @@ def _livekit_url(setup: Setup) -> Iterator[Finding]:
         yield wrong(
             "livekit_url",
             f"is {url}: a page that came over https may not connect to it",
-            setup.file("modules"),
+            setup.block,
             line,
         )
     elif urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
-        yield warning("livekit_url", f"is {url}, without encryption", setup.file("modules"), line)
+        yield warning("livekit_url", f"is {url}, without encryption", setup.block, line)
 
 
 def _livekits(entries: Any) -> list[Mapping[str, Any]]:
@@ -156,7 +156,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
             "rtc/transports",
             "is empty: advertise is off, and matrix_rtc names nothing; clients say that calls are"
             " not supported",
-            setup.file("modules"),
+            setup.block,
             "advertise: true",
         )
     elif by_hand and ours not in named:
@@ -222,7 +222,7 @@ def _routes(setup: Setup) -> Iterator[Finding]:
 
 def _full_access(setup: Setup) -> Iterator[Finding]:
     servers = setup.module.full_access_homeservers
-    file = setup.file("modules")
+    file = setup.block
     strange = [
         entry
         for entry in servers.entries

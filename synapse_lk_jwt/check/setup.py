@@ -118,6 +118,11 @@ class Setup:
         """The file to write a top-level key to."""
         return self.file_of.get(key, self.files[0])
 
+    @property
+    def block(self) -> str:
+        """Where to write a key of the module."""
+        return f"{self.file('modules')}, below 'config:' of the module"
+
 
 def read(paths: Sequence[str]) -> Setup:
     """Reads Synapse's configuration as Synapse does.
@@ -133,11 +138,14 @@ def read(paths: Sequence[str]) -> Setup:
         # Synapse prints which files it ignores, and that is no part of the report.
         with contextlib.redirect_stdout(sys.stderr):
             files = find_config_files(list(paths))
-            raw = read_config_files(files)
             file_of = {key: name for name in files for key in _keys(name)}
+            raw = read_config_files(files)
             module = _read_module(raw, file_of.get("modules", files[0]))
             arguments = [part for name in files for part in ("-c", name)]
             config = HomeServerConfig.load_config("check", arguments)
+            setup = from_synapse(config, module, raw, file_of)
+    except (CannotRun, NoModule):
+        raise
     except ConfigError as e:
         raise CannotRun("".join(format_config_error(e)).strip()) from None
     except PermissionError as e:
@@ -146,10 +154,13 @@ def read(paths: Sequence[str]) -> Setup:
         ) from None
     except OSError as e:
         raise CannotRun(f"{e.filename!r} cannot be read ({e.strerror})") from None
-    except yaml.YAMLError as e:
-        raise CannotRun(f"a configuration file is not YAML: {e}") from None
+    except Exception as e:
+        # Synapse looks at some values without expecting anything wrong.
+        raise CannotRun(
+            f"Synapse does not start with this configuration ({type(e).__name__}: {e})"
+        ) from None
     # As they were named on the command line: Synapse makes their paths absolute.
-    return attr.evolve(from_synapse(config, module, raw, file_of), files=tuple(files))
+    return attr.evolve(setup, files=tuple(files))
 
 
 def from_synapse(
@@ -194,15 +205,23 @@ def from_synapse(
 
 
 def _keys(name: str) -> list[str]:
-    with open(name) as file:
-        content = yaml.safe_load(file)
+    """The top-level keys of a file."""
+    try:
+        with open(name) as file:
+            content = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        # The error can quote what is there, and that may be a secret.
+        mark = getattr(e, "problem_mark", None)
+        where = f": see line {mark.line + 1}" if mark else ""
+        raise CannotRun(f"{name!r} is not YAML{where}") from None
     return list(content) if isinstance(content, dict) else []
 
 
 def _blocks(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    modules = raw.get("modules")
     return [
         block
-        for block in raw.get("modules") or []
+        for block in (modules if isinstance(modules, list) else [])
         if isinstance(block, dict) and str(block.get("module", "")).startswith("synapse_lk_jwt.")
     ]
 

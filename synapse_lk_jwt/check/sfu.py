@@ -82,7 +82,7 @@ class Sfu:
         """All findings about LiveKit.
 
         Args:
-            file: the configuration file with the module's block.
+            file: where to write a key of the module.
         """
         try:
             answer = await self.call("ListRooms", ListRoomsRequest(), VideoGrants(room_list=True))
@@ -150,7 +150,7 @@ class Sfu:
         LiveKit says whether somebody would be let into a room that nobody can have made.
 
         Args:
-            file: the configuration file with the module's block.
+            file: where to write a key of the module.
         """
         token = self.token_for(f"{CHECK_ROOM}{secrets.token_hex(16)}")
         try:

@@ -33,9 +33,8 @@ def mended(
     bad = [f for verdict in ("wrong", "warning") for f in before.all(verdict, check)]
     assert bad, str(before)
     for finding in bad:
-        assert finding.file == "changed.json"
-        for key, value in finding.pasted.items():
-            (config if key in config else module)[key] = value
+        assert str(finding.file).startswith("changed.json")
+        (module if "of the module" in str(finding.file) else config).update(finding.pasted)
     after = public.check.run(config=config, module=module)
     assert not after.all("wrong", check), str(after)
     assert not after.all("warning", check), str(after)
@@ -211,7 +210,7 @@ def test_addresses_of_listeners(changes: dict[str, Any], public: Public) -> None
 @pytest.mark.parametrize("listeners", [[], [{"port": 1, "type": "metrics"}]])
 def test_no_listener_at_all(listeners: list[Any], public: Public) -> None:
     report = public.check.run(config={"listeners": listeners})
-    assert "none of Synapse's answers" in report.the("warning", "processes").text
+    assert "has no listener" in report.the("warning", "processes").text
 
 
 # In a Synapse that starts

@@ -81,7 +81,7 @@ def test_livekit_is_not_there(url: str, text: str, public: Public) -> None:
     finding = report.the("wrong", "LiveKit")
     assert url in finding.text
     assert text in finding.text
-    assert finding.file == "changed.json"
+    assert finding.file == "changed.json, below 'config:' of the module"
     assert "livekit_internal_url" in finding.pasted
     # It cannot be told apart from a LiveKit without webhooks.
     assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
@@ -131,7 +131,7 @@ def test_the_secret_is_not_livekits(public: Public, other: Other) -> None:
     report = public.check.run(module=other.named())
     finding = report.the("wrong", "LiveKit")
     assert "knows the key 'APIrealparts' with another secret" in finding.text
-    assert finding.file == "changed.json"
+    assert finding.file == "changed.json, below 'config:' of the module"
     assert list(finding.pasted) == ["livekit_secret_path"]
     assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
 
