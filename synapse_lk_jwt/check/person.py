@@ -24,6 +24,15 @@ from synapse_lk_jwt.sfu.names import (
 )
 from synapse_lk_jwt.sfu.seal import Owner, Sealer
 
+# What is said of who is not joined.
+_MEMBERSHIPS = {
+    None: "has never been in",
+    "ban": "is banned from",
+    "invite": "has not taken the invitation to",
+    "knock": "has not been let into",
+    "leave": "has left",
+}
+
 
 class Person:
     """A user who wants to be in the call of a room."""
@@ -92,19 +101,20 @@ class Person:
                     " endpoints refuse them",
                 )
             return wrong("member", f"this homeserver is not in {room_id}")
-        membership = state["membership"] or "not a member"
+        membership = state["membership"]
         if state["acl_allows"] is False:
             server = get_domain_from_id(self._user_id)
             return wrong("member", f"the server ACL of {room_id} shuts out {server}")
         if membership == "join":
             return ok("member", f"is joined to {room_id}")
+        how = f"{_MEMBERSHIPS.get(membership, membership)} {room_id}"
         if state["is_allowed"]:
             return warning(
                 "member",
-                f"is {membership} in {room_id}, and gets a token all the same:"
+                f"{how}, and gets a token all the same:"
                 " require_room_membership is off, or the room's state is not complete yet",
             )
-        return wrong("member", f"is {membership} in {room_id}, and only members get a token (403)")
+        return wrong("member", f"{how}, and only members get a token (403)")
 
     def _level(self) -> Finding:
         server = get_domain_from_id(self._user_id)
@@ -142,7 +152,7 @@ class Person:
         if not present:
             yield warning(
                 "in the call",
-                f"not now; {others or 'nobody'} else {'is' if others <= 1 else 'are'} there",
+                f"not now; {others or 'no'} other{' is' if others == 1 else 's are'} there",
             )
 
     async def _token(self, livekit_room: str) -> Finding:

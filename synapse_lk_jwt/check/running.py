@@ -125,8 +125,8 @@ class Running:
             findings.append(
                 wrong(
                     "processes",
-                    f"{_called(setup.background)} runs the background tasks and has not loaded the module:"
-                    " delayed leaves are not restarted, and nobody is removed from calls",
+                    f"{_called(setup.background)} runs the background tasks and has not loaded the"
+                    " module: delayed leaves are not restarted, and nobody is removed from calls",
                     f"the configuration that {_called(setup.background)} is started with",
                     *_MODULES,
                 )

@@ -92,7 +92,10 @@ class Sfu:
         if trouble is not None:
             return [trouble]
         well = ok("LiveKit", f"answers at {self.config.livekit_internal_url}, with our key")
-        return [well, *await self.check_rooms(file)]
+        try:
+            return [well, *await self.check_rooms(file)]
+        except NoAnswer as e:
+            return [well, warning("auto_create", f"cannot be told: {e}")]
 
     def _unreachable(self, cause: str, file: str) -> Finding:
         url = self.config.livekit_internal_url
@@ -151,12 +154,12 @@ class Sfu:
 
         Args:
             file: where to write a key of the module.
+
+        Raises:
+            NoAnswer: if nobody answers.
         """
         token = self.token_for(f"{CHECK_ROOM}{secrets.token_hex(16)}")
-        try:
-            answer = await self.validate(self.config.livekit_internal_url, token)
-        except NoAnswer as e:
-            return [warning("auto_create", f"cannot be told: {e}")]
+        answer = await self.validate(self.config.livekit_internal_url, token)
         skew = self._skew_sec(answer)
         findings = []
         if abs(skew) > TOLERATED_SKEW_SEC:

@@ -59,7 +59,7 @@ class SynapseProbe:
         try:
             return await within(TIMEOUT_SEC, self._homeserver.reactor, ask)
         except (ConnectError, DNSLookupError) as e:
-            raise NoAnswer(f"no connection: {e}") from None
+            raise NoAnswer(f"no connection: {str(e).rstrip('.')}") from None
         except Exception as e:
             raise NoAnswer(f"the connection broke: {type(e).__name__}") from None
 
@@ -86,8 +86,11 @@ class StartChecks:
         self._log(f for f in settings.check(self._setup) if f.check not in SAID_ALREADY)
 
     async def _check_sfu(self) -> None:
-        # Whoever cannot use LiveKit at all says so.
-        findings = set(await self._sfu.check_rooms(""))
+        try:
+            findings = set(await self._sfu.check_rooms(""))
+        except NoAnswer:
+            # Whoever cannot use LiveKit at all says so.
+            return
         self._log(findings - self._logged)
         self._logged = findings
 

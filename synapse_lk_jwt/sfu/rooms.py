@@ -296,7 +296,7 @@ class RoomService:
             logger.error(
                 "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
                 self._api_url,
-                cause,
+                cause.rstrip("."),
                 self._homeserver.check_command,
             )
         return SfuError(cause)

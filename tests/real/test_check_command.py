@@ -258,7 +258,10 @@ def test_synapse_does_not_run(public: Public) -> None:
     assert report.bad == {"delayed events": "wrong", "processes": "wrong"}
     assert "none of Synapse's answers: is it running?" in report.the("wrong", "processes").text
     silent = report.the("warning", "processes").text
-    assert "the main process does not answer at http://127.0.0.1:1: the connection is refused" in silent
+    assert (
+        "the main process does not answer at http://127.0.0.1:1: the connection is refused"
+        in silent
+    )
     assert str(port) not in silent
     assert report.the("ok", "LiveKit")
     assert report.the("ok", "auto_create")

@@ -2,11 +2,11 @@
 """Checks of a homeserver with workers, some of which lack the module or do not run."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
-from realparts.check import Checker
-from realparts.http import http
+from realparts.check import Checker, Report
 from realparts.livekit import LiveKit
 from realparts.nginx import Nginx, proxy
 from realparts.postgres import Postgres
@@ -16,6 +16,7 @@ from realparts.service import PREFIX
 from realparts.sets import Cluster, module_config, running
 from realparts.skips import missing_tool
 from realparts.synapse import Synapse
+from synapse_lk_jwt.check import running as running_checks
 
 ALL = "background and the main process and worker1 have loaded the module"
 
@@ -28,7 +29,8 @@ def test_all_processes_have_the_module(cluster: Cluster) -> None:
         assert report.the("ok", "webhooks")
 
 
-def test_a_worker_that_does_not_run(cluster: Cluster) -> None:
+def test_a_worker_that_does_not_run(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_checks, "WEBHOOK_SEC", 1)
     checker, worker = Checker(cluster.synapse), cluster.synapse.workers["worker1"]
     worker.stop()
     report = checker.run()
@@ -41,15 +43,30 @@ def test_a_worker_that_does_not_run(cluster: Cluster) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def partial(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Synapse, dict[str, Checker]]]:
-    """A homeserver, and checkers with a proxy that takes the paths to one process or another.
+@dataclass(frozen=True)
+class Partial:
+    """A homeserver with the module on some processes, and nginx in front of it.
 
-    One has `/_matrix` go to the worker and all else to the main process, the other one the other
-    way round.
+    nginx has one server that passes `/_matrix` on to the worker and all else to the main process,
+    and one for the other way round.
     """
+
+    synapse: Synapse
+    nginx: Nginx
+    checker: Checker
+
+    def check(self, matrix_on: str, *names: str) -> Report:
+        """Check with the server that passes `/_matrix` on to a process."""
+        first = self.checker.write({"public_baseurl": self.nginx.url(matrix_on)})
+        return self.checker.run_on([first, *names])
+
+    def restart(self, *without_module: str) -> None:
+        self.synapse.without_module = without_module
+        self.synapse.restart()
+
+
+@pytest.fixture(scope="module")
+def partial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Partial]:
     directory = tmp_path_factory.mktemp("partial")
     try:
         livekit, redis, postgres = LiveKit(directory), Redis(directory), Postgres(directory)
@@ -69,13 +86,44 @@ def partial(
                 "main": proxy(worker) + proxy(main, "/_matrix"),
             }
             nginx = Nginx(synapse.directory, servers, synapse.directory)
-            livekit.webhook_urls = [f"{url}{PREFIX}/sfu_webhook" for url in (main, worker)]
+            livekit.webhook_urls = [f"{main}{PREFIX}/sfu_webhook", f"{worker}{PREFIX}/sfu_webhook"]
             env = {"SSL_CERT_FILE": str(synapse.directory / "tls.crt")}
-            checkers = {name: Checker(synapse, env=env) for name in servers}
-            for name, checker in checkers.items():
-                checker.url = nginx.url(name)
             with running(livekit, nginx):
-                yield synapse, checkers
+                yield Partial(synapse, nginx, Checker(synapse, env=env))
             synapse.stop()
     except MissingTool as e:
         missing_tool(e)
+
+
+def test_workers_without_the_module(partial: Partial) -> None:
+    partial.restart("worker1", "background")
+    report = partial.check("worker")
+    told = [finding.text for finding in report.all("wrong", "processes")]
+    assert len(told) == 3, str(report)
+    assert told[0].startswith("worker1 at http://127.0.0.1:")
+    assert told[1].startswith("background at http://127.0.0.1:")
+    assert all("has not loaded the module" in text for text in told)
+    assert "background runs the background tasks" in told[2]
+    for finding in report.all("wrong", "processes"):
+        (block,) = finding.pasted["modules"]
+        assert block["module"] == "synapse_lk_jwt.LiveKitJwtModule"
+    for check in ("rtc/transports", "MSC4195"):
+        assert "the process that the proxy asks there has not" in report.the("wrong", check).text
+    assert report.the("ok", "service")
+    assert report.the("ok", "webhooks")
+    report = partial.check("main")
+    assert "is answered with 404 M_UNRECOGNIZED" in report.the("wrong", "service").text
+    assert [finding.verdict for finding in report.findings if finding.check == "MSC4195"] == ["ok"]
+
+
+def test_a_main_process_without_the_module(partial: Partial) -> None:
+    partial.restart("main")
+    report = partial.check("main")
+    assert "is not in the configuration" in report.the("wrong", "module").text
+    report = partial.check("main", "worker1.json")
+    text = report.the("wrong", "processes").text
+    assert text.startswith("the main process at http://127.0.0.1:")
+    assert "has not loaded the module" in text
+    for check in ("rtc/transports", "MSC4195"):
+        assert "the process that the proxy asks there has not" in report.the("wrong", check).text
+    assert report.the("ok", "service")
