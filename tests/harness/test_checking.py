@@ -108,11 +108,3 @@ class WebhookTests(DelegationTestCase):
             assert self.webhook("participant_joined", participant).code == 200
             self.advance_by(300)
         assert NO_WEBHOOK not in "".join(logs.output)
-
-    def test_whoever_was_there_before_says_nothing(self) -> None:
-        participant = self.join()
-        participant.joined_at = int(self.reactor.seconds()) - 100
-        with self.assertLogs("synapse_lk_jwt", logging.INFO) as logs:
-            logging.getLogger("synapse_lk_jwt").info("begin")
-            self.advance_by(100)
-        assert NO_WEBHOOK not in "".join(logs.output)
