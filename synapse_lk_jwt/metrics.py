@@ -14,6 +14,8 @@ from typing import Literal, TypeVar, get_args
 from prometheus_client import Counter, Gauge, Histogram
 from twisted.internet.interfaces import IReactorTime
 
+from synapse_lk_jwt.delegation import Trigger
+
 Endpoint = Literal[
     "sfu_get",
     "get_token",
@@ -66,7 +68,6 @@ WEBHOOK_EVENTS = (
     "ingress_started",
     "ingress_ended",
 )
-PHASES = ("waiting", "connected", "leaving")
 
 # What asks somebody is given ten seconds; what must happen is tried again for longer.
 REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -178,7 +179,7 @@ leaves = _from_zero(
         "Delayed leaves that it was decided to send, by what made it clear",
         ["trigger"],
     ),
-    ("webhook", "poll", "gave_up"),
+    [trigger.value for trigger in Trigger],
 )
 leave_seconds = Histogram(
     "synapse_lk_jwt_leave_seconds",

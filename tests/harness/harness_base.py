@@ -31,6 +31,7 @@ from twisted.web.resource import Resource
 
 from realparts.metrics import own_samples
 from synapse_lk_jwt import metrics
+from synapse_lk_jwt.delegation import Phase
 
 P = "/_synapse/client/livekit/jwt"
 URL = "wss://sfu.example.com"
@@ -38,8 +39,8 @@ SECRET = "the-secret-that-must-never-be-in-a-log"
 SLOT = "m.call#ROOM"
 
 # All series there ever may be.
-for phase in metrics.PHASES:
-    metrics.delegations.labels(phase)
+for phase in Phase:
+    metrics.delegations.labels(phase.value)
 SERIES = own_samples().keys()
 
 

@@ -15,6 +15,7 @@ from realparts.process import MissingTool, until, wait_until
 from realparts.sets import Cluster, module_config, running
 from realparts.skips import missing_tool
 from realparts.synapse import Synapse
+from synapse_lk_jwt.delegation import Phase
 
 HOUR_MS = 3_600_000
 
@@ -59,7 +60,7 @@ def test_a_call_from_its_first_token_to_its_end(tmp_path: Path) -> None:
         livekit.stop()
         wait_until(lambda: math.isnan(now()["participants"]), "an SFU that cannot be asked")
     assert at_last.keys() - at_first.keys() <= {
-        f'delegations{{phase="{phase}"}}' for phase in ("waiting", "connected", "leaving")
+        f'delegations{{phase="{phase.value}"}}' for phase in Phase
     }
     expected = {
         'tokens_total{access="full",endpoint="get_token",user="local"}': 2,

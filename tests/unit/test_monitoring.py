@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 
 from realparts.metrics import METRICS, PREFIX, own_samples, samples
 from realparts.skips import missing_tool
-from synapse_lk_jwt.metrics import PHASES
+from synapse_lk_jwt.delegation import Phase
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "contrib/grafana/synapse-lk-jwt.json"
@@ -50,7 +50,7 @@ LABELS = {
 def values_of_labels() -> dict[str, dict[str, set[str]]]:
     """The labels of every sample that Prometheus can get, with their values."""
     found: dict[str, dict[str, set[str]]] = {}
-    for series in [*own_samples(), *(f'delegations{{phase="{phase}"}}' for phase in PHASES)]:
+    for series in [*own_samples(), *(f'delegations{{phase="{phase.value}"}}' for phase in Phase)]:
         name, _, labels = series.partition("{")
         values = found.setdefault(PREFIX + name, {})
         for label, value in re.findall(r'(\w+)="([^"]*)"', labels):
