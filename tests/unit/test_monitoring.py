@@ -65,7 +65,7 @@ def expressions(where: Any) -> Iterator[str]:
     """All PromQL in a dashboard or a file of rules."""
     if isinstance(where, dict):
         for key, value in where.items():
-            if key in ("expr", "definition"):
+            if key in ("expr", "query") and isinstance(value, str):
                 yield value
             else:
                 yield from expressions(value)
