@@ -9,10 +9,9 @@ from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
 from synapse_lk_jwt.access import Access
-from synapse_lk_jwt.check.settings import HOMESERVER_PREFIX
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
-from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.leaves import DelayedLeaves
