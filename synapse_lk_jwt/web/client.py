@@ -21,7 +21,12 @@ from synapse_lk_jwt.sfu.names import (
     member_identity,
 )
 from synapse_lk_jwt.web.answers import respond
-from synapse_lk_jwt.web.errors import as_matrix_errors, check_url, no_such_delayed_event
+from synapse_lk_jwt.web.errors import (
+    as_matrix_errors,
+    check_url,
+    counts_refusals,
+    no_such_delayed_event,
+)
 from synapse_lk_jwt.web.requests import (
     HomeserverDelegateRequest,
     HomeserverGetTokenRequest,
@@ -76,6 +81,7 @@ class GetTokenRestServlet(RestServlet):
         self._remote_sfus = remote_sfus
         self._livekit_url = livekit_url
 
+    @counts_refusals("client_get_token")
     async def on_POST(self, request: SynapseRequest) -> None:
         """Handles a request."""
         requester = await _requester(self._homeserver, request)
@@ -87,7 +93,9 @@ class GetTokenRestServlet(RestServlet):
             if body.server_name in (None, self._homeserver.server_name):
                 check_url(body.url, self._livekit_url)
                 identity = member_identity(user_id, body.member_id)
-                token = await self._issuer.issue(user_id, body.room_id, body.slot_id, identity)
+                token = await self._issuer.issue(
+                    user_id, body.room_id, body.slot_id, identity, "client_get_token"
+                )
             else:
                 token = await self._ask(body.server_name, user_id, body)
         respond(request, 200, {"jwt": token})
@@ -144,6 +152,7 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
         self._leaves = leaves
         self._livekit_url = livekit_url
 
+    @counts_refusals("client_delegate_delayed_leave")
     async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         """Handles a request."""
         requester = await _requester(self._homeserver, request)

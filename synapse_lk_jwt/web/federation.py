@@ -10,7 +10,7 @@ from synapse.types import JsonDict, get_domain_from_id
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.sfu.names import member_identity
-from synapse_lk_jwt.web.errors import as_matrix_errors, check_url
+from synapse_lk_jwt.web.errors import as_matrix_errors, check_url, counts_refusals
 from synapse_lk_jwt.web.requests import FederationGetTokenRequest, Fields
 
 
@@ -39,6 +39,7 @@ class GetTokenFederationServlet(BaseFederationServlet):
         self._limits = limits
         self._livekit_url = livekit_url
 
+    @counts_refusals("federation_get_token")
     async def on_POST(
         self, origin: str, content: JsonDict, query: dict[bytes, list[bytes]]
     ) -> tuple[int, JsonDict]:
@@ -51,5 +52,7 @@ class GetTokenFederationServlet(BaseFederationServlet):
             await self._issuer.check_membership(body.user_id, body.room_id, strict=True)
             check_url(body.url, self._livekit_url)
             identity = member_identity(body.user_id, body.member_id)
-            token = await self._issuer.issue(body.user_id, body.room_id, body.slot_id, identity)
+            token = await self._issuer.issue(
+                body.user_id, body.room_id, body.slot_id, identity, "federation_get_token"
+            )
         return 200, {"jwt": token}

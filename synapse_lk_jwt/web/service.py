@@ -12,7 +12,7 @@ from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict
 from twisted.web.resource import Resource
 
-from synapse_lk_jwt import openid
+from synapse_lk_jwt import metrics, openid
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.leaves import DelayedLeaves
@@ -29,7 +29,7 @@ from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
 from synapse_lk_jwt.web.endpoint import Endpoint
-from synapse_lk_jwt.web.errors import as_matrix_errors, no_such_delayed_event
+from synapse_lk_jwt.web.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
     SfuGetRequest,
@@ -95,13 +95,18 @@ class _TokenEndpoint(Endpoint):
         self, request: SynapseRequest, token: OpenIdToken, claimed_user_id: str | None = None
     ) -> str:
         """The user that a token proves; the client is not told what is wrong with a token."""
-        if token.matrix_server_name != self._homeserver.server_name:
+        is_local = token.matrix_server_name == self._homeserver.server_name
+        if not is_local:
             await self._limits.ask_other_server(request.get_client_ip_if_available())
         try:
             user_id = await openid.verify(self._homeserver, token)
             if claimed_user_id not in (None, user_id):
-                raise InvalidToken(f"it is of {user_id!r} and not of {claimed_user_id!r}")
+                raise InvalidToken(
+                    "other_user", f"it is of {user_id!r} and not of {claimed_user_id!r}"
+                )
         except InvalidToken as e:
+            where = "local" if is_local else "remote"
+            metrics.openid_failures.labels(where, e.cause).inc()
             logger.info("Refused an OpenID token of %s: %s", token.matrix_server_name, e)
             raise SynapseError(401, "The OpenID token is not valid", Codes.UNAUTHORIZED) from None
         return user_id
@@ -123,7 +128,13 @@ class _TokenEndpoint(Endpoint):
         return await self._leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
 
     async def _answer(
-        self, user_id: str, room_id: str, slot_id: str, identity: str, delay_id: str | None
+        self,
+        user_id: str,
+        room_id: str,
+        slot_id: str,
+        identity: str,
+        delay_id: str | None,
+        endpoint: metrics.Endpoint,
     ) -> tuple[int, JsonDict]:
         await self._check(user_id, room_id)
         if delay_id is not None and self._homeserver.has_delayed_events:
@@ -131,7 +142,7 @@ class _TokenEndpoint(Endpoint):
             # event is not there any more is served all the same.
             await self._delegate(user_id, room_id, slot_id, [identity], delay_id)
         with as_matrix_errors():
-            token = await self._issuer.issue(user_id, room_id, slot_id, identity)
+            token = await self._issuer.issue(user_id, room_id, slot_id, identity, endpoint)
         return 200, {"url": self._livekit_url, "jwt": token}
 
 
@@ -147,6 +158,7 @@ class SfuGetResource(_TokenEndpoint):
     }
     """
 
+    @counts_refusals("sfu_get")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = SfuGetRequest.from_json(read_json_object(request))
         user_id = await self._verify(request, body.openid_token)
@@ -154,7 +166,9 @@ class SfuGetResource(_TokenEndpoint):
         if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
             raise bad_json("device_id", "is too long")
         self._check_may_delegate(user_id, body.delay_id)
-        return await self._answer(user_id, body.room_id, body.slot_id, identity, body.delay_id)
+        return await self._answer(
+            user_id, body.room_id, body.slot_id, identity, body.delay_id, "sfu_get"
+        )
 
 
 class GetTokenResource(_TokenEndpoint):
@@ -174,12 +188,15 @@ class GetTokenResource(_TokenEndpoint):
     }
     """
 
+    @counts_refusals("get_token")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request))
         user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
         self._check_may_delegate(user_id, body.delay_id)
         identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
-        return await self._answer(user_id, body.room_id, body.slot_id, identity, body.delay_id)
+        return await self._answer(
+            user_id, body.room_id, body.slot_id, identity, body.delay_id, "get_token"
+        )
 
 
 class DelegateDelayedLeaveResource(_TokenEndpoint):
@@ -190,6 +207,7 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
     As `/get_token`, with `delay_id` and `delay_timeout`.
     """
 
+    @counts_refusals("delegate_delayed_leave")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request), must_delegate=True)
         assert body.delay_id is not None
@@ -228,10 +246,16 @@ class SfuWebhookResource(Endpoint):
         self._refused: set[str] = set()
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        body = read_body(request, MAX_WEBHOOK_BYTES)
+        rejected = metrics.webhooks_rejected
+        try:
+            body = read_body(request, MAX_WEBHOOK_BYTES)
+        except SynapseError:
+            rejected.labels("too_large").inc()
+            raise
         try:
             self._signer.verify_webhook(request.getHeader("Authorization") or "", body)
         except InvalidSignature as e:
+            rejected.labels(e.cause).inc()
             self._processes.refused()
             if str(e) not in self._refused:
                 self._refused.add(str(e))
@@ -246,6 +270,7 @@ class SfuWebhookResource(Endpoint):
             event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
         except (ParseError, ValueError):
             # It is LiveKit's, but nothing that this version knows.
+            rejected.labels("unreadable").inc()
             logger.warning("A webhook of LiveKit cannot be read")
             return 200, {}
         self._refused.clear()
@@ -254,8 +279,11 @@ class SfuWebhookResource(Endpoint):
             await self._watch.webhook(event)
         except Exception as e:
             # LiveKit tries again.
+            rejected.labels("not_noted").inc()
             logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
             raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
+        name = event.event if event.event in metrics.WEBHOOK_EVENTS else "other"
+        metrics.webhooks.labels(name).inc()
         return 200, {}
 
 
