@@ -14,9 +14,6 @@ from twisted.web.resource import Resource
 
 from synapse_lk_jwt import metrics, openid
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.issuer import Issuer
-from synapse_lk_jwt.leaves import DelayedLeaves
-from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.names import (
@@ -28,6 +25,7 @@ from synapse_lk_jwt.sfu.names import (
 from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
+from synapse_lk_jwt.web.core import Core
 from synapse_lk_jwt.web.endpoint import Endpoint
 from synapse_lk_jwt.web.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
@@ -48,27 +46,19 @@ class ServiceResource(UnrecognizedRequestResource):
     """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
 
     def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        limits: Limits,
-        leaves: DelayedLeaves,
-        watch: Watch,
-        processes: Processes,
-        check: CheckResource,
-        livekit_url: str,
+        self, core: Core, watch: Watch, processes: Processes, check: CheckResource
     ) -> None:
         Resource.__init__(self)
-        core = (homeserver, issuer, limits, leaves, livekit_url)
+        homeserver = core.homeserver
         sfu = UnrecognizedRequestResource()
-        sfu.putChild(b"get", SfuGetResource(*core))
+        sfu.putChild(b"get", SfuGetResource(core))
         self.putChild(b"sfu", sfu)
-        self.putChild(b"get_token", GetTokenResource(*core))
+        self.putChild(b"get_token", GetTokenResource(core))
         if homeserver.has_delayed_events:
             # Clients take any answer but 404 as a promise.
-            self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(*core))
+            self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(core))
         self.putChild(
-            b"sfu_webhook", SfuWebhookResource(homeserver, issuer.signer, watch, processes)
+            b"sfu_webhook", SfuWebhookResource(homeserver, core.issuer.signer, watch, processes)
         )
         self.putChild(b"check", check)
         self.putChild(b"healthz", HealthResource(homeserver))
@@ -77,19 +67,9 @@ class ServiceResource(UnrecognizedRequestResource):
 class _TokenEndpoint(Endpoint):
     """Verifies OpenID tokens and hands out LiveKit tokens."""
 
-    def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        limits: Limits,
-        leaves: DelayedLeaves,
-        livekit_url: str,
-    ) -> None:
-        super().__init__(homeserver)
-        self._issuer = issuer
-        self._limits = limits
-        self._leaves = leaves
-        self._livekit_url = livekit_url
+    def __init__(self, core: Core) -> None:
+        super().__init__(core.homeserver)
+        self._core = core
 
     async def _verify(
         self, request: SynapseRequest, token: OpenIdToken, claimed_user_id: str | None = None
@@ -97,7 +77,7 @@ class _TokenEndpoint(Endpoint):
         """The user that a token proves; the client is not told what is wrong with a token."""
         is_local = token.matrix_server_name == self._homeserver.server_name
         if not is_local:
-            await self._limits.ask_other_server(request.get_client_ip_if_available())
+            await self._core.limits.ask_other_server(request.get_client_ip_if_available())
         try:
             user_id = await openid.verify(self._homeserver, token)
             if claimed_user_id not in (None, user_id):
@@ -117,15 +97,15 @@ class _TokenEndpoint(Endpoint):
             raise bad_json("delay_id", "is for users of this homeserver only")
 
     async def _check(self, user_id: str, room_id: str) -> None:
-        await self._limits.ask_for_token(user_id, room_id)
+        await self._core.limits.ask_for_token(user_id, room_id)
         with as_matrix_errors():
-            await self._issuer.check_membership(user_id, room_id)
+            await self._core.issuer.check_membership(user_id, room_id)
 
     async def _delegate(
         self, user_id: str, room_id: str, slot_id: str, identities: Sequence[str], delay_id: str
     ) -> bool:
         livekit_room = livekit_room_name(room_id, slot_id)
-        return await self._leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
+        return await self._core.leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
 
     async def _answer(
         self,
@@ -142,8 +122,8 @@ class _TokenEndpoint(Endpoint):
             # event is not there any more is served all the same.
             await self._delegate(user_id, room_id, slot_id, [identity], delay_id)
         with as_matrix_errors():
-            token = await self._issuer.issue(user_id, room_id, slot_id, identity, endpoint)
-        return 200, {"url": self._livekit_url, "jwt": token}
+            token = await self._core.issuer.issue(user_id, room_id, slot_id, identity, endpoint)
+        return 200, {"url": self._core.livekit_url, "jwt": token}
 
 
 class SfuGetResource(_TokenEndpoint):
