@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import attr
-from signedjson.key import decode_signing_key_base64
-from signedjson.sign import sign_json
 
 from benchmarks import leaves
 from benchmarks.load import Result, run
 from benchmarks.setting import KEY, RATE_OFF, SECRET, URL, StubSfu, as_json, http_request
+from realparts.federation import authorization
 from realparts.matrix import User
 from realparts.process import free_port, stop_all
 from realparts.service import PREFIX, SLOT
@@ -98,8 +97,6 @@ class Bench:
         for user in self.users[1:]:
             user.join(self.room_id)
         self.rita.join(self.room_id, via=[self.a.server_name])
-        key = (self.b.directory / "signing.key").read_text().split()
-        self._key = decode_signing_key_base64(key[0], key[1], key[2])
 
     def openid_tokens(self, count: int) -> Iterator[tuple[User, dict[str, str]]]:
         """Tokens that nobody has used yet, as good as those that clients ask for."""
@@ -190,24 +187,8 @@ class Bench:
     def _federation_token(self, count: int) -> list[bytes]:
         path = "/_matrix/federation/v1/rtc/livekit/get_token"
         body = {**self._body(), "user_id": self.rita.user_id}
-        origin = self.b.server_name
-        signed = sign_json(
-            {
-                "method": "POST",
-                "uri": path,
-                "origin": origin,
-                "destination": self.a.server_name,
-                "content": body,
-            },
-            origin,
-            self._key,
-        )
-        ((key, signature),) = signed["signatures"][origin].items()
-        authorization = (
-            f'X-Matrix origin="{origin}",key="{key}",sig="{signature}",'
-            f'destination="{self.a.server_name}"'
-        )
-        return [_request("POST", path, body, authorization=authorization)] * count
+        signed = authorization(self.b, self.a.server_name, "POST", path, body)
+        return [_request("POST", path, body, authorization=signed)] * count
 
 
 def _request(

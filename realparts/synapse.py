@@ -89,18 +89,18 @@ class Synapse:
             postgres.create_database(name)
 
         self.main = self._process("main", "synapse.app.homeserver")
-        self._worker_ports: dict[str, tuple[int, int]] = {}
+        self.worker_ports: dict[str, tuple[int, int]] = {}
         self.worker_urls: list[str] = []
         worker_names = [f"worker{number}" for number in range(1, workers + 1)]
         self._background_worker = "background" if background_worker else None
         for worker in worker_names + ["background"] * background_worker:
             client_port = free_port()
-            self._worker_ports[worker] = (client_port, free_port())
+            self.worker_ports[worker] = (client_port, free_port())
             if worker != self._background_worker:
                 self.worker_urls.append(f"http://127.0.0.1:{client_port}")
         self.workers = {
             worker: self._process(worker, "synapse.app.generic_worker")
-            for worker in self._worker_ports
+            for worker in self.worker_ports
         }
 
     @property
@@ -124,7 +124,7 @@ class Synapse:
         for worker in self.workers.values():
             worker.start()
         for name, worker in self.workers.items():
-            url = f"http://127.0.0.1:{self._worker_ports[name][0]}"
+            url = f"http://127.0.0.1:{self.worker_ports[name][0]}"
             worker.wait_until(partial(_healthy, url), f"{name} ready")
 
     def stop(self) -> None:
@@ -176,12 +176,12 @@ class Synapse:
         config = self._base_config()
         if self.module_config is not None:
             config["modules"] = [{"module": MODULE, "config": dict(self.module_config)}]
-        if self._worker_ports:
+        if self.worker_ports:
             config.update(self._shared_worker_config())
         config.update(self.extra_config)
         self._write_json("homeserver.json", config)
         self._write_json("log.json", self._log_config())
-        for worker, (client_port, replication_port) in self._worker_ports.items():
+        for worker, (client_port, replication_port) in self.worker_ports.items():
             self._write_json(
                 f"{worker}.json",
                 {
@@ -200,7 +200,7 @@ class Synapse:
             _listener(int(self.client_url.rpartition(":")[2]), ["client"]),
             _listener(self._federation_port, ["federation", "openid"], tls=True),
         ]
-        if self._worker_ports:
+        if self.worker_ports:
             listeners.append(_listener(self._replication_port, ["replication"]))
         return {
             "server_name": self.server_name,
@@ -260,7 +260,7 @@ class Synapse:
                 "main": {"host": "127.0.0.1", "port": self._replication_port},
                 **{
                     worker: {"host": "127.0.0.1", "port": replication_port}
-                    for worker, (_, replication_port) in self._worker_ports.items()
+                    for worker, (_, replication_port) in self.worker_ports.items()
                 },
             },
         }
