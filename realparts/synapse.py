@@ -9,8 +9,10 @@ import ipaddress
 import json
 import os
 import secrets
+import sqlite3
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -145,6 +147,21 @@ class Synapse:
     def register(self, name: str, admin: bool = False) -> matrix.User:
         """Make an account and log in to it, on the main process."""
         return matrix.register(self.client_url, self._shared_secret, name, admin)
+
+    def insert(self, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Put rows, all with the same columns, into a table of its database."""
+        connection: Any
+        if self._postgres is None:
+            connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
+        else:
+            connection = self._postgres.connect(self.name)
+        columns = list(rows[0])
+        values = ", ".join(["?" if self._postgres is None else "%s"] * len(columns))
+        with closing(connection), connection, closing(connection.cursor()) as cursor:
+            cursor.executemany(
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})",
+                [tuple(row.values()) for row in rows],
+            )
 
     def log_text(self) -> str:
         """The logs of all processes, one after the other."""
