@@ -12,6 +12,7 @@ from typing import Any
 
 from realparts.livekit import LiveKit
 from realparts.matrix import User
+from realparts.nginx import Nginx
 from realparts.postgres import Postgres
 from realparts.process import Process, stop_all
 from realparts.redis import Redis
@@ -37,7 +38,7 @@ def module_config(livekit: LiveKit, **more: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def running(*servers: LiveKit | Synapse | Postgres | Redis) -> Iterator[None]:
+def running(*servers: LiveKit | Synapse | Postgres | Redis | Nginx) -> Iterator[None]:
     """All of them up, and afterwards gone."""
     processes: list[Process] = []
     for server in servers:

@@ -9,8 +9,10 @@ import ipaddress
 import json
 import os
 import secrets
+import sqlite3
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -89,18 +91,18 @@ class Synapse:
             postgres.create_database(name)
 
         self.main = self._process("main", "synapse.app.homeserver")
-        self._worker_ports: dict[str, tuple[int, int]] = {}
+        self.worker_ports: dict[str, tuple[int, int]] = {}
         self.worker_urls: list[str] = []
         worker_names = [f"worker{number}" for number in range(1, workers + 1)]
         self._background_worker = "background" if background_worker else None
         for worker in worker_names + ["background"] * background_worker:
             client_port = free_port()
-            self._worker_ports[worker] = (client_port, free_port())
+            self.worker_ports[worker] = (client_port, free_port())
             if worker != self._background_worker:
                 self.worker_urls.append(f"http://127.0.0.1:{client_port}")
         self.workers = {
             worker: self._process(worker, "synapse.app.generic_worker")
-            for worker in self._worker_ports
+            for worker in self.worker_ports
         }
 
     @property
@@ -132,7 +134,7 @@ class Synapse:
         for worker in self.workers.values():
             worker.start()
         for name, worker in self.workers.items():
-            url = f"http://127.0.0.1:{self._worker_ports[name][0]}"
+            url = f"http://127.0.0.1:{self.worker_ports[name][0]}"
             worker.wait_until(partial(_healthy, url), f"{name} ready")
 
     def stop(self) -> None:
@@ -153,6 +155,21 @@ class Synapse:
     def register(self, name: str, admin: bool = False) -> matrix.User:
         """Make an account and log in to it, on the main process."""
         return matrix.register(self.client_url, self._shared_secret, name, admin)
+
+    def insert(self, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Put rows, all with the same columns, into a table of its database."""
+        connection: Any
+        if self._postgres is None:
+            connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
+        else:
+            connection = self._postgres.connect(self.name)
+        columns = list(rows[0])
+        values = ", ".join(["?" if self._postgres is None else "%s"] * len(columns))
+        with closing(connection), connection, closing(connection.cursor()) as cursor:
+            cursor.executemany(
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})",
+                [tuple(row.values()) for row in rows],
+            )
 
     def log_text(self) -> str:
         """The logs of all processes, one after the other."""
@@ -184,12 +201,12 @@ class Synapse:
         config = self._base_config()
         if self.module_config is not None:
             config["modules"] = [{"module": MODULE, "config": dict(self.module_config)}]
-        if self._worker_ports:
+        if self.worker_ports:
             config.update(self._shared_worker_config())
         config.update(self.extra_config)
         self._write_json("homeserver.json", config)
         self._write_json("log.json", self._log_config())
-        for worker, (client_port, replication_port) in self._worker_ports.items():
+        for worker, (client_port, replication_port) in self.worker_ports.items():
             self._write_json(
                 f"{worker}.json",
                 {
@@ -208,7 +225,7 @@ class Synapse:
             _listener(int(self.client_url.rpartition(":")[2]), ["client", "metrics"]),
             _listener(self._federation_port, ["federation", "openid"], tls=True),
         ]
-        if self._worker_ports:
+        if self.worker_ports:
             listeners.append(_listener(self._replication_port, ["replication"]))
         return {
             "server_name": self.server_name,
@@ -269,7 +286,7 @@ class Synapse:
                 "main": {"host": "127.0.0.1", "port": self._replication_port},
                 **{
                     worker: {"host": "127.0.0.1", "port": replication_port}
-                    for worker, (_, replication_port) in self._worker_ports.items()
+                    for worker, (_, replication_port) in self.worker_ports.items()
                 },
             },
         }

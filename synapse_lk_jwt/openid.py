@@ -91,8 +91,10 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
         raise InvalidToken(
             "unreachable", f"{server} could not be asked ({type(e).__name__})"
         ) from None
-    if status != 200:
+    if status in (401, 403):
         raise InvalidToken("refused", f"{server} answered {status}")
+    if status != 200:
+        raise InvalidToken("bad_answer", f"{server} answered {status}")
     try:
         answer = parse_json(body)
     except ValueError:

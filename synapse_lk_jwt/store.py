@@ -87,6 +87,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX synapse_lk_jwt_identities_delay ON synapse_lk_jwt_identities (delay_id)",
         "CREATE TABLE synapse_lk_jwt_stream (position BIGINT NOT NULL)",
     ),
+    (
+        """
+        CREATE TABLE synapse_lk_jwt_processes (
+            instance TEXT NOT NULL PRIMARY KEY,
+            is_background BOOLEAN NOT NULL,
+            seen_ms BIGINT NOT NULL,
+            webhook_ms BIGINT NOT NULL,
+            refused_ms BIGINT NOT NULL
+        )
+        """,
+    ),
 )
 
 # How many delegations one transaction deals with.
@@ -136,6 +147,25 @@ class Tracked:
     is_connected: bool
     is_settled: bool
     identities: dict[str, str | None]
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Process:
+    """One of Synapse's processes that has loaded the module. Times are milliseconds, 0 for never.
+
+    Attributes:
+        instance: its name.
+        is_background: whether it runs background tasks.
+        seen_ms: when it was there.
+        webhook_ms: when LiveKit told it something.
+        refused_ms: when somebody did, with another signature.
+    """
+
+    instance: str
+    is_background: bool
+    seen_ms: int
+    webhook_ms: int
+    refused_ms: int
 
 
 class Store:
@@ -593,6 +623,39 @@ class Store:
     def _delete(self, txn: LoggingTransaction, delay_id: str) -> None:
         for table in ("delegations", "identities"):
             txn.execute(f"DELETE FROM synapse_lk_jwt_{table} WHERE delay_id = ?", (delay_id,))
+
+    # Which processes there are
+
+    async def note_process(self, process: Process, forget_ms: int) -> None:
+        """Notes what is known of a process, and forgets those not seen since some time."""
+
+        def note(txn: LoggingTransaction) -> None:
+            txn.execute("DELETE FROM synapse_lk_jwt_processes WHERE seen_ms < ?", (forget_ms,))
+            txn.execute(
+                "INSERT INTO synapse_lk_jwt_processes AS old"
+                " (instance, is_background, seen_ms, webhook_ms, refused_ms)"
+                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (instance) DO UPDATE SET"
+                " is_background = EXCLUDED.is_background, seen_ms = EXCLUDED.seen_ms,"
+                # A process that has just been started was told something before that.
+                " webhook_ms = CASE WHEN EXCLUDED.webhook_ms > old.webhook_ms"
+                " THEN EXCLUDED.webhook_ms ELSE old.webhook_ms END,"
+                " refused_ms = CASE WHEN EXCLUDED.refused_ms > old.refused_ms"
+                " THEN EXCLUDED.refused_ms ELSE old.refused_ms END",
+                attr.astuple(process),
+            )
+
+        await self._run("note_process", note)
+
+    async def processes(self) -> list[Process]:
+        """All processes that were noted."""
+
+        def processes(txn: LoggingTransaction) -> list[Process]:
+            columns = ", ".join(field.name for field in attr.fields(Process))
+            txn.execute(f"SELECT {columns} FROM synapse_lk_jwt_processes")
+            # SQLite has no booleans.
+            return [Process(name, bool(is_background), *ms) for name, is_background, *ms in txn]
+
+        return await self._run("processes", processes)
 
     # How far the event stream has been followed
 

@@ -19,7 +19,8 @@ from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.identifiers import is_clean
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.membership import Membership
-from synapse_lk_jwt.sfu.rooms import Listing, RoomService, SfuError
+from synapse_lk_jwt.processes import Processes
+from synapse_lk_jwt.sfu.rooms import Listing, NoNode, RoomService, SfuError
 from synapse_lk_jwt.store import Store, Tracked
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Watch:
         rooms: RoomService,
         leaves: DelayedLeaves,
         membership: Membership,
+        processes: Processes,
         interval_ms: int,
         *,
         note_owners: bool,
@@ -66,6 +68,7 @@ class Watch:
             rooms: the SFU.
             leaves: told who has come and gone.
             membership: told who has come.
+            processes: told when those who are in calls have joined.
             interval_ms: milliseconds between two polls, 0 for none.
             note_owners: whether participants can change what the SFU says of them.
         """
@@ -74,9 +77,12 @@ class Watch:
         self._rooms = rooms
         self._leaves = leaves
         self._membership = membership
+        self._processes = processes
         self._note_owners = note_owners
         # LiveKit rooms with somebody in them at the last poll.
         self._occupied: set[str] = set()
+        # Those that no node of the SFU answered for at the last poll.
+        self._without_node: set[str] = set()
         self._is_off = interval_ms == 0
         self._is_polling = False
         homeserver.repeat(
@@ -145,19 +151,24 @@ class Watch:
         # there a moment ago.
         looked_at = {name for name, is_occupied in there.items() if is_occupied or name in tracked}
         occupied = set()
+        joined_sec: list[int] = []
         # How many participants there are in our own rooms.
         numbers: dict[str, float] = {}
+        without_node = set()
 
         async def look(livekit_room: str) -> None:
             try:
                 listing = await self._rooms.list_participants(livekit_room)
-            except SfuError:
+            except SfuError as e:
+                if isinstance(e, NoNode):
+                    without_node.add(livekit_room)
                 occupied.update(self._occupied & {livekit_room})
                 numbers[livekit_room] = math.nan
                 return
             await self._leaves.polled(tracked.get(livekit_room, ()), listing)
             if listing.participants:
                 occupied.add(livekit_room)
+                joined_sec.extend(participant.joined_at for participant in listing.participants)
                 if livekit_room in calls:
                     numbers[livekit_room] = len(listing.participants)
                 with suppress(SfuError):
@@ -166,7 +177,15 @@ class Watch:
         await concurrently_execute(look, looked_at, CONCURRENT_ROOMS)
         for livekit_room in tracked.keys() - there.keys():
             await self._leaves.polled(tracked[livekit_room], Listing(asked_ms, ()))
-        self._occupied = occupied
+        # Whoever comes back takes the room to another node. Where nobody does, nobody can tell who
+        # is in it until that is done here; not at once, because an empty room may be closed.
+        await concurrently_execute(
+            lambda livekit_room: self._make_one_again(livekit_room, calls[livekit_room]),
+            without_node & self._without_node & calls.keys(),
+            CONCURRENT_ROOMS,
+        )
+        self._occupied, self._without_node = occupied, without_node
+        await self._processes.look(joined_sec)
         await self._store.forget_calls(calls.keys() - there.keys(), FORGET_CALLS_MS)
         self._note(numbers)
 
@@ -191,10 +210,13 @@ class Watch:
             if livekit_room in self._occupied or any(
                 delegation.is_settled for delegation in tracked.get(livekit_room, ())
             ):
-                self._rooms.forget(livekit_room)
-                with suppress(SfuError):
-                    await self._rooms.make_sure_of(livekit_room, calls[livekit_room])
-                    logger.info("LiveKit has lost a call of %s: made it again", calls[livekit_room])
+                await self._make_one_again(livekit_room, calls[livekit_room])
+
+    async def _make_one_again(self, livekit_room: str, room_id: str) -> None:
+        self._rooms.forget(livekit_room)
+        with suppress(SfuError):
+            await self._rooms.make_sure_of(livekit_room, room_id)
+            logger.info("LiveKit has lost a call of %s: made it again", room_id)
 
     async def _look(self, livekit_room: str, room_id: str | None, listing: Listing) -> None:
         """Looks at those who are in one room, and notes who joined without a webhook."""

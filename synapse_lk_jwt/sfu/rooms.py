@@ -72,6 +72,10 @@ class NotFound(Refused):
     """There is no such room, or no such participant in it."""
 
 
+class NoNode(Refused):
+    """No node of LiveKit answers for a room."""
+
+
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Listing:
     """Who was in a room.
@@ -171,6 +175,10 @@ class RoomService:
 
         One request for a room is made at a time, and its answer is shared by all who were waiting
         for their turn: when a large call ends everybody in it is asked for at once.
+
+        Raises:
+            NoNode: if the room exists, and the node that had it does not answer.
+            SfuError: if LiveKit refuses for another reason, or does not answer in ten seconds.
         """
         now_ms = self._homeserver.clock.time_msec
         wanted_ms = now_ms()
@@ -192,10 +200,26 @@ class RoomService:
                 VideoGrants(room_admin=True, room=livekit_room),
                 ListParticipantsResponse,
                 MAX_LIST_BYTES,
+                expected=(NotFound, NoNode),
             )
         except NotFound:
             return ()
+        except NoNode:
+            # With `enable_psrpc_for_get_list_participants` nobody answers for one that is not there
+            # either.
+            if await self._exists(livekit_room):
+                raise
+            return ()
         return answer.participants
+
+    async def _exists(self, livekit_room: str) -> bool:
+        answer = await self._call(
+            "ListRooms",
+            ListRoomsRequest(names=[livekit_room]),
+            VideoGrants(room_list=True),
+            ListRoomsResponse,
+        )
+        return bool(answer.rooms)
 
     async def remove_participant(self, livekit_room: str, identity: str) -> bool:
         """Ends a participant's connection. Their token remains good for another one.
@@ -255,6 +279,7 @@ class RoomService:
         grants: VideoGrants,
         answer: type[M],
         max_bytes: int = MAX_ANSWER_BYTES,
+        expected: tuple[type[Refused], ...] = (NotFound,),
     ) -> M:
         token = self._signer.api_token(grants)
         headers = {
@@ -292,7 +317,7 @@ class RoomService:
                 metrics.sfu_request_seconds.labels(method), self._homeserver.reactor
             ):
                 result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
-        except NotFound:
+        except expected:
             self._succeeded(method)
             raise
         except Refused as e:
@@ -322,7 +347,10 @@ class RoomService:
         if text != self._trouble:
             self._trouble = text
             logger.error(
-                "LiveKit at %s cannot be used, calls cannot be started: %s", self._api_url, text
+                "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
+                self._api_url,
+                text,
+                self._homeserver.check_command,
             )
         return SfuError(text, cause)
 
@@ -361,4 +389,5 @@ def _decode(status: int, content_type: str, body: bytes, answer: type[M], token:
         raise SfuError(f"it answers {status}; is this LiveKit's API?") from None
     if status == 404 and code == "not_found":
         raise NotFound()
-    raise Refused(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")
+    refused = NoNode if code == "unavailable" else Refused
+    raise refused(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")

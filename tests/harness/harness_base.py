@@ -16,6 +16,7 @@ from livekit.protocol.room import (
     DeleteRoomResponse,
     ListParticipantsRequest,
     ListParticipantsResponse,
+    ListRoomsRequest,
     ListRoomsResponse,
     RemoveParticipantResponse,
     RoomParticipantIdentity,
@@ -55,6 +56,8 @@ class Sfu:
         asked: the names of the methods that were called for other reasons, and for which room.
         is_down: whether connections to it are refused.
         stuck: identities that it does not remove.
+        has_nodes: whether who is in a room is asked of the node that has it.
+        without_node: rooms whose node has died. To make one again gives it to another node.
         answers_wait_for: what its answers, ready as they are, are held back by.
     """
 
@@ -65,13 +68,17 @@ class Sfu:
     asked: list[tuple[str, str]] = attr.Factory(list)
     is_down: bool = False
     stuck: set[str] = attr.Factory(set)
+    has_nodes: bool = False
+    without_node: set[str] = attr.Factory(set)
     answers_wait_for: "Deferred[None] | None" = None
     _sessions: int = 0
 
     async def request(
         self, method: str, uri: str, data: bytes | None = None, headers: Headers | None = None
     ) -> Any:
-        assert method == "POST"
+        if method == "GET":
+            assert uri.endswith("/rtc/validate"), uri
+            return FakeResponse(code=404, body=b"requested room does not exist")
         assert headers is not None
         name = uri.rpartition("/")[2]
         if name != "CreateRoom":
@@ -89,6 +96,7 @@ class Sfu:
             raise ConnectionRefusedError()
         room = self.requests[-1][1].name
         self.people.setdefault(room, {})
+        self.without_node.discard(room)
         return answer or self.room(room)
 
     def _answer(self, name: str, data: bytes) -> Any:
@@ -98,15 +106,19 @@ class Sfu:
         missing = response(404, b'{"code": "not_found", "msg": ""}')
         if name == "ListRooms":
             self.asked.append((name, ""))
+            names = ListRoomsRequest.FromString(data).names or self.people
             answer = ListRoomsResponse(
                 rooms=[
                     Room(name=room, num_participants=len(people))
                     for room, people in self.people.items()
+                    if room in names
                 ]
             )
         elif name == "ListParticipants":
             room = ListParticipantsRequest.FromString(data).room
             self.asked.append((name, room))
+            if self.has_nodes and (room not in self.people or room in self.without_node):
+                return response(503, b'{"code": "unavailable", "msg": "no response from servers"}')
             answer = ListParticipantsResponse(participants=self.people.get(room, {}).values())
         elif name == "RemoveParticipant":
             who = RoomParticipantIdentity.FromString(data)
