@@ -113,7 +113,7 @@ class Synapse:
     def metrics_urls(self) -> dict[str, str]:
         """Where each process, by its name, can be asked for its metrics."""
         workers = {
-            name: f"http://127.0.0.1:{port}" for name, (port, _) in self._worker_ports.items()
+            name: f"http://127.0.0.1:{port}" for name, (port, _) in self.worker_ports.items()
         }
         return {"main": self.client_url, **workers}
 
