@@ -6,25 +6,33 @@ import asyncio
 import os
 import platform
 import pstats
-import sqlite3
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import attr
-from signedjson.key import decode_signing_key_base64
-from signedjson.sign import sign_json
 
-from benchmarks import leaves
+from benchmarks import leaves, workers
 from benchmarks.load import Result, run
-from benchmarks.setting import KEY, RATE_OFF, SECRET, URL, StubSfu, as_json, http_request
+from benchmarks.setting import (
+    KEY,
+    RATE_OFF,
+    SECRET,
+    URL,
+    StubSfu,
+    Tokens,
+    as_json,
+    http_request,
+    port,
+)
+from realparts import service
+from realparts.federation import authorization
 from realparts.matrix import User
 from realparts.process import free_port, stop_all
-from realparts.service import PREFIX, SLOT
 from realparts.synapse import Synapse
 
 USERS = 50
@@ -57,18 +65,17 @@ class Bench:
         self.sfu_port = free_port()
         self.a = Synapse("a", directory, self.module_config())
         self.b = Synapse("b", directory)
-        self.port = int(self.a.client_url.rpartition(":")[2])
+        self.port = port(self.a.client_url)
         listener = {"type": "http", "bind_addresses": ["127.0.0.1"]}
         self.a.extra_config["listeners"] = [
             {**listener, "port": self.port, "resources": [{"names": ["client", "federation"]}]},
             {
                 **listener,
-                "port": int(self.a.server_name.rpartition(":")[2]),
+                "port": port(self.a.server_name),
                 "tls": True,
                 "resources": [{"names": ["federation", "openid"]}],
             },
         ]
-        self._made = 0
 
     def module_config(self) -> dict[str, Any]:
         return {
@@ -98,37 +105,15 @@ class Bench:
         for user in self.users[1:]:
             user.join(self.room_id)
         self.rita.join(self.room_id, via=[self.a.server_name])
-        key = (self.b.directory / "signing.key").read_text().split()
-        self._key = decode_signing_key_base64(key[0], key[1], key[2])
-
-    def openid_tokens(self, count: int) -> Iterator[tuple[User, dict[str, str]]]:
-        """Tokens that nobody has used yet, as good as those that clients ask for."""
-        tokens = []
-        rows = []
-        for number in range(self._made, self._made + count):
-            user = self.users[number % USERS]
-            rows.append((f"token{number:018}", 2**52, user.user_id))
-            token = {
-                "access_token": f"token{number:018}",
-                "matrix_server_name": self.a.server_name,
-            }
-            tokens.append((user, token))
-        self._made += count
-        with sqlite3.connect(self.a.directory / "homeserver.db", timeout=30) as database:
-            database.executemany(
-                "INSERT INTO open_id_tokens (token, ts_valid_until_ms, user_id) VALUES (?, ?, ?)",
-                rows,
-            )
-        database.close()
-        return iter(tokens)
+        self.tokens = Tokens(self.a, self.users, self.room_id)
 
     def rows(self) -> list[Row]:
         """What is measured."""
         return [
             Row("whoami", None, None, self._whoami),
-            Row("/sfu/get", "whoami", 0.62, self._sfu_get),
-            Row("/get_token", "whoami", 0.62, self.get_token),
-            Row("client get_token", "whoami", 0.75, self._client_get_token),
+            Row("/sfu/get", "whoami", 0.62, self.tokens.sfu_get),
+            Row("/get_token", "whoami", 0.62, self.tokens.get_token),
+            Row("client get_token", "whoami", 0.75, self.tokens.client_get_token),
             Row("federation openid/userinfo", None, None, self._userinfo),
             Row("federation get_token", "federation openid/userinfo", None, self._federation_token),
         ]
@@ -138,76 +123,17 @@ class Bench:
         requests = [_request("GET", path, user=user) for user in self.users]
         return [requests[number % USERS] for number in range(count)]
 
-    def _sfu_get(self, count: int) -> list[bytes]:
-        return [
-            _request(
-                "POST",
-                f"{PREFIX}/sfu/get",
-                {"room": self.room_id, "openid_token": token, "device_id": user.device_id},
-            )
-            for user, token in self.openid_tokens(count)
-        ]
-
-    def get_token(self, count: int) -> list[bytes]:
-        """Requests to the service's `/get_token`."""
-        return [
-            _request(
-                "POST",
-                f"{PREFIX}/get_token",
-                {
-                    "room_id": self.room_id,
-                    "slot_id": SLOT,
-                    "openid_token": token,
-                    "member": {
-                        "id": "member",
-                        "claimed_user_id": user.user_id,
-                        "claimed_device_id": user.device_id,
-                    },
-                },
-            )
-            for user, token in self.openid_tokens(count)
-        ]
-
-    def _body(self) -> dict[str, str]:
-        return {
-            "url": URL,
-            "room_id": self.room_id,
-            "slot_id": SLOT,
-            "member_id": "member",
-        }
-
-    def _client_get_token(self, count: int) -> list[bytes]:
-        path = "/_matrix/client/v1/rtc/livekit/get_token"
-        requests = [_request("POST", path, self._body(), user) for user in self.users]
-        return [requests[number % USERS] for number in range(count)]
-
     def _userinfo(self, count: int) -> list[bytes]:
         path = "/_matrix/federation/v1/openid/userinfo?access_token="
         return [
-            _request("GET", path + token["access_token"]) for _, token in self.openid_tokens(count)
+            _request("GET", path + token["access_token"]) for _, token in self.tokens.openid(count)
         ]
 
     def _federation_token(self, count: int) -> list[bytes]:
         path = "/_matrix/federation/v1/rtc/livekit/get_token"
-        body = {**self._body(), "user_id": self.rita.user_id}
-        origin = self.b.server_name
-        signed = sign_json(
-            {
-                "method": "POST",
-                "uri": path,
-                "origin": origin,
-                "destination": self.a.server_name,
-                "content": body,
-            },
-            origin,
-            self._key,
-        )
-        ((key, signature),) = signed["signatures"][origin].items()
-        authorization = (
-            f'X-Matrix origin="{origin}",key="{key}",sig="{signature}",'
-            f'destination="{self.a.server_name}"'
-        )
-        return [_request("POST", path, body, authorization=authorization)] * count
+        body = service.homeserver_body(self.rita, self.room_id, URL, user_id=self.rita.user_id)
+        signed = authorization(self.b, self.a.server_name, "POST", path, body)
+        return [_request("POST", path, body, authorization=signed)] * count
 
 
 def _request(
@@ -267,10 +193,10 @@ def storm(bench: Bench) -> None:
     sfu = bench.sfu(delay_ms=50)
     try:
         # Whatever the homeserver remembers of the room is over.
-        bench.room_id = bench.users[0].create_room(preset="public_chat")
+        bench.tokens.room_id = bench.users[0].create_room(preset="public_chat")
         for user in bench.users[1:]:
-            user.join(bench.room_id)
-        requests = bench.get_token(STORM)
+            user.join(bench.tokens.room_id)
+        requests = bench.tokens.get_token(STORM)
         result = asyncio.run(run(bench.port, requests, STORM, 60))
         print(
             f"\nstorm: {STORM} requests for one new call at once, an SFU that takes 50 ms: all"
@@ -340,13 +266,22 @@ def main() -> None:
     parser.add_argument(
         "--leaves", action="store_true", help="not tokens, but following the SFU and the rooms"
     )
+    parser.add_argument(
+        "--workers", action="store_true", help="tokens of one worker and of two, on PostgreSQL"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.starts = 1, 1, 1
+    database = "PostgreSQL" if options.workers else "SQLite"
     where = (
-        f"Synapse {version('matrix-synapse')} on SQLite, log level INFO, Python"
+        f"Synapse {version('matrix-synapse')} on {database}, log level INFO, Python"
         f" {platform.python_version()}, {os.cpu_count()} cores"
     )
+    if options.workers:
+        print(where)
+        with tempfile.TemporaryDirectory() as name:
+            workers.measure(Path(name), options.rounds, options.seconds, options.quick)
+        return
     if options.leaves:
         print(where)
         with tempfile.TemporaryDirectory() as name:

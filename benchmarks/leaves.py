@@ -5,7 +5,6 @@ import asyncio
 import datetime
 import hashlib
 import json
-import sqlite3
 import statistics
 import threading
 import time
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import attr
@@ -24,7 +22,7 @@ from livekit.protocol.models import ParticipantInfo, Room
 from livekit.protocol.webhook import WebhookEvent
 
 from benchmarks.load import Result, run
-from benchmarks.setting import KEY, RATE_OFF, SECRET, URL, StubSfu, as_json, http_request
+from benchmarks.setting import KEY, SECRET, StubSfu, Tokens, http_request, module_config, port
 from realparts import service
 from realparts.matrix import User
 from realparts.member import MEMBER, POWER_LEVELS
@@ -60,23 +58,6 @@ class Somebody:
         return f"_{self.user.user_id}_{self.user.device_id}_m.call"
 
 
-def _port(synapse: Synapse) -> int:
-    return int(synapse.client_url.rpartition(":")[2])
-
-
-def module_config(sfu: StubSfu, poll_sec: int = POLL_SEC) -> dict[str, Any]:
-    """The module's configuration for the stub SFU."""
-    return {
-        "livekit_url": URL,
-        "livekit_internal_url": sfu.api_url,
-        "livekit_key": KEY,
-        "livekit_secret": SECRET,
-        "sanity_check_interval": f"{poll_sec}s",
-        "rc_token": RATE_OFF,
-        "rc_openid": RATE_OFF,
-    }
-
-
 def webhook(event: str, livekit_room: str, identity: str, attributes: Mapping[str, str]) -> bytes:
     """A whole request, as LiveKit sends it."""
     participant = ParticipantInfo(
@@ -97,7 +78,7 @@ def measure_times(directory: Path) -> None:
     """Prints how long a leave takes to reach the SFU, and a disconnect to reach the room."""
     directory.mkdir()
     sfu = StubSfu(directory)
-    synapse = Synapse("leaves", directory, module_config(sfu))
+    synapse = Synapse("leaves", directory, module_config(sfu, POLL_SEC))
     try:
         sfu.start()
         synapse.start()
@@ -175,7 +156,7 @@ def _disconnect(
 ) -> list[float]:
     sent: dict[str, float] = {}
     seen: dict[str, float] = {}
-    port = _port(synapse)
+    synapse_port = port(synapse.client_url)
 
     def go(somebody: Somebody) -> None:
         sfu.put("/gone", {somebody.livekit_room: {somebody.identity: {}}})
@@ -183,7 +164,7 @@ def _disconnect(
             "participant_left", somebody.livekit_room, somebody.identity, somebody.attributes
         )
         sent[somebody.key] = time.monotonic()
-        asyncio.run(run(port, [request], 1, 10))
+        asyncio.run(run(synapse_port, [request], 1, 10))
 
     with _watching(watcher, seen):
         _one_by_one(people, go)
@@ -254,7 +235,7 @@ def measure_messages(directory: Path, rounds: int, messages: int) -> None:
         for has_module, synapse in synapses.items():
             synapse.wait_ready()
             makes[has_module] = _messages(synapse)
-            asyncio.run(run(_port(synapse), makes[has_module](messages), 1, 600))
+            asyncio.run(run(port(synapse.client_url), makes[has_module](messages), 1, 600))
         cpu: dict[bool, list[float]] = {True: [], False: []}
         for number in range(rounds):
             # Whoever comes first has a cache that is colder, or a machine that is.
@@ -262,7 +243,7 @@ def measure_messages(directory: Path, rounds: int, messages: int) -> None:
                 synapse = synapses[has_module]
                 requests = makes[has_module](messages)
                 before = synapse.main.cpu_seconds()
-                asyncio.run(run(_port(synapse), requests, 1, 600))
+                asyncio.run(run(port(synapse.client_url), requests, 1, 600))
                 cpu[has_module].append((synapse.main.cpu_seconds() - before) / messages)
     finally:
         stop_all([sfu.process, *(s.main for s in synapses.values())])
@@ -305,13 +286,13 @@ def measure_many(directory: Path, requests: int) -> None:
     """Prints what a token, a webhook and a poll cost when very many people are in calls."""
     directory.mkdir()
     sfu = StubSfu(directory)
-    synapse = Synapse("many", directory, module_config(sfu))
+    synapse = Synapse("many", directory, module_config(sfu, POLL_SEC))
     print(f"\n{'participants in calls':28}{'p50 ms':>10}{'CPU ms':>10}")
     try:
         sfu.start()
         synapse.start()
         synapse.wait_ready()
-        many = _Many(synapse, sfu)
+        many = Many(synapse, sfu)
         for count in TRACKED:
             synapse.stop()
             many.fill_up_to(count)
@@ -324,18 +305,31 @@ def measure_many(directory: Path, requests: int) -> None:
         stop_all([sfu.process, *synapse.processes])
 
 
-class _Many:
-    """A few users who are in very many calls, each time with another device."""
+class Many:
+    """A few users who are in very many calls, each time with another device.
 
-    def __init__(self, synapse: Synapse, sfu: StubSfu) -> None:
+    Attributes:
+        tokens: makes requests for tokens of theirs.
+    """
+
+    def __init__(
+        self, synapse: Synapse, sfu: StubSfu, people_in_a_call: int = PEOPLE_IN_A_CALL
+    ) -> None:
+        """
+        Args:
+            synapse: where they have their accounts.
+            sfu: where they are in calls.
+            people_in_a_call: how many users there are, and people in each call.
+        """
         self._synapse = synapse
         self._sfu = sfu
-        self._users = [synapse.register(f"user{number}") for number in range(PEOPLE_IN_A_CALL)]
-        self._room_id = self._users[0].create_room(preset="public_chat", power_levels=POWER_LEVELS)
-        for user in self._users[1:]:
-            user.join(self._room_id)
+        self._people_in_a_call = people_in_a_call
+        users = [synapse.register(f"user{number}") for number in range(people_in_a_call)]
+        room_id = users[0].create_room(preset="public_chat", power_levels=POWER_LEVELS)
+        for user in users[1:]:
+            user.join(room_id)
+        self.tokens = Tokens(synapse, users, room_id)
         self._count = 0
-        self._tokens = 0
 
     def fill_up_to(self, count: int) -> None:
         """Notes participants in the database, and tells the SFU; Synapse must be down."""
@@ -346,6 +340,7 @@ class _Many:
         delayed: list[dict[str, object]] = []
         for number in range(self._count, count):
             livekit_room, identity, user = self._participant(number)
+            state_key = f"_{identity}"
             rooms.setdefault(livekit_room, {})[identity] = {}
             delay_id = f"delay{number}"
             # Their restarts are due one after the other, as they would be.
@@ -357,7 +352,7 @@ class _Many:
                     "livekit_room": livekit_room,
                     "member": identity,
                     "event_type": MEMBER,
-                    "state_key": identity,
+                    "state_key": state_key,
                     "delay_ms": HOUR_MS,
                     "taken_ms": now_ms,
                     "several": False,
@@ -383,83 +378,71 @@ class _Many:
                     "user_localpart": user.user_id[1:].partition(":")[0],
                     "delay": HOUR_MS,
                     "send_ts": restarted_ms + HOUR_MS,
-                    "room_id": self._room_id,
+                    "room_id": self.tokens.room_id,
                     "event_type": MEMBER,
-                    "state_key": identity,
+                    "state_key": state_key,
                     "content": "{}",
                     "is_processed": False,
                 }
             )
         calls = [
-            {"livekit_room": room, "room_id": self._room_id, "seen_ms": now_ms} for room in rooms
+            {"livekit_room": room, "room_id": self.tokens.room_id, "seen_ms": now_ms}
+            for room in rooms
         ]
-        with sqlite3.connect(self._synapse.directory / "homeserver.db") as database:
-            for table, rows in (
-                ("synapse_lk_jwt_calls", calls),
-                ("synapse_lk_jwt_delegations", delegations),
-                ("synapse_lk_jwt_identities", identities),
-                ("delayed_events", delayed),
-            ):
-                columns = list(rows[0])
-                database.executemany(
-                    f"INSERT INTO {table} ({', '.join(columns)})"
-                    f" VALUES ({', '.join(f':{column}' for column in columns)})",
-                    rows,
-                )
-        database.close()
+        for table, rows in (
+            ("synapse_lk_jwt_calls", calls),
+            ("synapse_lk_jwt_delegations", delegations),
+            ("synapse_lk_jwt_identities", identities),
+            ("delayed_events", delayed),
+        ):
+            self._synapse.insert(table, rows)
         self._count = count
         self._sfu.put("/rooms", rooms)
 
     def _participant(self, number: int) -> tuple[str, str, User]:
-        user = self._users[number % PEOPLE_IN_A_CALL]
-        return f"call{number // PEOPLE_IN_A_CALL}", f"{user.user_id}:DEVICE{number}", user
+        user = self.tokens.users[number % self._people_in_a_call]
+        return f"call{number // self._people_in_a_call}", f"{user.user_id}:DEVICE{number}", user
+
+    def participants(self, count: int) -> list[tuple[str, str]]:
+        """Some of them, from all over: LiveKit rooms and identities."""
+        numbers = (number * self._count // count for number in range(count))
+        return [self._participant(number)[:2] for number in numbers]
 
     def costs(self, requests: int) -> dict[str, Cost]:
         """Of each thing that is measured."""
         # The module polls as soon as it is up.
         first = self._poll()
-        self._run(self._token_requests(requests))
-        costs = {"token": self._run(self._token_requests(requests))}
+        self._run(self.tokens.sfu_get(requests))
+        costs = {"token": self._run(self.tokens.sfu_get(requests))}
         for event in ("participant_joined", "participant_left"):
-            asked = [self._participant(n * self._count // requests) for n in range(requests)]
-            costs[event] = self._run([webhook(event, room, who, {}) for room, who, _ in asked])
+            asked = self.participants(requests)
+            costs[event] = self._run([webhook(event, room, who, {}) for room, who in asked])
         return {**costs, "poll": first}
 
     def _poll(self) -> Cost:
-        """One poll: the SFU is asked for a list of rooms first, and for participants last."""
-        process = self._synapse.main
-        before = process.cpu_seconds()
-        rooms = self._count // PEOPLE_IN_A_CALL
+        before = self._synapse.main.cpu_seconds()
+        seconds = self.wait_for_poll()
+        return Cost(seconds, self._synapse.main.cpu_seconds() - before)
+
+    def wait_for_poll(self) -> float:
+        """Waits until the first poll is over, and returns how many seconds it took.
+
+        The SFU is asked for a list of rooms first, and for participants last.
+        """
+        rooms = self._count // self._people_in_a_call
 
         def is_over() -> bool:
             return bool(self._sfu.get("/asked").get("ListParticipants", [0])[0] >= rooms)
 
         wait_until(is_over, "poll", 600)
-        _, _, last = self._sfu.get("/asked")["ListParticipants"]
-        _, first, _ = self._sfu.get("/asked")["ListRooms"]
-        return Cost(last - first, process.cpu_seconds() - before)
-
-    def _token_requests(self, count: int) -> list[bytes]:
-        tokens, bodies = [], []
-        for number in range(count):
-            user = self._users[number % PEOPLE_IN_A_CALL]
-            self._tokens += 1
-            token = f"token{self._tokens:018}"
-            tokens.append((token, 2**52, user.user_id))
-            openid = {"access_token": token, "matrix_server_name": self._synapse.server_name}
-            bodies.append(service.sfu_get_body(user, self._room_id, openid_token=openid))
-        with sqlite3.connect(self._synapse.directory / "homeserver.db", timeout=30) as database:
-            database.executemany(
-                "INSERT INTO open_id_tokens (token, ts_valid_until_ms, user_id) VALUES (?, ?, ?)",
-                tokens,
-            )
-        database.close()
-        return [http_request("POST", f"{PREFIX}/sfu/get", as_json(body)) for body in bodies]
+        asked = self._sfu.get("/asked")
+        seconds: float = asked["ListParticipants"][2] - asked["ListRooms"][1]
+        return seconds
 
     def _run(self, requests: list[bytes]) -> Cost:
         process = self._synapse.main
         before = process.cpu_seconds()
-        result = asyncio.run(run(_port(self._synapse), requests, 1, 600))
+        result = asyncio.run(run(port(self._synapse.client_url), requests, 1, 600))
         cpu = process.cpu_seconds() - before
         return Cost(result.quantile(0.5), cpu / len(requests))
 

@@ -3,11 +3,16 @@
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from realparts import service
 from realparts.http import http
+from realparts.matrix import User
 from realparts.process import Process, free_port
+from realparts.service import PREFIX
+from realparts.synapse import Synapse
 
 URL = "wss://sfu.example.com"
 KEY = "APIkey"
@@ -72,3 +77,84 @@ def http_request(
 def as_json(body: Any) -> bytes:
     """A body for `http_request`."""
     return json.dumps(body).encode("ascii")
+
+
+class Tokens:
+    """Requests for tokens, each with an OpenID token that nobody has used yet.
+
+    Attributes:
+        users: who asks, one after the other; they are in the room.
+        room_id: the Matrix room.
+    """
+
+    def __init__(self, synapse: Synapse, users: Sequence[User], room_id: str) -> None:
+        self._synapse = synapse
+        self.users = users
+        self.room_id = room_id
+        self._made = 0
+
+    def openid(self, count: int) -> Iterator[tuple[User, dict[str, str]]]:
+        """OpenID tokens as good as those that clients ask for, with their users."""
+        numbers = range(self._made, self._made + count)
+        self._made += count
+        tokens = [(self.users[n % len(self.users)], f"token{n:018}") for n in numbers]
+        self._synapse.insert(
+            "open_id_tokens",
+            [
+                {"token": token, "ts_valid_until_ms": 2**52, "user_id": user.user_id}
+                for user, token in tokens
+            ],
+        )
+        for user, token in tokens:
+            name = self._synapse.server_name
+            yield user, {"access_token": token, "matrix_server_name": name}
+
+    def sfu_get(self, count: int) -> list[bytes]:
+        """Requests to `/sfu/get`."""
+        return [
+            _post("/sfu/get", service.sfu_get_body(user, self.room_id, openid_token=token))
+            for user, token in self.openid(count)
+        ]
+
+    def get_token(self, count: int) -> list[bytes]:
+        """Requests to the service's `/get_token`."""
+        return [
+            _post("/get_token", service.get_token_body(user, self.room_id, openid_token=token))
+            for user, token in self.openid(count)
+        ]
+
+    def client_get_token(self, count: int) -> list[bytes]:
+        """Requests to MSC4195's client-server `get_token`; these need no OpenID token."""
+        path = "/_matrix/client/v1/rtc/livekit/get_token"
+        requests = [
+            http_request(
+                "POST",
+                path,
+                as_json(service.homeserver_body(user, self.room_id, URL)),
+                f"Bearer {user.access_token}",
+            )
+            for user in self.users
+        ]
+        return [requests[number % len(requests)] for number in range(count)]
+
+
+def _post(endpoint: str, body: Any) -> bytes:
+    return http_request("POST", PREFIX + endpoint, as_json(body))
+
+
+def port(client_url: str) -> int:
+    """The port of a URL."""
+    return int(client_url.rpartition(":")[2])
+
+
+def module_config(sfu: StubSfu, poll_sec: int) -> dict[str, Any]:
+    """The module's configuration for the stub SFU."""
+    return {
+        "livekit_url": URL,
+        "livekit_internal_url": sfu.api_url,
+        "livekit_key": KEY,
+        "livekit_secret": SECRET,
+        "sanity_check_interval": f"{poll_sec}s",
+        "rc_token": RATE_OFF,
+        "rc_openid": RATE_OFF,
+    }

@@ -15,10 +15,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import quote
-
-import psycopg2
 
 from chaos.hosts import Host
 from chaos.person import Person
@@ -294,9 +292,7 @@ class Play:
     def rows(self, sql: str) -> Sequence[tuple[Any, ...]]:
         """What the homeserver's database holds, or what becomes of it."""
         if self.has_workers:
-            connection: Any = psycopg2.connect(
-                **cast(Any, self._postgres.connection(self.synapse.name))
-            )
+            connection: Any = self._postgres.connect(self.synapse.name)
         else:
             connection = sqlite3.connect(self.synapse.directory / "homeserver.db", timeout=30)
         with closing(connection), connection, closing(connection.cursor()) as cursor:

@@ -78,6 +78,10 @@ class LiveKit:
 
     def start(self) -> None:
         """Start it with the present settings, without waiting."""
+        self._config.write_text(json.dumps(self._settings(), indent=2))
+        self.process.start()
+
+    def _settings(self) -> dict[str, Any]:
         config: dict[str, Any] = {
             "port": self.port,
             "bind_addresses": ["127.0.0.1"],
@@ -95,9 +99,7 @@ class LiveKit:
             config["webhook"] = {"api_key": self.key, "urls": self.webhook_urls}
         if self.redis_port is not None:
             config["redis"] = {"address": f"127.0.0.1:{self.redis_port}"}
-        config.update(self.extra_config)
-        self._config.write_text(json.dumps(config, indent=2))
-        self.process.start()
+        return {**config, **self.extra_config}
 
     def wait_ready(self) -> None:
         """Wait until it answers."""

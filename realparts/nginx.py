@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real nginx that stands in front of the other servers, as reverse proxies do."""
+"""A throw-away nginx."""
 
 from __future__ import annotations
 
@@ -10,11 +10,63 @@ from pathlib import Path
 
 from realparts.process import MissingTool, Process, free_port
 
-# What nginx would write elsewhere, outside of its own directory.
-_TEMPORARY = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+# What has nginx pass WebSockets on.
+UPGRADE = (
+    "proxy_http_version 1.1;",
+    "proxy_set_header Upgrade $http_upgrade;",
+    'proxy_set_header Connection "upgrade";',
+)
 
 
 class Nginx:
+    """One nginx that serves what is configured in one file."""
+
+    def __init__(self, directory: Path, config: str, port: int) -> None:
+        """
+        Args:
+            directory: for its files and the log.
+            config: what stands in its http block.
+            port: one that it listens on then.
+
+        Raises:
+            MissingTool
+        """
+        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+        if program is None:
+            raise MissingTool("nginx is missing: apt-get install nginx-light")
+        self._port = port
+        temporary = "".join(
+            f"{kind}_temp_path {directory}/nginx-{kind};\n"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        file = directory / "nginx.conf"
+        file.write_text(
+            f"daemon off;\npid {directory}/nginx.pid;\nerror_log stderr;\nevents {{}}\n"
+            f"http {{\naccess_log off;\n{temporary}{config}}}\n"
+        )
+        self.process = Process(
+            "nginx",
+            [program, "-e", "stderr", "-p", directory, "-c", file],
+            directory / "nginx.log",
+        )
+
+    def start(self) -> None:
+        """Start it, without waiting."""
+        self.process.start()
+
+    def wait_ready(self) -> None:
+        """Wait until it takes connections."""
+        self.process.wait_until(self._answers, "nginx ready")
+
+    def _answers(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self._port), 1.0).close()
+        except OSError:
+            return False
+        return True
+
+
+class Servers(Nginx):
     """One nginx with a number of servers, each with TLS on a port of its own."""
 
     def __init__(self, directory: Path, servers: Mapping[str, str], certificate: Path) -> None:
@@ -27,18 +79,14 @@ class Nginx:
         Raises:
             MissingTool
         """
-        # Debian has it where only root looks.
-        program = shutil.which("nginx") or shutil.which("/usr/sbin/nginx")
-        if program is None:
-            raise MissingTool("nginx is missing: apt-get install nginx-light")
         self._ports = {name: free_port() for name in servers}
-        self._servers = servers
-        self._certificate = certificate
-        self._directory = directory
-        self._config = directory / "nginx.conf"
-        self.process = Process(
-            "nginx", [program, "-c", self._config, "-e", "stderr"], directory / "nginx.log"
-        )
+        lines = [
+            f"ssl_certificate {certificate / 'tls.crt'};",
+            f"ssl_certificate_key {certificate / 'tls.key'};",
+        ]
+        for name, block in servers.items():
+            lines.append(f"server {{\nlisten 127.0.0.1:{self._ports[name]} ssl;\n{block}\n}}\n")
+        super().__init__(directory, "\n".join(lines), next(iter(self._ports.values())))
 
     def url(self, server: str) -> str:
         """Where a server is reached, without a slash at the end."""
@@ -46,45 +94,6 @@ class Nginx:
 
     def port(self, server: str) -> int:
         return self._ports[server]
-
-    def start(self) -> None:
-        """Start it, without waiting."""
-        places = [f"    {name}_temp_path {self._directory / name};" for name in _TEMPORARY]
-        servers = [
-            f"    server {{\n        listen 127.0.0.1:{self._ports[name]} ssl;\n{block}\n    }}"
-            for name, block in self._servers.items()
-        ]
-        lines = [
-            # One process, which runs as whoever starts it.
-            "daemon off;",
-            "master_process off;",
-            f"pid {self._directory / 'nginx.pid'};",
-            "events {}",
-            "http {",
-            "    access_log off;",
-            *places,
-            f"    ssl_certificate {self._certificate / 'tls.crt'};",
-            f"    ssl_certificate_key {self._certificate / 'tls.key'};",
-            *servers,
-            "}",
-        ]
-        self._config.write_text("\n".join(lines))
-        self.process.start()
-
-    def wait_ready(self) -> None:
-        """Wait until it takes connections."""
-        self.process.wait_until(self._takes_connections, "nginx ready")
-
-    def stop(self) -> None:
-        self.process.stop()
-
-    def _takes_connections(self) -> bool:
-        try:
-            for port in self._ports.values():
-                socket.create_connection(("127.0.0.1", port), timeout=5.0).close()
-        except OSError:
-            return False
-        return True
 
 
 def proxy(url: str, path: str = "/", *more: str) -> str:
@@ -100,10 +109,3 @@ def proxy(url: str, path: str = "/", *more: str) -> str:
             "}",
         ]
     )
-
-
-UPGRADE = (
-    "proxy_http_version 1.1;",
-    "proxy_set_header Upgrade $http_upgrade;",
-    'proxy_set_header Connection "upgrade";',
-)

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from realparts.process import MissingTool, Process, free_port
 
@@ -109,6 +110,13 @@ class Postgres:
     def connection(self, database: str) -> dict[str, str | int]:
         """Arguments for psycopg2, and Synapse's `database.args`."""
         return {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": database}
+
+    def connect(self, database: str) -> Any:
+        """A connection of psycopg2's, which is closed by the caller."""
+        # Only where it was found to be there.
+        import psycopg2
+
+        return psycopg2.connect(**cast(Any, self.connection(database)))
 
     def stop(self) -> None:
         """End the server and remove the cluster."""

@@ -238,15 +238,30 @@ class Process:
 
     def cpu_seconds(self) -> float:
         """CPU time that it has used so far, all threads together (Linux only)."""
-        stat = Path(f"/proc/{self.pid}/stat").read_text()
-        # The name of the program comes first, in parentheses, and can hold anything.
-        fields = stat.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return _cpu_seconds(self.pid)
+
+    def cpu_seconds_of_all(self) -> float:
+        """The same with all processes that it has started itself, also those that ended."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        used = _cpu_seconds(self.pid, with_ended=True)
+        for child in children:
+            # It may end meanwhile.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                used += _cpu_seconds(int(child))
+        return used
 
     def _signal(self, number: signal.Signals) -> None:
         # The group is gone if the process and all that it started have ended by themselves.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
+
+
+def _cpu_seconds(pid: int, with_ended: bool = False) -> float:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    # The name of the program comes first, in parentheses, and can hold anything.
+    fields = stat.rpartition(")")[2].split()
+    ticks = sum(int(field) for field in fields[11 : 15 if with_ended else 13])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def stop_all(processes: Sequence[Process]) -> None:

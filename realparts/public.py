@@ -11,7 +11,7 @@ from typing import Any
 
 from realparts.check import Checker
 from realparts.livekit import LiveKit
-from realparts.nginx import UPGRADE, Nginx, proxy
+from realparts.nginx import UPGRADE, Servers, proxy
 from realparts.service import PREFIX
 from realparts.sets import module_config, running
 from realparts.synapse import Synapse
@@ -27,7 +27,7 @@ class Public:
 
     synapse: Synapse
     livekit: LiveKit
-    nginx: Nginx
+    nginx: Servers
     check: Checker
 
     @property
@@ -52,7 +52,7 @@ def stage(directory: Path, name: str, livekit: LiveKit, **module: Any) -> Public
         "matrix": proxy(synapse.client_url),
         "livekit": proxy(livekit.api_url, "/", *UPGRADE),
     }
-    nginx = Nginx(synapse.directory, servers, synapse.directory)
+    nginx = Servers(synapse.directory, servers, synapse.directory)
     synapse.module_config = module_config(
         livekit,
         livekit_url=nginx.url("livekit").replace("https:", "wss:"),

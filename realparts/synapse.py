@@ -9,8 +9,10 @@ import ipaddress
 import json
 import os
 import secrets
+import sqlite3
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -91,23 +93,31 @@ class Synapse:
             postgres.create_database(name)
 
         self.main = self._process("main", "synapse.app.homeserver")
-        self._worker_ports: dict[str, tuple[int, int]] = {}
+        self.worker_ports: dict[str, tuple[int, int]] = {}
         self.worker_urls: list[str] = []
         worker_names = [f"worker{number}" for number in range(1, workers + 1)]
         self._background_worker = "background" if background_worker else None
         for worker in worker_names + ["background"] * background_worker:
             client_port = free_port()
-            self._worker_ports[worker] = (client_port, free_port())
+            self.worker_ports[worker] = (client_port, free_port())
             if worker != self._background_worker:
                 self.worker_urls.append(f"http://127.0.0.1:{client_port}")
         self.workers = {
             worker: self._process(worker, "synapse.app.generic_worker")
-            for worker in self._worker_ports
+            for worker in self.worker_ports
         }
 
     @property
     def processes(self) -> list[Process]:
         return [self.main, *self.workers.values()]
+
+    @property
+    def metrics_urls(self) -> dict[str, str]:
+        """Where each process, by its name, can be asked for its metrics."""
+        workers = {
+            name: f"http://127.0.0.1:{port}" for name, (port, _) in self.worker_ports.items()
+        }
+        return {"main": self.client_url, **workers}
 
     def start(self) -> None:
         """Start the main process with the present settings, without waiting."""
@@ -126,7 +136,7 @@ class Synapse:
         for worker in self.workers.values():
             worker.start()
         for name, worker in self.workers.items():
-            url = f"http://127.0.0.1:{self._worker_ports[name][0]}"
+            url = f"http://127.0.0.1:{self.worker_ports[name][0]}"
             worker.wait_until(partial(_healthy, url), f"{name} ready")
 
     def stop(self) -> None:
@@ -147,6 +157,21 @@ class Synapse:
     def register(self, name: str, admin: bool = False) -> matrix.User:
         """Make an account and log in to it, on the main process."""
         return matrix.register(self.client_url, self._shared_secret, name, admin)
+
+    def insert(self, table: str, rows: Sequence[Mapping[str, object]]) -> None:
+        """Put rows, all with the same columns, into a table of its database."""
+        connection: Any
+        if self._postgres is None:
+            connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
+        else:
+            connection = self._postgres.connect(self.name)
+        columns = list(rows[0])
+        values = ", ".join(["?" if self._postgres is None else "%s"] * len(columns))
+        with closing(connection), connection, closing(connection.cursor()) as cursor:
+            cursor.executemany(
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})",
+                [tuple(row.values()) for row in rows],
+            )
 
     def log_text(self) -> str:
         """The logs of all processes, one after the other."""
@@ -177,12 +202,12 @@ class Synapse:
     def _write_config(self) -> None:
         config = self._base_config()
         config["modules"] = self._modules("main")
-        if self._worker_ports:
+        if self.worker_ports:
             config.update(self._shared_worker_config())
         config.update(self.extra_config)
         self._write_json("homeserver.json", config)
         self._write_json("log.json", self._log_config())
-        for worker, (client_port, replication_port) in self._worker_ports.items():
+        for worker, (client_port, replication_port) in self.worker_ports.items():
             self._write_json(
                 f"{worker}.json",
                 {
@@ -191,7 +216,7 @@ class Synapse:
                     "worker_log_config": "log.json",
                     **({"modules": self._modules(worker)} if self.without_module else {}),
                     "worker_listeners": [
-                        _listener(client_port, ["client"]),
+                        _listener(client_port, ["client", "metrics"]),
                         _listener(replication_port, ["replication"]),
                     ],
                 },
@@ -204,15 +229,16 @@ class Synapse:
 
     def _base_config(self) -> dict[str, Any]:
         listeners = [
-            _listener(int(self.client_url.rpartition(":")[2]), ["client"]),
+            _listener(int(self.client_url.rpartition(":")[2]), ["client", "metrics"]),
             _listener(self._federation_port, ["federation", "openid"], tls=True),
         ]
-        if self._worker_ports:
+        if self.worker_ports:
             listeners.append(_listener(self._replication_port, ["replication"]))
         return {
             "server_name": self.server_name,
             "public_baseurl": self.client_url,
             "report_stats": False,
+            "enable_metrics": True,
             "listeners": listeners,
             "database": self._database(),
             "log_config": "log.json",
@@ -267,7 +293,7 @@ class Synapse:
                 "main": {"host": "127.0.0.1", "port": self._replication_port},
                 **{
                     worker: {"host": "127.0.0.1", "port": replication_port}
-                    for worker, (_, replication_port) in self._worker_ports.items()
+                    for worker, (_, replication_port) in self.worker_ports.items()
                 },
             },
         }

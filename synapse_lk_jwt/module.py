@@ -9,10 +9,9 @@ from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
 from synapse_lk_jwt.access import Access
-from synapse_lk_jwt.check.settings import HOMESERVER_PREFIX
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
-from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.leaves import DelayedLeaves
@@ -26,6 +25,7 @@ from synapse_lk_jwt.sfu.tokens import TokenSigner
 from synapse_lk_jwt.store import Store
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
+from synapse_lk_jwt.web.core import Core
 from synapse_lk_jwt.web.service import ServiceResource
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,8 @@ class LiveKitJwtModule:
             config.sanity_check_interval_ms,
             note_owners=config.can_update_own_metadata,
         )
-        not_served = _serve_homeserver_endpoints(
-            homeserver, issuer, limits, leaves, config.livekit_url
-        )
+        core = Core(homeserver, issuer, limits, leaves, config.livekit_url)
+        not_served = _serve_homeserver_endpoints(core)
         if not_served is not None:
             logger.error(
                 "MSC4195's homeserver endpoints are not served: %s. %s",
@@ -76,9 +75,7 @@ class LiveKitJwtModule:
                 homeserver.check_command,
             )
         check = CheckResource(homeserver, issuer, processes, store, not_served)
-        service = ServiceResource(
-            homeserver, issuer, limits, leaves, watch, processes, check, config.livekit_url
-        )
+        service = ServiceResource(core, watch, processes, check)
         if not homeserver.register_web_resource(config.path_prefix, service):
             logger.error(
                 "Another module serves %s, or this one is listed twice: it is of no use here. %s",
@@ -103,13 +100,7 @@ class LiveKitJwtModule:
         return parse_config(config)
 
 
-def _serve_homeserver_endpoints(
-    homeserver: Homeserver,
-    issuer: Issuer,
-    limits: Limits,
-    leaves: DelayedLeaves,
-    livekit_url: str,
-) -> str | None:
+def _serve_homeserver_endpoints(core: Core) -> str | None:
     """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
     try:
         # They stand on Synapse's internals, without which the service endpoints do well.
@@ -120,16 +111,13 @@ def _serve_homeserver_endpoints(
         from synapse_lk_jwt.web.federation import GetTokenFederationServlet
     except ImportError as e:
         return f"this Synapse lacks what they stand on ({e})"
-    client: list[RestServlet] = [
-        GetTokenRestServlet(homeserver, issuer, limits, RemoteSfus(homeserver), livekit_url)
-    ]
+    homeserver = core.homeserver
+    client: list[RestServlet] = [GetTokenRestServlet(core, RemoteSfus(homeserver))]
     if homeserver.has_delayed_events:
         # Clients take any answer but 404 as a promise.
-        client.append(
-            DelegateDelayedLeaveRestServlet(homeserver, issuer, limits, leaves, livekit_url)
-        )
+        client.append(DelegateDelayedLeaveRestServlet(core))
     return homeserver.serve_below_matrix(
         client,
-        partial(GetTokenFederationServlet, issuer=issuer, limits=limits, livekit_url=livekit_url),
+        partial(GetTokenFederationServlet, core=core),
         prefix=HOMESERVER_PREFIX,
     )

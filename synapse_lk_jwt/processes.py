@@ -42,6 +42,7 @@ class Processes:
             homeserver.instance_name, homeserver.runs_background_tasks, self._began_ms, 0, 0
         )
         self._is_told = True
+        self._is_looked_after = True
         homeserver.repeat(BEAT_MS, "synapse_lk_jwt_beat", self._beat, at_once=True, everywhere=True)
 
     async def present(self) -> list[Process]:
@@ -91,3 +92,13 @@ class Processes:
         now_ms = self._homeserver.clock.time_msec()
         self._this = attr.evolve(self._this, seen_ms=now_ms)
         await self._store.note_process(self._this, now_ms - FORGET_MS)
+        if self._this.is_background or now_ms < self._began_ms + GONE_MS:
+            return
+        is_looked_after = any(process.is_background for process in await self.present())
+        if self._is_looked_after and not is_looked_after:
+            logger.error(
+                "The process that runs background tasks is not there, or has not loaded this"
+                " module: delayed leaves are not restarted, nobody is removed from calls. %s",
+                self._homeserver.check_command,
+            )
+        self._is_looked_after = is_looked_after

@@ -17,7 +17,16 @@ from synapse.storage.engines import PostgresEngine, Sqlite3Engine
 from synapse.storage.engines._base import IsolationLevel
 from synapse.types import JsonDict
 
-from synapse_lk_jwt.delegation import Action, Delegation, Happened, Phase, step, take_on
+from synapse_lk_jwt.delegation import (
+    Action,
+    Delegation,
+    Happened,
+    Phase,
+    Trigger,
+    step,
+    take_on,
+    trigger,
+)
 from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
 from synapse_lk_jwt.sfu.seal import Owner
 
@@ -106,6 +115,9 @@ class Task:
         identities: the participant identities that it follows.
         is_connected: whether one of them has been seen.
         leave: the event to send.
+        trigger: why, if that has just been decided.
+        gone_ms: when there was the first sign that the participant is gone, if the leave is to be
+            sent; milliseconds since the epoch.
     """
 
     action: Action
@@ -114,6 +126,8 @@ class Task:
     identities: frozenset[str]
     is_connected: bool
     leave: JsonDict | None
+    trigger: Trigger | None = None
+    gone_ms: int | None = None
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -497,6 +511,16 @@ class Store:
 
         return await self._run("tracked", tracked)
 
+    async def count_delegations(self) -> dict[Phase, int]:
+        """How many delegations there are in each phase."""
+
+        def count(txn: LoggingTransaction) -> dict[Phase, int]:
+            txn.execute("SELECT phase, COUNT(*) FROM synapse_lk_jwt_delegations GROUP BY phase")
+            found = {Phase(phase): int(number) for phase, number in txn}
+            return {phase: found.get(phase, 0) for phase in Phase}
+
+        return await self._run("count_delegations", count)
+
     def _advance(
         self,
         txn: LoggingTransaction,
@@ -551,6 +575,7 @@ class Store:
             # It was sent, or cancelled, and there is nothing to wait for any more.
             happened = Happened.OVER
         now_ms = self._homeserver.clock.time_msec()
+        why = None
         after, action = step(before, happened, now_ms, asked_ms)
         if action is Action.RESTART:
             if not self._homeserver.restart_delayed_event(txn, delay_id, user_id):
@@ -561,7 +586,12 @@ class Store:
             if event is None or not self._homeserver.remove_delayed_event(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING
             else:
-                leave = {"event": event.event, "since": self._homeserver.newest_event(txn)}
+                why = trigger(before)
+                leave = {
+                    "event": event.event,
+                    "since": self._homeserver.newest_event(txn),
+                    "gone_ms": before.doubted_ms or now_ms,
+                }
         if after is None:
             self._delete(txn, delay_id)
         elif after != before:
@@ -580,6 +610,8 @@ class Store:
             frozenset(self._identities(txn, delay_id)),
             before.phase is not Phase.WAITING,
             leave["event"] if leave else None,
+            why,
+            leave.get("gone_ms") if leave else None,
         )
 
     def _identities(self, txn: LoggingTransaction, delay_id: str) -> dict[str, str | None]:

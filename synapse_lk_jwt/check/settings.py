@@ -10,11 +10,9 @@ from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import FOCI, MODULE, Setup
+from synapse_lk_jwt.config import HOMESERVER_PREFIX
 from synapse_lk_jwt.homeserver import overlap
 from synapse_lk_jwt.identifiers import is_server_name
-
-# Where MSC4195's endpoints are, below `/_matrix/client/…` and `/_matrix/federation/…`.
-HOMESERVER_PREFIX = "rtc/livekit"
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
 RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}

@@ -13,7 +13,7 @@ from synapse_lk_jwt import openid
 from synapse_lk_jwt.check.signature import is_signed
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
-from synapse_lk_jwt.openid import CannotAsk, InvalidToken, OpenIdToken
+from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.store import Store
 from synapse_lk_jwt.web.endpoint import Endpoint
@@ -90,10 +90,9 @@ class CheckResource(Endpoint):
         if not is_mine:
             try:
                 await openid.verify(homeserver, OpenIdToken(UNKNOWN, server))
-            except CannotAsk as e:
-                cannot_ask = str(e)
-            except InvalidToken:
-                pass
+            except InvalidToken as e:
+                # To refuse what it has not made is how it should be.
+                cannot_ask = None if e.cause == "refused" else str(e)
         return {
             "is_mine": is_mine,
             "is_active": await homeserver.is_active(user_id) if is_mine else None,

@@ -3,7 +3,8 @@
 
 import json
 from base64 import urlsafe_b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from livekit.protocol.room import (
     DeleteRoomResponse,
     ListParticipantsRequest,
     ListParticipantsResponse,
+    ListRoomsRequest,
     ListRoomsResponse,
     RemoveParticipantResponse,
     RoomParticipantIdentity,
@@ -28,10 +30,19 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 
+from realparts.metrics import own_samples
+from synapse_lk_jwt import metrics
+from synapse_lk_jwt.delegation import Phase
+
 P = "/_synapse/client/livekit/jwt"
 URL = "wss://sfu.example.com"
 SECRET = "the-secret-that-must-never-be-in-a-log"
 SLOT = "m.call#ROOM"
+
+# All series there ever may be.
+for phase in Phase:
+    metrics.delegations.labels(phase.value)
+SERIES = own_samples().keys()
 
 
 @attr.s(auto_attribs=True)
@@ -45,6 +56,8 @@ class Sfu:
         asked: the names of the methods that were called for other reasons, and for which room.
         is_down: whether connections to it are refused.
         stuck: identities that it does not remove.
+        has_nodes: whether who is in a room is asked of the node that has it.
+        without_node: rooms whose node has died. To make one again gives it to another node.
         answers_wait_for: what its answers, ready as they are, are held back by.
     """
 
@@ -55,6 +68,8 @@ class Sfu:
     asked: list[tuple[str, str]] = attr.Factory(list)
     is_down: bool = False
     stuck: set[str] = attr.Factory(set)
+    has_nodes: bool = False
+    without_node: set[str] = attr.Factory(set)
     answers_wait_for: "Deferred[None] | None" = None
     _sessions: int = 0
 
@@ -81,6 +96,7 @@ class Sfu:
             raise ConnectionRefusedError()
         room = self.requests[-1][1].name
         self.people.setdefault(room, {})
+        self.without_node.discard(room)
         return answer or self.room(room)
 
     def _answer(self, name: str, data: bytes) -> Any:
@@ -90,15 +106,19 @@ class Sfu:
         missing = response(404, b'{"code": "not_found", "msg": ""}')
         if name == "ListRooms":
             self.asked.append((name, ""))
+            names = ListRoomsRequest.FromString(data).names or self.people
             answer = ListRoomsResponse(
                 rooms=[
                     Room(name=room, num_participants=len(people))
                     for room, people in self.people.items()
+                    if room in names
                 ]
             )
         elif name == "ListParticipants":
             room = ListParticipantsRequest.FromString(data).room
             self.asked.append((name, room))
+            if self.has_nodes and (room not in self.people or room in self.without_node):
+                return response(503, b'{"code": "unavailable", "msg": "no response from servers"}')
             answer = ListParticipantsResponse(participants=self.people.get(room, {}).values())
         elif name == "RemoveParticipant":
             who = RoomParticipantIdentity.FromString(data)
@@ -168,6 +188,19 @@ class OtherServers:
         return fail(answer) if isinstance(answer, Exception) else succeed(answer)
 
 
+@contextmanager
+def counting(*names: str) -> Iterator[dict[str, float]]:
+    """By how much the samples of some metrics change; filled in at the end."""
+    before = own_samples()
+    changes: dict[str, float] = {}
+    yield changes
+    changes.update(
+        (series, value - before[series])
+        for series, value in own_samples().items()
+        if series.partition("{")[0] in names and value != before[series]
+    )
+
+
 def claims(jwt: str) -> dict[str, Any]:
     payload = jwt.split(".")[1]
     said = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -200,6 +233,11 @@ class ModuleTestCase(FederatingHomeserverTestCase):
             }
         ]
         return config
+
+    def tearDown(self) -> None:
+        super().tearDown()
+        # Whatever anybody has sent, no label has taken a value that is not foreseen.
+        assert own_samples().keys() <= SERIES
 
     def create_resource_dict(self) -> dict[str, Resource]:
         resources: dict[str, Resource] = super().create_resource_dict()

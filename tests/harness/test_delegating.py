@@ -597,6 +597,41 @@ class LeavingTests(DelegationTestCase):
         assert len(self.sfu.requests) == made
         assert self.rows("calls") == []
 
+    def test_a_node_of_livekit_dies_with_a_call(self) -> None:
+        self.sfu.has_nodes = True
+        self.advance_by(31)
+        made = len(self.sfu.requests)
+        (room,) = self.sfu.people
+        self.sfu.without_node.add(room)
+        # Who is in it has the time until the second poll to come back by themselves.
+        self.advance_by(30)
+        assert len(self.sfu.requests) == made
+        self.sfu.people[room].clear()
+        self.advance_by(30)
+        assert len(self.sfu.requests) == made + 1
+        assert self.is_in_call()
+        self.advance_by(61)
+        assert not self.is_in_call()
+        assert len(self.sfu.requests) == made + 1
+
+    def test_who_comes_back_after_a_node_of_livekit_died(self) -> None:
+        self.sfu.has_nodes = True
+        self.advance_by(31)
+        (room,) = self.sfu.people
+        self.sfu.without_node.add(room)
+        self.advance_by(60)
+        assert self.sfu.without_node == set()
+        self.webhook("participant_joined", self.sfu.join(self.jwt))
+        self.advance_by(120)
+        assert self.is_in_call()
+
+    def test_where_nodes_are_asked_nobody_answers_for_a_room_that_is_gone(self) -> None:
+        self.sfu.has_nodes = True
+        self.sfu.people.clear()
+        self.webhook("room_finished")
+        self.pump()
+        assert not self.is_in_call()
+
     def test_the_client_itself_has_sent_its_leave(self) -> None:
         (delay_id,) = self.pending()
         path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}"

@@ -297,7 +297,7 @@ class HookTests(ModuleTestCase):
         routes: Any = ClientRestResource
         registered = {
             hs.hostname: [
-                handlers[b"POST"].callback.__self__._livekit_url
+                handlers[b"POST"].callback.__self__._core.livekit_url
                 for pattern, handlers in routes(hs)._routes.items()
                 if "livekit/get_token" in pattern.pattern
             ]

@@ -9,7 +9,7 @@ import pytest
 
 from realparts.check import Finding
 from realparts.livekit import LiveKit
-from realparts.nginx import UPGRADE, Nginx, proxy
+from realparts.nginx import UPGRADE, Servers, proxy
 from realparts.public import Public
 from realparts.service import PREFIX
 from realparts.sets import module_config, running
@@ -35,13 +35,13 @@ def file(text: str, *more: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
+def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     synapse, own = public.synapse.client_url, public.nginx.url("matrix")
     star = f"add_header {CORS} * always;"
     livekit = public.livekit.api_url
     servers = {
-        "no rule": proxy(synapse, "/_matrix"),
-        "no matrix": proxy(synapse, "/_synapse"),
+        "no rule": proxy(synapse, "/_matrix") + "location / { return 404; }",
+        "no matrix": proxy(synapse, "/_synapse") + "location / { return 404; }",
         "path is cut": proxy(synapse, "/_matrix") + proxy(f"{synapse}/", PREFIX),
         "down": proxy("http://127.0.0.1:1"),
         "page": "location / { default_type text/html; return 200 '<html>Welcome</html>'; }",
@@ -66,7 +66,7 @@ def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "in circles": f"{WELL_KNOWN} {{ return 302 /.well-known/matrix/client; }}",
         "nowhere": f"{WELL_KNOWN} {{ return 302 ftp://example.com/; }}",
     }
-    nginx = Nginx(tmp_path_factory.mktemp("faulty"), servers, public.synapse.directory)
+    nginx = Servers(tmp_path_factory.mktemp("faulty"), servers, public.synapse.directory)
     with running(nginx):
         yield nginx
 
@@ -89,7 +89,9 @@ def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ("two CORS", f"comes with {CORS}: *, * instead of one *"),
     ],
 )
-def test_the_service_is_not_reached(server: str, text: str, public: Public, faulty: Nginx) -> None:
+def test_the_service_is_not_reached(
+    server: str, text: str, public: Public, faulty: Servers
+) -> None:
     url = faulty.url(server)
     report = public.check.run(config={"public_baseurl": f"{url}/"})
     finding = report.the("wrong", "service")
@@ -100,18 +102,18 @@ def test_the_service_is_not_reached(server: str, text: str, public: Public, faul
 
 
 @pytest.mark.parametrize("server", ["no CORS", "two CORS", "own OPTIONS", "bare OPTIONS"])
-def test_a_preflight_that_is_spoilt(server: str, public: Public, faulty: Nginx) -> None:
+def test_a_preflight_that_is_spoilt(server: str, public: Public, faulty: Servers) -> None:
     report = public.check.run(config={"public_baseurl": f"{faulty.url(server)}/"})
     assert "a browser's OPTIONS" in report.the("wrong", "preflight").text
     assert (report.bad.get("service") == "wrong") == (server in ("no CORS", "two CORS"))
 
 
-def test_the_lines_for_nginx_mend_it(public: Public, faulty: Nginx, tmp_path: Path) -> None:
+def test_the_lines_for_nginx_mend_it(public: Public, faulty: Servers, tmp_path: Path) -> None:
     finding = public.check.run(module={"service_url": faulty.url("no rule") + PREFIX}).the(
         "wrong", "service"
     )
     block = "\n".join(finding.lines)
-    nginx = Nginx(tmp_path, {"mended": block}, public.synapse.directory)
+    nginx = Servers(tmp_path, {"mended": block}, public.synapse.directory)
     with running(nginx):
         report = public.check.run(module={"service_url": nginx.url("mended") + PREFIX})
     assert report.the("ok", "service")
@@ -138,7 +140,7 @@ def test_a_public_baseurl_that_leads_nowhere(url: str, text: str, public: Public
 def test_another_homeserver_behind_it(public: Public, tmp_path: Path) -> None:
     # It has the same LiveKit, and the same key.
     second = Synapse("q", tmp_path, module_config(public.livekit))
-    nginx = Nginx(tmp_path, {"second": proxy(second.client_url)}, public.synapse.directory)
+    nginx = Servers(tmp_path, {"second": proxy(second.client_url)}, public.synapse.directory)
     config = {"public_baseurl": nginx.url("second")}
     with running(second, nginx):
         report = public.check.run(config=config)
@@ -154,7 +156,7 @@ def test_another_homeserver_behind_it(public: Public, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("server", ["no matrix", "down", "page"])
-def test_the_paths_below_matrix(server: str, public: Public, faulty: Nginx) -> None:
+def test_the_paths_below_matrix(server: str, public: Public, faulty: Servers) -> None:
     report = public.check.run(config={"public_baseurl": faulty.url(server)})
     for check in ("rtc/transports", "MSC4195"):
         finding = report.the("wrong", check)
@@ -182,7 +184,7 @@ def test_the_paths_below_matrix(server: str, public: Public, faulty: Nginx) -> N
         ("nowhere", "cannot be read"),
     ],
 )
-def test_well_known(server: str, text: str, public: Public, faulty: Nginx) -> None:
+def test_well_known(server: str, text: str, public: Public, faulty: Servers) -> None:
     report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{faulty.port(server)}")
     assert report.bad == {".well-known": "wrong"}, str(report)
     finding = report.the("wrong", ".well-known")
@@ -197,7 +199,7 @@ def test_well_known_that_nothing_serves(public: Public) -> None:
     assert report.bad == {".well-known": "wrong"}
 
 
-def test_well_known_of_another_homeserver(public: Public, faulty: Nginx) -> None:
+def test_well_known_of_another_homeserver(public: Public, faulty: Servers) -> None:
     port = faulty.port("file of another")
     report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{port}")
     finding = report.the("warning", ".well-known")
@@ -206,7 +208,7 @@ def test_well_known_of_another_homeserver(public: Public, faulty: Nginx) -> None
     assert report.status == 0
 
 
-def test_well_known_that_was_moved(public: Public, faulty: Nginx) -> None:
+def test_well_known_that_was_moved(public: Public, faulty: Servers) -> None:
     port = faulty.port("moved")
     report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{port}")
     assert report.bad == {}, str(report)
@@ -215,7 +217,7 @@ def test_well_known_that_was_moved(public: Public, faulty: Nginx) -> None:
 def test_the_lines_for_well_known_mend_it(public: Public, tmp_path: Path) -> None:
     report = public.check.run("--connect-to", "127.0.0.1:443:127.0.0.1:1")
     block = "\n".join(report.the("wrong", ".well-known").lines)
-    nginx = Nginx(tmp_path, {"mended": block}, public.synapse.directory)
+    nginx = Servers(tmp_path, {"mended": block}, public.synapse.directory)
     with running(nginx):
         port = nginx.port("mended")
         report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{port}")
@@ -235,10 +237,10 @@ def livekit_at(url: str, public: Public) -> Finding:
     return finding
 
 
-def test_a_proxy_that_takes_no_websockets(public: Public, faulty: Nginx, tmp_path: Path) -> None:
+def test_a_proxy_that_takes_no_websockets(public: Public, faulty: Servers, tmp_path: Path) -> None:
     finding = livekit_at(faulty.url("LiveKit"), public)
     assert "and not as a WebSocket" in finding.text
-    nginx = Nginx(tmp_path, {"mended": "\n".join(finding.lines)}, public.synapse.directory)
+    nginx = Servers(tmp_path, {"mended": "\n".join(finding.lines)}, public.synapse.directory)
     with running(nginx):
         url = nginx.url("mended").replace("https:", "wss:")
         report = public.check.run(module={"livekit_url": url})
@@ -254,7 +256,7 @@ def test_a_proxy_that_takes_no_websockets(public: Public, faulty: Nginx, tmp_pat
     ],
 )
 def test_something_else_at_livekit_url(
-    server: str, text: str, public: Public, faulty: Nginx
+    server: str, text: str, public: Public, faulty: Servers
 ) -> None:
     assert text in livekit_at(faulty.url(server), public).text
 
@@ -274,14 +276,14 @@ def test_no_encryption_for_livekit(public: Public) -> None:
 def test_another_livekit_than_the_internal_one(key: str, public: Public, tmp_path: Path) -> None:
     other = LiveKit(tmp_path, key=key)
     servers = {"other": proxy(other.api_url, "/", *UPGRADE)}
-    nginx = Nginx(tmp_path, servers, public.synapse.directory)
+    nginx = Servers(tmp_path, servers, public.synapse.directory)
     with running(other, nginx):
         finding = livekit_at(nginx.url("other"), public)
     assert "is another LiveKit than at" in finding.text
     assert finding.lines[0].startswith("livekit_url: ")
 
 
-def test_odd_answers_are_no_crash(public: Public, faulty: Nginx) -> None:
+def test_odd_answers_are_no_crash(public: Public, faulty: Servers) -> None:
     """Whatever answers at all public names at once."""
     for server in ("page", "odd JSON", "an object", "empty object", "nowhere", "in circles"):
         url = faulty.url(server)

@@ -91,13 +91,6 @@ def line(synapse: Synapse, text: str) -> str:
     return found
 
 
-def settle(synapse: Synapse) -> None:
-    """Wait until all that is looked at after the start has been looked at."""
-    wait_until(
-        lambda: "/rtc/validate: 404" in synapse.log_text(), "look at LiveKit", 10, [synapse.main]
-    )
-
-
 def test_another_module_serves_our_path(synapse: Synapse, tmp_path: Path) -> None:
     (tmp_path / "squatter.py").write_text(SQUATTER)
     modules(synapse, "squatter.Module", "")
@@ -184,17 +177,6 @@ def test_livekit_makes_rooms_and_none_by_being_looked_at(synapse: Synapse, tmp_p
         assert synapse.log_text().count('200 "POST /_synapse/client/livekit/jwt/sfu_webhook') == 1
 
 
-def test_nothing_listens_where_livekit_should_be(synapse: Synapse, livekit: LiveKit) -> None:
-    url = "http://127.0.0.1:1"
-    synapse.module_config = module_config(livekit, livekit_internal_url=url)
-    synapse.start()
-    synapse.wait_ready()
-    wait_until(lambda: "cannot be used" in synapse.log_text(), "line in the log")
-    assert line(synapse, f"LiveKit at {url} cannot be used")
-    assert line(synapse, "check -c ")
-    assert f"Serving LiveKit access tokens at {synapse.client_url}" in synapse.log_text()
-
-
 def test_livekit_that_hangs_holds_up_nothing(synapse: Synapse, livekit: LiveKit) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -208,11 +190,3 @@ def test_livekit_that_hangs_holds_up_nothing(synapse: Synapse, livekit: LiveKit)
             assert synapse.register("alice").whoami().status == 200
             assert f"Serving LiveKit access tokens at {synapse.client_url}" in synapse.log_text()
             assert "cannot be used" not in synapse.log_text()
-
-
-def test_a_clean_start(synapse: Synapse, livekit: LiveKit) -> None:
-    synapse.start()
-    synapse.wait_ready()
-    settle(synapse)
-    log = [line for line in synapse.log_text().splitlines() if " - synapse_lk_jwt." in line]
-    assert [line for line in log if " - INFO - " not in line] == []

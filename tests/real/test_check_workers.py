@@ -8,7 +8,7 @@ import pytest
 
 from realparts.check import Checker, Report
 from realparts.livekit import LiveKit
-from realparts.nginx import Nginx, proxy
+from realparts.nginx import Servers, proxy
 from realparts.postgres import Postgres
 from realparts.process import MissingTool
 from realparts.redis import Redis
@@ -52,7 +52,7 @@ class Partial:
     """
 
     synapse: Synapse
-    nginx: Nginx
+    nginx: Servers
     checker: Checker
 
     def check(self, matrix_on: str, *names: str) -> Report:
@@ -85,7 +85,7 @@ def partial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Partial]:
                 "worker": proxy(main) + proxy(worker, "/_matrix"),
                 "main": proxy(worker) + proxy(main, "/_matrix"),
             }
-            nginx = Nginx(synapse.directory, servers, synapse.directory)
+            nginx = Servers(synapse.directory, servers, synapse.directory)
             livekit.webhook_urls = [f"{main}{PREFIX}/sfu_webhook", f"{worker}{PREFIX}/sfu_webhook"]
             env = {"SSL_CERT_FILE": str(synapse.directory / "tls.crt")}
             with running(livekit, nginx):

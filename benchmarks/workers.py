@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tokens, webhooks, polls and restarts cost each process of a Synapse with workers."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import attr
+
+from benchmarks.leaves import POLL_SEC, RESTART_MS, Many, webhook
+from benchmarks.load import Result, run
+from benchmarks.setting import StubSfu, module_config, port
+from realparts.postgres import Postgres
+from realparts.process import stop_all, wait_until
+from realparts.redis import Redis
+from realparts.synapse import Synapse
+
+# What docs/scaling.md reckons with.
+CALLS = 20_000
+PEOPLE_IN_A_CALL = 5
+
+CONNECTIONS = 8
+IDLE_SEC = 10
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Cost:
+    """Of many things.
+
+    Attributes:
+        count: of how many.
+        seconds: how long they took, all together.
+        cpu: seconds of CPU time that each process used meanwhile.
+    """
+
+    count: int
+    seconds: float
+    cpu: dict[str, float]
+
+    def each_ms(self, process: str) -> float:
+        """Milliseconds of CPU time of one process for one thing."""
+        return 1000 * self.cpu[process] / self.count
+
+    def without(self, idle: "Cost") -> "Cost":
+        """Less what would have been used in that time anyway."""
+        part = self.seconds / idle.seconds
+        cpu = {name: used - part * idle.cpu[name] for name, used in self.cpu.items()}
+        return Cost(self.count, self.seconds, cpu)
+
+
+class Bench:
+    """A homeserver with two generic workers and one for background tasks, and a stub SFU."""
+
+    def __init__(self, directory: Path, postgres: Postgres, redis: Redis, sfu: StubSfu) -> None:
+        self._postgres = postgres
+        self.synapse = Synapse(
+            "workers",
+            directory,
+            module_config(sfu, POLL_SEC),
+            postgres=postgres,
+            redis=redis,
+            workers=2,
+            background_worker=True,
+        )
+        self._connection = postgres.connect(self.synapse.name)
+        self._connection.autocommit = True
+        self.ports = [port(url) for url in self.synapse.worker_urls]
+
+    def start(self) -> None:
+        """Starts the homeserver, and waits for it."""
+        self.synapse.start()
+        self.synapse.wait_ready()
+
+    def cost(self, do: Callable[[], int]) -> Cost:
+        """What it costs to do something that returns how many things it has done."""
+        before, began = self._cpu(), time.perf_counter()
+        count = do()
+        seconds = time.perf_counter() - began
+        return Cost(
+            count, seconds, {name: used - before[name] for name, used in self._cpu().items()}
+        )
+
+    def _cpu(self) -> dict[str, float]:
+        workers = self.synapse.workers
+        return {
+            "workers": workers["worker1"].cpu_seconds() + workers["worker2"].cpu_seconds(),
+            "main": self.synapse.main.cpu_seconds(),
+            "background": workers["background"].cpu_seconds(),
+            "PostgreSQL": self._postgres.process.cpu_seconds_of_all(),
+        }
+
+    def count(self, condition: str, *values: object) -> int:
+        """How many delegations there are of which this is true."""
+        with closing(self._connection.cursor()) as cursor:
+            cursor.execute(
+                f"SELECT COUNT(*) FROM synapse_lk_jwt_delegations WHERE {condition}", values
+            )
+            return int(cursor.fetchone()[0])
+
+
+def load(ports: list[int], requests: list[bytes], seconds: float) -> list[Result]:
+    """Sends requests to several processes at once, to each one a part of them."""
+
+    async def all_of_them() -> list[Result]:
+        return await asyncio.gather(
+            *(
+                run(port, requests[number :: len(ports)], CONNECTIONS, seconds)
+                for number, port in enumerate(ports)
+            )
+        )
+
+    return asyncio.run(all_of_them())
+
+
+def measure_tokens(bench: Bench, many: Many, rounds: int, seconds: float) -> None:
+    """Prints what a token costs where one worker hands them out, and where two do."""
+    print(
+        f"\nCPU ms of one token, {rounds} rounds of {seconds:g} s with {CONNECTIONS} connections to"
+        " each worker, medians;\nthe machine's cores are shared with PostgreSQL and with those who"
+        f" ask\n{'':34}{'workers':>10}{'main':>10}{'PostgreSQL':>12}{'tokens/s':>10}"
+    )
+    kinds = {"/get_token": many.tokens.get_token, "client get_token": many.tokens.client_get_token}
+    for name, make in kinds.items():
+        costs: dict[int, list[Cost]] = {1: [], 2: []}
+        load(bench.ports, make(400), 10)
+        for number in range(rounds):
+            first = bench.ports[number % 2]
+            # Whoever comes first has a cache that is colder, or a machine that is.
+            for workers in (1, 2) if number % 2 else (2, 1):
+                ports = [first] if workers == 1 else bench.ports
+                requests = make(int(2500 * seconds))
+                cost = bench.cost(
+                    lambda ports=ports, requests=requests: sum(  # type: ignore[misc]
+                        len(result.times) for result in load(ports, requests, seconds)
+                    )
+                )
+                costs[workers].append(cost)
+        for workers, them in costs.items():
+            line = f"{name + f', {workers} worker' + 's' * (workers > 1):34}"
+            for process, width in (("workers", 10), ("main", 10), ("PostgreSQL", 12)):
+                line += f"{statistics.median(c.each_ms(process) for c in them):{width}.3f}"
+            print(line + f"{statistics.median(c.count / c.seconds for c in them):10.0f}")
+        ratio = statistics.median(
+            two.each_ms("workers") / one.each_ms("workers")
+            for one, two in zip(costs[1], costs[2], strict=True)
+        )
+        print(f"{'':34}{ratio:10.3f} x with two workers (goal: within 10 %)", flush=True)
+
+
+def measure_many(bench: Bench, many: Many, sfu: StubSfu, calls: int, requests: int) -> None:
+    """Prints what everything else costs while very many people are in calls."""
+    people = calls * PEOPLE_IN_A_CALL
+    bench.synapse.stop()
+    many.fill_up_to(people)
+    bench.start()
+    poll_seconds = 0.0
+
+    def poll() -> int:
+        nonlocal poll_seconds
+        poll_seconds = many.wait_for_poll()
+        return calls
+
+    def wait() -> int:
+        began_ms = int(1000 * time.time())
+        time.sleep(IDLE_SEC)
+        return bench.count("restarted_ms > %s", began_ms)
+
+    def join() -> int:
+        told = [webhook("participant_joined", *who, {}) for who in many.participants(requests)]
+        load(bench.ports[:1], told, 600)
+        return requests
+
+    def leave() -> int:
+        gone = many.participants(requests)
+        rooms, identities = zip(*gone, strict=True)
+        sfu.put("/gone", {room: {identity: {}} for room, identity in gone})
+        load(bench.ports[:1], [webhook("participant_left", *who, {}) for who in gone], 600)
+
+        def are_sent() -> bool:
+            there = "livekit_room IN %s AND member IN %s"
+            return bench.count(there, rooms, identities) == 0
+
+        wait_until(are_sent, "all leaves", 600)
+        return requests
+
+    costs = {"poll, for each call": bench.cost(poll)}
+    idle = bench.cost(wait)
+    costs["webhook of who comes"] = bench.cost(join).without(idle)
+    costs["webhook of who goes, with the leave"] = bench.cost(leave).without(idle)
+    costs["poll, for each call"] = costs["poll, for each call"].without(idle)
+    costs["restart of a delayed leave"] = idle
+    print(
+        f"\nCPU ms, {people:,} people in {calls:,} calls\n"
+        f"{'':38}{'workers':>10}{'main':>10}{'background':>12}{'PostgreSQL':>12}"
+    )
+    for name, cost in costs.items():
+        line = f"{name:38}{cost.each_ms('workers'):10.3f}{cost.each_ms('main'):10.3f}"
+        print(line + f"{cost.each_ms('background'):12.3f}{cost.each_ms('PostgreSQL'):12.3f}")
+    wanted = 1000 * people / RESTART_MS
+    print(f"the poll took {poll_seconds:.1f} s")
+    print(f"restarts: {idle.count / idle.seconds:.0f} per second, of {wanted:.0f} that were due")
+    for name, process in {"main": bench.synapse.main, **bench.synapse.workers}.items():
+        print(f"memory of {name}: {process.memory() / 2**20:.0f} MiB")
+
+
+def measure(directory: Path, rounds: int, seconds: float, is_quick: bool) -> None:
+    """Prints everything."""
+    redis, postgres, sfu = Redis(directory), Postgres(directory), StubSfu(directory)
+    started = [redis.process, sfu.process]
+    try:
+        redis.start()
+        postgres.start()
+        redis.wait_ready()
+        postgres.wait_ready()
+        sfu.start()
+        bench = Bench(directory, postgres, redis, sfu)
+        started += bench.synapse.processes
+        bench.start()
+        many = Many(bench.synapse, sfu, PEOPLE_IN_A_CALL)
+        measure_tokens(bench, many, rounds, seconds)
+        measure_many(bench, many, sfu, 200 if is_quick else CALLS, 50 if is_quick else 400)
+    finally:
+        stop_all(started)
+        postgres.stop()
