@@ -7,7 +7,7 @@ from synapse.util.stringutils import parse_server_name
 
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
-from synapse_lk_jwt.check.running import NoModuleThere, Running, State
+from synapse_lk_jwt.check.running import MODULES, NoModuleThere, Running, State
 from synapse_lk_jwt.check.setup import FOCI, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 
@@ -124,8 +124,8 @@ class Public:
                         check,
                         f"is not served at {url}: the process that the proxy asks there has not"
                         " loaded the module",
-                        "the configuration that this worker is started with: the modules: block;"
-                        " then restart it",
+                        "the configuration that this process is started with; then restart it",
+                        *MODULES,
                     )
                 )
             else:

@@ -21,7 +21,7 @@ from synapse_lk_jwt.sfu.names import CHECK_ROOM
 
 # How long to wait for LiveKit's webhook, in seconds, and how often to ask meanwhile.
 WEBHOOK_SEC = 6
-ASK_AGAIN_SEC = 0.2
+ASK_AGAIN_SEC = 0.05
 
 State = Mapping[str, Any]
 
@@ -33,11 +33,13 @@ class NoModuleThere(Exception):
     """Something answers, and it is not this module with this configuration.
 
     Attributes:
+        status: the HTTP status of what it answers.
         has_module: whether it is this module all the same.
     """
 
     def __init__(self, status: int, has_module: bool) -> None:
         super().__init__(f"it answers {status}")
+        self.status = status
         self.has_module = has_module
 
 
@@ -128,7 +130,7 @@ class Running:
                     f"{_called(setup.background)} runs the background tasks and has not loaded the"
                     " module: delayed leaves are not restarted, and nobody is removed from calls",
                     f"the configuration that {_called(setup.background)} is started with",
-                    *_MODULES,
+                    *MODULES,
                 )
             )
         if not findings:
@@ -155,6 +157,9 @@ class Running:
         return [*findings, *self._transports(state)], state
 
     def _without_module(self, name: str, url: str, cause: NoModuleThere) -> Finding:
+        if cause.has_module and cause.status != 404:
+            text = f"{_called(name)} at {url} cannot say how it is ({cause}): see its log"
+            return wrong("processes", text)
         if cause.has_module:
             return wrong(
                 "processes",
@@ -167,7 +172,7 @@ class Running:
             f"{_called(name)} at {url} has not loaded the module, or another module serves"
             f" {self.setup.module.path_prefix} ({cause})",
             f"the configuration that {_called(name)} is started with; then restart it",
-            *_MODULES,
+            *MODULES,
         )
 
     def _transports(self, state: State) -> list[Finding]:
@@ -201,7 +206,7 @@ def _nobody(findings: list[Finding]) -> list[Finding]:
     ]
 
 
-_MODULES = (
+MODULES = (
     "modules:",
     f"  - module: {MODULE}",
     "    config:",

@@ -17,6 +17,7 @@ from realparts.public import Public
 from realparts.sets import module_config, running
 from realparts.synapse import Synapse
 from synapse_lk_jwt.check import running as running_checks
+from synapse_lk_jwt.check import setup
 from synapse_lk_jwt.check.command import main
 
 ALL = {
@@ -117,6 +118,17 @@ def test_files_that_are_no_configuration(content: bytes | None, text: str, publi
     assert "Cannot check: " in report.errors
     assert text in report.errors
     assert "abcdefgh" not in report.errors
+
+
+def test_a_file_that_may_not_be_read(public: Public, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise PermissionError(13, "Permission denied", name)
+
+    # Root, who may run the tests, reads everything.
+    monkeypatch.setattr(setup, "open", refuse, raising=False)
+    report = public.check.run()
+    assert (report.status, report.findings) == (2, [])
+    assert "'homeserver.json' cannot be read: run this as the user that Synapse" in report.errors
 
 
 def test_a_directory_without_a_file(public: Public) -> None:

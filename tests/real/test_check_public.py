@@ -52,6 +52,7 @@ def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "two CORS": proxy(synapse, "/", star),
         "own OPTIONS": proxy(synapse, "/", "if ($request_method = OPTIONS) { return 405; }"),
         "bare OPTIONS": proxy(synapse, "/", "if ($request_method = OPTIONS) { return 204; }"),
+        "in trouble": f"location {PREFIX}/check {{ return 500; }} {JSON} return 200 '{{}}'; }}",
         "to https": f"return 301 {own}$request_uri;",
         "LiveKit": proxy(livekit),
         "LiveKit page": "location / { default_type text/html; return 200 '<html>Hi</html>'; }",
@@ -153,6 +154,15 @@ def test_another_homeserver_behind_it(public: Public, tmp_path: Path) -> None:
         assert "/healthz is answered with 404 M_UNRECOGNIZED" in report.the("wrong", "service").text
         for check in ("rtc/transports", "MSC4195"):
             assert "has not loaded the module" in report.the("wrong", check).text
+
+
+def test_a_process_that_is_in_trouble(public: Public, faulty: Servers) -> None:
+    resources = [{"names": ["client", "federation"]}]
+    port = faulty.port("in trouble")
+    listener = {"port": port, "type": "http", "tls": True, "resources": resources}
+    report = public.check.run(config={"listeners": [listener]})
+    text = report.the("wrong", "processes").text
+    assert text.endswith("cannot say how it is (it answers 500): see its log")
 
 
 @pytest.mark.parametrize("server", ["no matrix", "down", "page"])

@@ -108,7 +108,9 @@ def test_workers_without_the_module(partial: Partial) -> None:
         (block,) = finding.pasted["modules"]
         assert block["module"] == "synapse_lk_jwt.LiveKitJwtModule"
     for check in ("rtc/transports", "MSC4195"):
-        assert "the process that the proxy asks there has not" in report.the("wrong", check).text
+        finding = report.the("wrong", check)
+        assert "the process that the proxy asks there has not" in finding.text
+        assert "modules" in finding.pasted
     assert report.the("ok", "service")
     assert report.the("ok", "webhooks")
     report = partial.check("main")
