@@ -80,7 +80,8 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
         return [e.finding]
     probe = HttpProbe(dict(options.connect_to))
     sfu = Sfu(probe, setup.module, _now_ms)
-    running = Running(probe, setup, _now_ms)
+    # Listeners are asked by address, while their certificates, if any, are for a public name.
+    running = Running(HttpProbe(dict(options.connect_to), verifies=False), setup, _now_ms)
     if options.user_id is not None:
         return await _way(options.user_id, options.room, setup, sfu, running)
     findings = list(settings.check(setup))

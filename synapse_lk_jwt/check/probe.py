@@ -86,12 +86,16 @@ class HttpProbe:
     such as `http://%2Frun%2Fsynapse.sock/path` is of a Unix socket.
     """
 
-    def __init__(self, connect_to: Mapping[tuple[str, int], tuple[str, int]]) -> None:
+    def __init__(
+        self, connect_to: Mapping[tuple[str, int], tuple[str, int]], *, verifies: bool = True
+    ) -> None:
         """
         Args:
             connect_to: where to connect for a host and port, if not there.
+            verifies: whether certificates must be valid.
         """
         self._connect_to = connect_to
+        self._verifies = verifies
 
     async def request(
         self,
@@ -140,7 +144,7 @@ class HttpProbe:
         port = parts.port or (443 if is_tls else 80)
         address = self._connect_to.get((host, port), (host, port))
         if is_tls:
-            return _TlsConnection(host, port, address)
+            return _TlsConnection(host, port, address, self._verifies)
         return _Connection(host, port, address)
 
 
@@ -158,9 +162,16 @@ class _Connection(http.client.HTTPConnection):
 class _TlsConnection(_Connection):
     default_port = 443
 
+    def __init__(self, host: str, port: int, address: tuple[str, int], verifies: bool) -> None:
+        super().__init__(host, port, address)
+        self._verifies = verifies
+
     def connect(self) -> None:
         super().connect()
         context = ssl.create_default_context()
+        if not self._verifies:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
         self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
 
 

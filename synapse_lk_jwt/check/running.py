@@ -61,7 +61,7 @@ class Running:
     def url(self) -> str | None:
         """Where the process of this configuration listens; None if it does not."""
         urls = [listener.url for listener in self.setup.listeners]
-        # Certificates of listeners are for a public name, and this is not it.
+        # What is written into LiveKit's configuration and a proxy's should do without TLS.
         return next((url for url in urls if not url.startswith("https:")), next(iter(urls), None))
 
     async def ask(self, service_url: str, **question: str) -> State:

@@ -293,6 +293,17 @@ def test_synapse_does_not_run(public: Public) -> None:
     assert report.the("ok", "auto_create")
 
 
+def test_a_listener_with_tls_alone(public: Public, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_checks, "WEBHOOK_SEC", 1)
+    content = json.loads((public.check.directory / "homeserver.json").read_text())
+    (listener,) = (each for each in content["listeners"] if each["tls"])
+    # Nobody trusts its certificate here, which in life is for another name than this address.
+    report = Checker(public.synapse).run(config={"listeners": [listener]})
+    assert report.the("ok", "processes")
+    assert report.the("ok", "webhooks")
+    assert "its certificate is not valid" in report.the("wrong", "service").text
+
+
 def test_a_listener_on_a_unix_socket(
     public: Public, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
