@@ -173,22 +173,20 @@ def measure_many(bench: Bench, many: Many, sfu: StubSfu, calls: int, requests: i
         time.sleep(IDLE_SEC)
         return bench.count("restarted_ms >= %s", began_ms)
 
-    def join() -> int:
-        told = [webhook("participant_joined", *who, {}) for who in many.participants(requests)]
+    def tell(event: str, about: list[tuple[str, str, str]]) -> None:
+        told = [webhook(event, room, identity, {}) for room, identity, _ in about]
         load(bench.ports[:1], told, 600)
+
+    def join() -> int:
+        tell("participant_joined", many.participants(requests))
         return requests
 
     def leave() -> int:
         gone = many.participants(requests)
-        rooms, identities = zip(*gone, strict=True)
-        sfu.put("/gone", {room: {identity: {}} for room, identity in gone})
-        load(bench.ports[:1], [webhook("participant_left", *who, {}) for who in gone], 600)
-
-        def are_sent() -> bool:
-            there = "livekit_room IN %s AND member IN %s"
-            return bench.count(there, rooms, identities) == 0
-
-        wait_until(are_sent, "all leaves", 600)
+        sfu.put("/gone", {room: {identity: {}} for room, identity, _ in gone})
+        tell("participant_left", gone)
+        delay_ids = tuple(delay_id for _, _, delay_id in gone)
+        wait_until(lambda: bench.count("delay_id IN %s", delay_ids) == 0, "all leaves", 600)
         return requests
 
     polled = bench.cost(poll)
