@@ -93,6 +93,11 @@ class Bench:
             "PostgreSQL": self._postgres.process.cpu_seconds_of_all(),
         }
 
+    def analyze(self) -> None:
+        """Lets PostgreSQL see how large the tables are, as it does by itself after a while."""
+        with closing(self._connection.cursor()) as cursor:
+            cursor.execute("ANALYZE")
+
     def count(self, condition: str, *values: object) -> int:
         """How many delegations there are of which this is true."""
         with closing(self._connection.cursor()) as cursor:
@@ -160,6 +165,7 @@ def measure_many(bench: Bench, many: Many, sfu: StubSfu, calls: int, requests: i
     people = calls * PEOPLE_IN_A_CALL
     bench.synapse.stop()
     many.fill_up_to(people)
+    bench.analyze()
     bench.start()
     poll_seconds = 0.0
 
