@@ -109,6 +109,14 @@ class Synapse:
     def processes(self) -> list[Process]:
         return [self.main, *self.workers.values()]
 
+    @property
+    def metrics_urls(self) -> dict[str, str]:
+        """Where each process, by its name, can be asked for its metrics."""
+        workers = {
+            name: f"http://127.0.0.1:{port}" for name, (port, _) in self.worker_ports.items()
+        }
+        return {"main": self.client_url, **workers}
+
     def start(self) -> None:
         """Start the main process with the present settings, without waiting."""
         self._write_config()
@@ -202,7 +210,7 @@ class Synapse:
                     "worker_name": worker,
                     "worker_log_config": "log.json",
                     "worker_listeners": [
-                        _listener(client_port, ["client"]),
+                        _listener(client_port, ["client", "metrics"]),
                         _listener(replication_port, ["replication"]),
                     ],
                 },
@@ -210,7 +218,7 @@ class Synapse:
 
     def _base_config(self) -> dict[str, Any]:
         listeners = [
-            _listener(int(self.client_url.rpartition(":")[2]), ["client"]),
+            _listener(int(self.client_url.rpartition(":")[2]), ["client", "metrics"]),
             _listener(self._federation_port, ["federation", "openid"], tls=True),
         ]
         if self.worker_ports:
@@ -219,6 +227,7 @@ class Synapse:
             "server_name": self.server_name,
             "public_baseurl": self.client_url,
             "report_stats": False,
+            "enable_metrics": True,
             "listeners": listeners,
             "database": self._database(),
             "log_config": "log.json",

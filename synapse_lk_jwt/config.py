@@ -25,6 +25,9 @@ T = TypeVar("T")
 
 DEFAULT_PATH_PREFIX = "/_synapse/client/livekit/jwt"
 
+# Where MSC4195's endpoints are, below `/_matrix/client/…` and `/_matrix/federation/…`.
+HOMESERVER_PREFIX = "rtc/livekit"
+
 # What Synapse serves itself outside of `/_matrix`. A module's resource replaces what is mounted at
 # the same path or below it.
 SYNAPSE_PATHS = (

@@ -77,6 +77,15 @@ class Action(Enum):
     """Send the leave now; OVER or NOT_SENT follows."""
 
 
+class Trigger(Enum):
+    """What made it clear that a leave must be sent."""
+
+    WEBHOOK = "webhook"
+    POLL = "poll"
+    GAVE_UP = "gave_up"
+    """The participant did not come up at all."""
+
+
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
 class Delegation:
     """What is known of one delegation. All times are milliseconds since the epoch.
@@ -162,6 +171,14 @@ def step(
         case Happened.DUE:
             return _due(d, now_ms)
     return d, Action.NOTHING
+
+
+def trigger(d: Delegation) -> Trigger:
+    """Why its leave is sent; `d` is the delegation as it was just ahead of that."""
+    if d.phase is Phase.WAITING:
+        return Trigger.GAVE_UP
+    # While somebody is connected only polls that miss them count.
+    return Trigger.POLL if d.tries else Trigger.WEBHOOK
 
 
 def _seen(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:

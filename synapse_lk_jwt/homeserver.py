@@ -6,11 +6,13 @@ against the oldest and the newest Synapse that is supported.
 """
 
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from inspect import signature
 from io import BytesIO
+from shlex import quote
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
@@ -36,6 +38,7 @@ from twisted.internet.defer import Deferred
 from twisted.web.client import HTTPConnectionPool
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
+from twisted.web.resource import Resource
 
 from synapse_lk_jwt.http import BoundedPool
 
@@ -74,6 +77,7 @@ class Homeserver:
 
     Attributes:
         server_name: the name in its users' IDs.
+        instance_name: the name of this process of it.
         clock: Synapse's clock; the package has no other.
         reactor: Synapse's reactor, real or of a test harness.
         http_client: Synapse's client for requests that are no federation.
@@ -83,6 +87,8 @@ class Homeserver:
         runs_background_tasks: whether this is the one process that does what must not be done by
             several.
         has_delayed_events: whether users may schedule delayed events (`max_event_delay_duration`).
+        config: Synapse's configuration, for `check/setup.py`.
+        check_command: a sentence that tells what to run to find out what is wrong.
     """
 
     def __init__(self, api: ModuleApi) -> None:
@@ -91,19 +97,17 @@ class Homeserver:
         self._hs: Any = api._hs
         self._store: Any = self._hs.get_datastores().main
         self.server_name: str = api.server_name
+        self.instance_name: str = self._hs.get_instance_name()
         self.clock: Any = self._hs.get_clock()
         self.reactor: ISynapseReactor = self._hs.get_reactor()
         self.http_client: SimpleHttpClient = api.http_client
         self.get_user_by_req = api.get_user_by_req
         self.run_db_interaction = api.run_db_interaction
         self.runs_background_tasks: bool = api.should_run_background_tasks()
-        config: Any = self._hs.config.server
-        self.has_delayed_events = bool(
-            # Synapse 1.140 has the second one only.
-            config.msc4140_enabled
-            if hasattr(config, "msc4140_enabled")
-            else config.max_event_delay_ms
-        )
+        self.config: Any = self._hs.config
+        self.has_delayed_events = has_delayed_events(self.config)
+        files = "".join(f" -c {quote(name)}" for name in self.config.config_files)
+        self.check_command = f"Run '{sys.executable} -m synapse_lk_jwt check{files}'"
         self._pool = BoundedPool(self.reactor, MAX_FEDERATION_ANSWER_BYTES)
 
     def is_mine(self, user_id: str) -> bool:
@@ -248,8 +252,9 @@ class Homeserver:
         func: Callable[[], Awaitable[None]],
         *,
         at_once: bool = False,
+        everywhere: bool = False,
     ) -> None:
-        """Calls a function again and again, on the process that runs background tasks only.
+        """Calls a function again and again, on the process that runs background tasks.
 
         Args:
             interval_ms: milliseconds between two calls, and ahead of the first. A call that takes
@@ -257,14 +262,17 @@ class Homeserver:
             desc: a name for Synapse's metrics and log.
             func: what to call.
             at_once: whether to call it for the first time as soon as Synapse is up.
+            everywhere: whether to do so on all processes.
         """
-        if not self.runs_background_tasks:
+        if not self.runs_background_tasks and not everywhere:
             return
 
         async def tidily() -> None:
             await self._tidily(desc, func)
 
-        self._api.looping_background_call(tidily, interval_ms, desc=desc)
+        self._api.looping_background_call(
+            tidily, interval_ms, desc=desc, run_on_all_instances=everywhere
+        )
         if at_once:
             self._api.delayed_background_call(min(interval_ms, 1000), tidily, desc=desc)
 
@@ -447,8 +455,7 @@ class Homeserver:
         if getattr(self._hs.config.experimental, "msc4512_enabled", False):
             for service in self._store.get_app_services():
                 claimed = service.proxy_prefix
-                # One of the two lies below the other.
-                if claimed and f"{prefix}/".startswith(f"{claimed}/"[: len(prefix) + 1]):
+                if claimed and overlap(prefix, claimed):
                     return f"the application service {service.id!r} claims {claimed}"
         try:
             from synapse.federation.transport.server import SERVLET_GROUPS as FEDERATION_GROUPS
@@ -459,6 +466,17 @@ class Homeserver:
         _put_first(CLIENT_GROUPS, _register_client_servlet)
         _put_first(FEDERATION_GROUPS, _FederationServlet)
         return None
+
+    def register_web_resource(self, path: str, resource: Resource) -> bool:
+        """Has Synapse serve a resource; returns False if another module has taken its path."""
+        self._api.register_web_resource(path, resource)
+        return self._hs._module_web_resources.get(path) is resource
+
+    @property
+    def transports(self) -> list[JsonDict]:
+        """What `rtc/transports` says; nothing if Synapse does not serve it."""
+        config = self._hs.config
+        return config.matrix_rtc.transports if config.experimental.msc4143_enabled else []
 
     def advertise(self, livekit_url: str | None, service_url: str) -> None:
         """Adds the service to `rtc/transports` (MSC4143) and `.well-known/matrix/client`.
@@ -486,6 +504,20 @@ class Homeserver:
         if isinstance(foci, list):
             well_known[key] = _with_livekit(".well-known", foci, _livekit(service_url))
             config.server.extra_well_known_client_content = well_known
+
+
+def overlap(prefix: str, other: str) -> bool:
+    """Whether one of two path prefixes lies below the other."""
+    return f"{prefix}/".startswith(f"{other}/"[: len(prefix) + 1])
+
+
+def has_delayed_events(config: Any) -> bool:
+    """Whether users may schedule delayed events, by Synapse's configuration."""
+    server = config.server
+    # Synapse 1.140 has the second one only.
+    if hasattr(server, "msc4140_enabled"):
+        return bool(server.msc4140_enabled)
+    return bool(server.max_event_delay_ms)
 
 
 def _on_pool(pool: HTTPConnectionPool, agent: Any) -> Any:

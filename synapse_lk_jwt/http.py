@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes from the network is bounded here: in time, in size and in what counts as JSON."""
 
-import json
 from collections.abc import Awaitable, Callable, Hashable, Iterable
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +11,7 @@ from synapse.logging.context import (
     make_deferred_yieldable,
     run_in_background,
 )
+from synapse.util.json import json_decoder
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import (
     IProtocol,
@@ -184,10 +184,6 @@ def parse_json(body: bytes) -> Any:
         ValueError: if it is anything else. The message is free of the input.
     """
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        return json_decoder.decode(body.decode("utf-8"))
     except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(name)

@@ -4,6 +4,7 @@
 import attr
 from synapse.types import get_domain_from_id
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.access import Access
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.sfu.names import livekit_room_name
@@ -73,7 +74,14 @@ class Issuer:
         ):
             raise NotInRoom()
 
-    async def issue(self, user_id: str, room_id: str, slot_id: str, identity: str) -> str:
+    async def issue(
+        self,
+        user_id: str,
+        room_id: str,
+        slot_id: str,
+        identity: str,
+        endpoint: metrics.Endpoint,
+    ) -> str:
         """Makes sure of the LiveKit room for those who may, and signs a token.
 
         Args:
@@ -81,6 +89,7 @@ class Issuer:
             room_id: the Matrix room.
             slot_id: the slot (MSC4143) in it.
             identity: the participant identity that the token is for.
+            endpoint: where it is asked for.
 
         Returns:
             The token, a JWT.
@@ -90,9 +99,10 @@ class Issuer:
         """
         server = get_domain_from_id(user_id)
         livekit_room = livekit_room_name(room_id, slot_id)
-        if self.access.has_full_access(server):
+        has_full_access = self.access.has_full_access(server)
+        if has_full_access:
             await self.rooms.make_sure_of(livekit_room, room_id)
-        return self.signer.participant_token(
+        token = self.signer.participant_token(
             identity,
             livekit_room,
             can_publish=self.access.can_publish(server),
@@ -100,3 +110,9 @@ class Issuer:
             attributes=self.sealer.seal(Owner(user_id, room_id, slot_id), identity),
             lifetime_ms=self.token_lifetime_ms,
         )
+        metrics.tokens.labels(
+            endpoint,
+            "local" if self.homeserver.is_mine(user_id) else "remote",
+            "full" if has_full_access else "restricted",
+        ).inc()
+        return token

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from livekit.protocol.models import ParticipantInfo
 from synapse.api.errors import SynapseError
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.delegation import Action, Happened
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.sfu.rooms import Listing, RoomService, SfuError
@@ -56,12 +57,17 @@ class DelayedLeaves:
         is_there, tasks = await self._store.take_on(
             user_id, room_id, livekit_room, identities, delay_id
         )
+        if tasks:
+            # It was not there before.
+            metrics.delegations_taken_on.inc()
         self.begin(tasks)
         return is_there
 
     def begin(self, tasks: Iterable[Task]) -> None:
         """Does what is to be done, without anybody waiting for it."""
         for task in tasks:
+            if task.trigger is not None:
+                metrics.leaves.labels(task.trigger.value).inc()
             do = self._send if task.action is Action.SEND else self._ask
             self._homeserver.run_in_background("synapse_lk_jwt_delegation", do, task)
 
@@ -125,12 +131,17 @@ class DelayedLeaves:
         except SynapseError as e:
             if 400 <= e.code < 500 and e.code != 429:
                 logger.info("The room does not take the delayed leave %s: %s", task.delay_id, e)
+                metrics.leave_failures.labels("refused").inc()
                 return Happened.OVER
             cause = str(e)
         except Exception as e:
             cause = f"{type(e).__name__}: {e}"
         else:
+            if task.gone_ms is not None:
+                taken_ms = self._homeserver.clock.time_msec() - task.gone_ms
+                metrics.leave_seconds.observe(max(0, taken_ms) / 1000)
             return Happened.OVER
+        metrics.leave_failures.labels("failed").inc()
         logger.warning("The delayed leave %s is tried again, it failed: %s", task.delay_id, cause)
         return Happened.NOT_SENT
 

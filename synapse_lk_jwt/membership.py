@@ -14,6 +14,7 @@ from livekit.protocol.models import ParticipantInfo
 from synapse.api.constants import EventTypes
 from synapse.util.async_helpers import concurrently_execute
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
 from synapse_lk_jwt.sfu.names import livekit_room_name, twin_of, user_of_device_identity
@@ -53,8 +54,9 @@ class Membership:
         self._position: int | None = None
         self._stored: int | None = None
         self._is_following = False
-        # Who is still to be looked for because the SFU did not do as it was told, by Matrix room.
-        self._left_over: dict[str, set[str]] = {}
+        # Who is still to be looked for because the SFU did not do as it was told, by Matrix room,
+        # and since when.
+        self._left_over: dict[str, dict[str, int]] = {}
         if homeserver.runs_background_tasks:
             homeserver.on_new_data(self._on_new_data)
             # What happened while this process was down.
@@ -70,16 +72,22 @@ class Membership:
 
     async def joined(self, livekit_room: str, participant: ParticipantInfo) -> None:
         """Looks at somebody who has just joined: their token may be older than their leave."""
+        now_ms = self._homeserver.clock.time_msec()
         owner = self.owner(livekit_room, participant)
         room_id = owner.room_id if owner else await self._store.room_of(livekit_room)
         if room_id is None:
             return
         # That has been logged, and the poll looks again.
         with suppress(SfuError):
-            await self.look(livekit_room, room_id, [participant])
+            await self.look(livekit_room, room_id, [participant], "joined", now_ms)
 
     async def look(
-        self, livekit_room: str, room_id: str, participants: Collection[ParticipantInfo]
+        self,
+        livekit_room: str,
+        room_id: str,
+        participants: Collection[ParticipantInfo],
+        cause: metrics.RemovalCause,
+        since_ms: int,
     ) -> None:
         """Removes those of the participants who would not get a token any more.
 
@@ -87,16 +95,18 @@ class Membership:
             livekit_room: the LiveKit room.
             room_id: the Matrix room.
             participants: as the SFU lists them.
+            cause: why they are looked at.
+            since_ms: since when there was a reason to, milliseconds since the epoch.
 
         Raises:
             SfuError: if the SFU could not be told.
         """
         unwanted = [
-            (participant, user_id)
+            (participant, user_id, since_ms)
             for participant, user_id in await self._users(livekit_room, participants)
             if not await self._may_be_in(user_id, room_id)
         ]
-        await self._remove(livekit_room, room_id, unwanted)
+        await self._remove(livekit_room, room_id, unwanted, cause)
 
     async def _users(
         self, livekit_room: str, participants: Iterable[ParticipantInfo]
@@ -130,18 +140,30 @@ class Membership:
         return True
 
     async def _remove(
-        self, livekit_room: str, room_id: str, unwanted: Iterable[tuple[ParticipantInfo, str]]
+        self,
+        livekit_room: str,
+        room_id: str,
+        unwanted: Iterable[tuple[ParticipantInfo, str, int]],
+        cause: metrics.RemovalCause,
     ) -> None:
-        """Removes participants, given with their users: all that can be, whatever one of them does.
+        """Removes participants: all that can be, whatever one of them does.
+
+        Args:
+            livekit_room: the LiveKit room.
+            room_id: the Matrix room.
+            unwanted: the participants, each with its user, and since when there is a reason.
+            cause: what that is.
 
         Raises:
             SfuError: if one of them could not be removed.
         """
         failure = None
-        for participant, user_id in unwanted:
+        for participant, user_id, since_ms in unwanted:
             try:
                 if await self._rooms.remove_participant(livekit_room, participant.identity):
                     logger.info("Removed %s from a call of %s", user_id, room_id)
+                    taken_ms = self._homeserver.clock.time_msec() - since_ms
+                    metrics.removal_seconds.labels(cause).observe(max(0, taken_ms) / 1000)
             except SfuError as e:
                 failure = e
         if failure is not None:
@@ -176,12 +198,13 @@ class Membership:
                 self._position = newest
         while self._position < newest:
             reached, changes = await self._homeserver.state_changes(self._position, newest)
-            changed: dict[str, set[str]] = {}
+            now_ms = self._homeserver.clock.time_msec()
+            changed: dict[str, dict[str, int]] = {}
             for room_id, event_type, state_key in changes:
                 if event_type == EventTypes.Member:
-                    changed.setdefault(room_id, set()).add(state_key)
+                    changed.setdefault(room_id, {})[state_key] = now_ms
                 elif event_type == EventTypes.ServerACL:
-                    changed.setdefault(room_id, set()).add(EVERYBODY)
+                    changed.setdefault(room_id, {})[EVERYBODY] = now_ms
             await self._deal_with(changed)
             self._position = reached
             newest = self._homeserver.stream_position()
@@ -197,14 +220,14 @@ class Membership:
             await self._store.set_position(self._position)
             self._stored = self._position
 
-    async def _deal_with(self, changed: Mapping[str, set[str]]) -> None:
+    async def _deal_with(self, changed: Mapping[str, Mapping[str, int]]) -> None:
         """Removes who is not in Matrix rooms any more, of those in which something has changed.
 
         What cannot be done now is done later: one call, or one node of the SFU, that does not do as
         it is told must not hold up all others.
 
         Args:
-            changed: users, or EVERYBODY, by Matrix room.
+            changed: users, or EVERYBODY, by Matrix room, and since when.
         """
         calls = await self._store.calls_in(changed.keys())
 
@@ -213,12 +236,14 @@ class Membership:
                 await self._deal_with_room(room_id, calls[room_id], changed[room_id])
             except SfuError:
                 # It has been logged.
-                self._left_over.setdefault(room_id, set()).update(changed[room_id])
+                # What has been left for longer keeps its time.
+                left_over = self._left_over.get(room_id, {})
+                self._left_over[room_id] = {**changed[room_id], **left_over}
 
         await concurrently_execute(deal_with, calls, CONCURRENT_ROOMS)
 
     async def _deal_with_room(
-        self, room_id: str, livekit_rooms: Collection[str], changed: Collection[str]
+        self, room_id: str, livekit_rooms: Collection[str], changed: Mapping[str, int]
     ) -> None:
         homeserver = self._homeserver
         if not await homeserver.is_in_room(homeserver.server_name, room_id):
@@ -234,10 +259,19 @@ class Membership:
         for livekit_room in livekit_rooms:
             try:
                 listing = await self._rooms.list_participants(livekit_room)
-                users = await self._users(livekit_room, listing.participants)
-                await self._remove(livekit_room, room_id, [u for u in users if u[1] in gone])
+                unwanted = [
+                    (participant, user_id, changed[user_id])
+                    for participant, user_id in await self._users(
+                        livekit_room, listing.participants
+                    )
+                    if user_id in gone
+                ]
+                await self._remove(livekit_room, room_id, unwanted, "left")
                 if EVERYBODY in changed:
-                    await self.look(livekit_room, room_id, listing.participants)
+                    since_ms = changed[EVERYBODY]
+                    await self.look(
+                        livekit_room, room_id, listing.participants, "server_acl", since_ms
+                    )
             except SfuError as e:
                 failure = e
         if failure is not None:

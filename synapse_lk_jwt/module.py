@@ -9,18 +9,23 @@ from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
 from synapse_lk_jwt.access import Access
-from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.check.setup import from_synapse
+from synapse_lk_jwt.check.start import StartChecks
+from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.membership import Membership
+from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.remote import RemoteSfus
 from synapse_lk_jwt.sfu.rooms import RoomService
 from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.sfu.tokens import TokenSigner
 from synapse_lk_jwt.store import Store
 from synapse_lk_jwt.watch import Watch
+from synapse_lk_jwt.web.check import CheckResource
+from synapse_lk_jwt.web.core import Core
 from synapse_lk_jwt.web.service import ServiceResource
 
 logger = logging.getLogger(__name__)
@@ -31,6 +36,7 @@ class LiveKitJwtModule:
 
     def __init__(self, config: LiveKitJwtConfig, api: ModuleApi) -> None:
         homeserver = Homeserver(api)
+        setup = from_synapse(homeserver.config, config)
         signer = TokenSigner(config.livekit_key, config.livekit_secret, homeserver.clock.time_msec)
         store = Store(homeserver)
         rooms = RoomService(homeserver, config.livekit_internal_url, signer, store.note_call)
@@ -49,31 +55,40 @@ class LiveKitJwtModule:
         )
         limits = Limits(homeserver, config.rc_token, config.rc_openid)
         leaves = DelayedLeaves(homeserver, store, rooms)
+        processes = Processes(homeserver, store)
         watch = Watch(
             homeserver,
             store,
             rooms,
             leaves,
             Membership(homeserver, store, rooms, issuer, sealer),
+            processes,
             config.sanity_check_interval_ms,
             note_owners=config.can_update_own_metadata,
         )
-        api.register_web_resource(
-            config.path_prefix,
-            ServiceResource(homeserver, issuer, limits, leaves, watch, config.livekit_url),
-        )
-        not_served = _serve_homeserver_endpoints(
-            homeserver, issuer, limits, leaves, config.livekit_url
-        )
+        core = Core(homeserver, issuer, limits, leaves, config.livekit_url)
+        not_served = _serve_homeserver_endpoints(core)
         if not_served is not None:
-            logger.warning("MSC4195's homeserver endpoints are not served: %s", not_served)
-        service_url = config.service_url or f"{api.public_baseurl.rstrip('/')}{config.path_prefix}"
+            logger.error(
+                "MSC4195's homeserver endpoints are not served: %s. %s",
+                not_served,
+                homeserver.check_command,
+            )
+        check = CheckResource(homeserver, issuer, processes, store, not_served)
+        service = ServiceResource(core, watch, processes, check)
+        if not homeserver.register_web_resource(config.path_prefix, service):
+            logger.error(
+                "Another module serves %s, or this one is listed twice: it is of no use here. %s",
+                config.path_prefix,
+                homeserver.check_command,
+            )
         if config.advertise:
             # Clients take `url` as a promise that the homeserver endpoints are there.
-            homeserver.advertise(None if not_served else config.livekit_url, service_url)
+            homeserver.advertise(None if not_served else config.livekit_url, setup.service_url)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        logger.info("Serving LiveKit access tokens at %s", service_url)
+        StartChecks(homeserver, setup)
+        logger.info("Serving LiveKit access tokens at %s", setup.service_url)
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> LiveKitJwtConfig:
@@ -85,13 +100,7 @@ class LiveKitJwtModule:
         return parse_config(config)
 
 
-def _serve_homeserver_endpoints(
-    homeserver: Homeserver,
-    issuer: Issuer,
-    limits: Limits,
-    leaves: DelayedLeaves,
-    livekit_url: str,
-) -> str | None:
+def _serve_homeserver_endpoints(core: Core) -> str | None:
     """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
     try:
         # They stand on Synapse's internals, without which the service endpoints do well.
@@ -102,16 +111,13 @@ def _serve_homeserver_endpoints(
         from synapse_lk_jwt.web.federation import GetTokenFederationServlet
     except ImportError as e:
         return f"this Synapse lacks what they stand on ({e})"
-    client: list[RestServlet] = [
-        GetTokenRestServlet(homeserver, issuer, limits, RemoteSfus(homeserver), livekit_url)
-    ]
+    homeserver = core.homeserver
+    client: list[RestServlet] = [GetTokenRestServlet(core, RemoteSfus(homeserver))]
     if homeserver.has_delayed_events:
         # Clients take any answer but 404 as a promise.
-        client.append(
-            DelegateDelayedLeaveRestServlet(homeserver, issuer, limits, leaves, livekit_url)
-        )
+        client.append(DelegateDelayedLeaveRestServlet(core))
     return homeserver.serve_below_matrix(
         client,
-        partial(GetTokenFederationServlet, issuer=issuer, limits=limits, livekit_url=livekit_url),
-        prefix="rtc/livekit",
+        partial(GetTokenFederationServlet, core=core),
+        prefix=HOMESERVER_PREFIX,
     )

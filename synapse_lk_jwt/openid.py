@@ -10,6 +10,7 @@ import logging
 
 import attr
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.http import parse_json, read_body, within
 from synapse_lk_jwt.identifiers import is_user_id
@@ -24,6 +25,10 @@ MAX_ANSWER_BYTES = 16 * 1024
 
 class InvalidToken(Exception):
     """The token proves nothing. The text says why, for the log alone."""
+
+    def __init__(self, cause: metrics.OpenIdCause, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -49,14 +54,21 @@ async def verify(homeserver: Homeserver, token: OpenIdToken) -> str:
         InvalidToken: if the token is unknown, expired or another server's, if the user must not
             use this homeserver any more, or if the other server gave no proper answer.
     """
-    if token.matrix_server_name == homeserver.server_name:
-        user_id = await homeserver.user_of_openid_token(token.access_token)
-        if user_id is None:
-            raise InvalidToken("unknown or expired")
-        if not await homeserver.is_active(user_id):
-            raise InvalidToken(f"{user_id} is deactivated, locked, suspended or erased")
-        return user_id
-    return await _ask(homeserver, token)
+    is_local = token.matrix_server_name == homeserver.server_name
+    look_up, where = (_look_up, "local") if is_local else (_ask, "remote")
+    with metrics.timing(metrics.openid_lookup_seconds.labels(where), homeserver.reactor):
+        return await look_up(homeserver, token)
+
+
+async def _look_up(homeserver: Homeserver, token: OpenIdToken) -> str:
+    user_id = await homeserver.user_of_openid_token(token.access_token)
+    if user_id is None:
+        raise InvalidToken("unknown", "unknown or expired")
+    if not await homeserver.is_active(user_id):
+        raise InvalidToken(
+            "inactive_user", f"{user_id} is deactivated, locked, suspended or erased"
+        )
+    return user_id
 
 
 async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
@@ -76,14 +88,18 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
     except Exception as e:
         # Whatever can go wrong on the way to a stranger is the client's problem, not ours. The
         # text of such an error may hold the URL and with it the token: its type must do.
-        raise InvalidToken(f"{server} could not be asked ({type(e).__name__})") from None
+        raise InvalidToken(
+            "unreachable", f"{server} could not be asked ({type(e).__name__})"
+        ) from None
+    if status in (401, 403):
+        raise InvalidToken("refused", f"{server} answered {status}")
     if status != 200:
-        raise InvalidToken(f"{server} answered {status}")
+        raise InvalidToken("bad_answer", f"{server} answered {status}")
     try:
         answer = parse_json(body)
     except ValueError:
-        raise InvalidToken(f"{server} did not answer with JSON") from None
+        raise InvalidToken("bad_answer", f"{server} did not answer with JSON") from None
     user_id = answer.get("sub") if isinstance(answer, dict) else None
     if not is_user_id(user_id, of_server=server):
-        raise InvalidToken(f"{server} did not answer with a user of its own")
+        raise InvalidToken("bad_answer", f"{server} did not answer with a user of its own")
     return user_id

@@ -9,6 +9,7 @@ from synapse.http.client import is_unknown_endpoint
 from synapse.types import JsonDict
 from synapse.util.caches.ttlcache import TTLCache
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.http import parse_json, read_body, within
 
@@ -87,6 +88,7 @@ class RemoteSfus:
             token = answer.get("jwt")
             if not isinstance(token, str) or not JWT.fullmatch(token):
                 raise RemoteFailure(f"{server_name} answered without a token")
+            metrics.remote_tokens.inc()
             return token
         for refusal in ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM")):
             if refusal == (status, answer.get("errcode")):

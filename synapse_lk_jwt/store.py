@@ -17,7 +17,16 @@ from synapse.storage.engines import PostgresEngine, Sqlite3Engine
 from synapse.storage.engines._base import IsolationLevel
 from synapse.types import JsonDict
 
-from synapse_lk_jwt.delegation import Action, Delegation, Happened, Phase, step, take_on
+from synapse_lk_jwt.delegation import (
+    Action,
+    Delegation,
+    Happened,
+    Phase,
+    Trigger,
+    step,
+    take_on,
+    trigger,
+)
 from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
 from synapse_lk_jwt.sfu.seal import Owner
 
@@ -78,6 +87,17 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX synapse_lk_jwt_identities_delay ON synapse_lk_jwt_identities (delay_id)",
         "CREATE TABLE synapse_lk_jwt_stream (position BIGINT NOT NULL)",
     ),
+    (
+        """
+        CREATE TABLE synapse_lk_jwt_processes (
+            instance TEXT NOT NULL PRIMARY KEY,
+            is_background BOOLEAN NOT NULL,
+            seen_ms BIGINT NOT NULL,
+            webhook_ms BIGINT NOT NULL,
+            refused_ms BIGINT NOT NULL
+        )
+        """,
+    ),
 )
 
 # How many delegations one transaction deals with.
@@ -95,6 +115,9 @@ class Task:
         identities: the participant identities that it follows.
         is_connected: whether one of them has been seen.
         leave: the event to send.
+        trigger: why, if that has just been decided.
+        gone_ms: when there was the first sign that the participant is gone, if the leave is to be
+            sent; milliseconds since the epoch.
     """
 
     action: Action
@@ -103,6 +126,8 @@ class Task:
     identities: frozenset[str]
     is_connected: bool
     leave: JsonDict | None
+    trigger: Trigger | None = None
+    gone_ms: int | None = None
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -122,6 +147,25 @@ class Tracked:
     is_connected: bool
     is_settled: bool
     identities: dict[str, str | None]
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Process:
+    """One of Synapse's processes that has loaded the module. Times are milliseconds, 0 for never.
+
+    Attributes:
+        instance: its name.
+        is_background: whether it runs background tasks.
+        seen_ms: when it was there.
+        webhook_ms: when LiveKit told it something.
+        refused_ms: when somebody did, with another signature.
+    """
+
+    instance: str
+    is_background: bool
+    seen_ms: int
+    webhook_ms: int
+    refused_ms: int
 
 
 class Store:
@@ -467,6 +511,16 @@ class Store:
 
         return await self._run("tracked", tracked)
 
+    async def count_delegations(self) -> dict[Phase, int]:
+        """How many delegations there are in each phase."""
+
+        def count(txn: LoggingTransaction) -> dict[Phase, int]:
+            txn.execute("SELECT phase, COUNT(*) FROM synapse_lk_jwt_delegations GROUP BY phase")
+            found = {Phase(phase): int(number) for phase, number in txn}
+            return {phase: found.get(phase, 0) for phase in Phase}
+
+        return await self._run("count_delegations", count)
+
     def _advance(
         self,
         txn: LoggingTransaction,
@@ -521,6 +575,7 @@ class Store:
             # It was sent, or cancelled, and there is nothing to wait for any more.
             happened = Happened.OVER
         now_ms = self._homeserver.clock.time_msec()
+        why = None
         after, action = step(before, happened, now_ms, asked_ms)
         if action is Action.RESTART:
             if not self._homeserver.restart_delayed_event(txn, delay_id, user_id):
@@ -531,7 +586,12 @@ class Store:
             if event is None or not self._homeserver.remove_delayed_event(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING
             else:
-                leave = {"event": event.event, "since": self._homeserver.newest_event(txn)}
+                why = trigger(before)
+                leave = {
+                    "event": event.event,
+                    "since": self._homeserver.newest_event(txn),
+                    "gone_ms": before.doubted_ms or now_ms,
+                }
         if after is None:
             self._delete(txn, delay_id)
         elif after != before:
@@ -550,6 +610,8 @@ class Store:
             frozenset(self._identities(txn, delay_id)),
             before.phase is not Phase.WAITING,
             leave["event"] if leave else None,
+            why,
+            leave.get("gone_ms") if leave else None,
         )
 
     def _identities(self, txn: LoggingTransaction, delay_id: str) -> dict[str, str | None]:
@@ -561,6 +623,39 @@ class Store:
     def _delete(self, txn: LoggingTransaction, delay_id: str) -> None:
         for table in ("delegations", "identities"):
             txn.execute(f"DELETE FROM synapse_lk_jwt_{table} WHERE delay_id = ?", (delay_id,))
+
+    # Which processes there are
+
+    async def note_process(self, process: Process, forget_ms: int) -> None:
+        """Notes what is known of a process, and forgets those not seen since some time."""
+
+        def note(txn: LoggingTransaction) -> None:
+            txn.execute("DELETE FROM synapse_lk_jwt_processes WHERE seen_ms < ?", (forget_ms,))
+            txn.execute(
+                "INSERT INTO synapse_lk_jwt_processes AS old"
+                " (instance, is_background, seen_ms, webhook_ms, refused_ms)"
+                " VALUES (?, ?, ?, ?, ?) ON CONFLICT (instance) DO UPDATE SET"
+                " is_background = EXCLUDED.is_background, seen_ms = EXCLUDED.seen_ms,"
+                # A process that has just been started was told something before that.
+                " webhook_ms = CASE WHEN EXCLUDED.webhook_ms > old.webhook_ms"
+                " THEN EXCLUDED.webhook_ms ELSE old.webhook_ms END,"
+                " refused_ms = CASE WHEN EXCLUDED.refused_ms > old.refused_ms"
+                " THEN EXCLUDED.refused_ms ELSE old.refused_ms END",
+                attr.astuple(process),
+            )
+
+        await self._run("note_process", note)
+
+    async def processes(self) -> list[Process]:
+        """All processes that were noted."""
+
+        def processes(txn: LoggingTransaction) -> list[Process]:
+            columns = ", ".join(field.name for field in attr.fields(Process))
+            txn.execute(f"SELECT {columns} FROM synapse_lk_jwt_processes")
+            # SQLite has no booleans.
+            return [Process(name, bool(is_background), *ms) for name, is_background, *ms in txn]
+
+        return await self._run("processes", processes)
 
     # How far the event stream has been followed
 

@@ -6,17 +6,20 @@ somebody is gone. The poll finds out what no webhook has told.
 """
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 
-from livekit.protocol.models import DisconnectReason, ParticipantInfo
+from livekit.protocol.models import DisconnectReason
 from livekit.protocol.webhook import WebhookEvent
 from synapse.util.async_helpers import concurrently_execute
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.identifiers import is_clean
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.membership import Membership
+from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.rooms import Listing, NoNode, RoomService, SfuError
 from synapse_lk_jwt.store import Store, Tracked
 
@@ -53,6 +56,7 @@ class Watch:
         rooms: RoomService,
         leaves: DelayedLeaves,
         membership: Membership,
+        processes: Processes,
         interval_ms: int,
         *,
         note_owners: bool,
@@ -64,6 +68,7 @@ class Watch:
             rooms: the SFU.
             leaves: told who has come and gone.
             membership: told who has come.
+            processes: told when those who are in calls have joined.
             interval_ms: milliseconds between two polls, 0 for none.
             note_owners: whether participants can change what the SFU says of them.
         """
@@ -72,6 +77,7 @@ class Watch:
         self._rooms = rooms
         self._leaves = leaves
         self._membership = membership
+        self._processes = processes
         self._note_owners = note_owners
         # LiveKit rooms with somebody in them at the last poll.
         self._occupied: set[str] = set()
@@ -118,17 +124,21 @@ class Watch:
             return
         self._is_polling = True
         try:
+            await self._poll()
+        except SfuError:
             # That has been logged, and tells nothing of anybody.
-            with suppress(SfuError):
-                await self._poll()
+            metrics.nobody_knows()
         finally:
             self._is_polling = False
 
     async def _poll(self) -> None:
+        for phase, number in (await self._store.count_delegations()).items():
+            metrics.delegations.labels(phase.value).set(number)
         tracked: dict[str, list[Tracked]] = {}
         for delegation in await self._store.tracked():
             tracked.setdefault(delegation.livekit_room, []).append(delegation)
         if self._is_off and not tracked and not await self._store.calls():
+            self._note({})
             return
         asked_ms = self._homeserver.clock.time_msec()
         there = {room.name: room.num_participants > 0 for room in await self._rooms.list_rooms()}
@@ -141,6 +151,9 @@ class Watch:
         # there a moment ago.
         looked_at = {name for name, is_occupied in there.items() if is_occupied or name in tracked}
         occupied = set()
+        joined_sec: list[int] = []
+        # How many participants there are in our own rooms.
+        numbers: dict[str, float] = {}
         without_node = set()
 
         async def look(livekit_room: str) -> None:
@@ -150,12 +163,16 @@ class Watch:
                 if isinstance(e, NoNode):
                     without_node.add(livekit_room)
                 occupied.update(self._occupied & {livekit_room})
+                numbers[livekit_room] = math.nan
                 return
             await self._leaves.polled(tracked.get(livekit_room, ()), listing)
             if listing.participants:
                 occupied.add(livekit_room)
+                joined_sec.extend(participant.joined_at for participant in listing.participants)
+                if livekit_room in calls:
+                    numbers[livekit_room] = len(listing.participants)
                 with suppress(SfuError):
-                    await self._look(livekit_room, calls.get(livekit_room), listing.participants)
+                    await self._look(livekit_room, calls.get(livekit_room), listing)
 
         await concurrently_execute(look, looked_at, CONCURRENT_ROOMS)
         for livekit_room in tracked.keys() - there.keys():
@@ -168,7 +185,15 @@ class Watch:
             CONCURRENT_ROOMS,
         )
         self._occupied, self._without_node = occupied, without_node
+        await self._processes.look(joined_sec)
         await self._store.forget_calls(calls.keys() - there.keys(), FORGET_CALLS_MS)
+        self._note(numbers)
+
+    def _note(self, numbers: Mapping[str, float]) -> None:
+        """Tells the metrics how many participants a poll has found in each room."""
+        metrics.rooms.set(len(numbers))
+        metrics.participants.set(sum(numbers.values()))
+        metrics.last_poll.set(self._homeserver.clock.time())
 
     async def _make_again(
         self,
@@ -193,12 +218,10 @@ class Watch:
             await self._rooms.make_sure_of(livekit_room, room_id)
             logger.info("LiveKit has lost a call of %s: made it again", room_id)
 
-    async def _look(
-        self, livekit_room: str, room_id: str | None, participants: Collection[ParticipantInfo]
-    ) -> None:
+    async def _look(self, livekit_room: str, room_id: str | None, listing: Listing) -> None:
         """Looks at those who are in one room, and notes who joined without a webhook."""
         noted = await self._store.owners(livekit_room) if self._note_owners else {}
-        for participant in participants:
+        for participant in listing.participants:
             is_new = self._note_owners and participant.identity not in noted
             if (room_id is None or is_new) and is_clean(participant.identity):
                 owner = self._membership.owner(livekit_room, participant)
@@ -212,4 +235,6 @@ class Watch:
                         note_owner=self._note_owners,
                     )
         if room_id is not None:
-            await self._membership.look(livekit_room, room_id, participants)
+            await self._membership.look(
+                livekit_room, room_id, listing.participants, "poll", listing.asked_ms
+            )

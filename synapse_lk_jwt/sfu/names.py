@@ -19,6 +19,9 @@ DEFAULT_SLOT = "m.call#ROOM"
 # LiveKit refuses longer ones.
 MAX_IDENTITY_BYTES = 256
 
+# The names of LiveKit rooms that are of no call begin so: the checks make them up.
+CHECK_ROOM = "synapse-lk-jwt-check-"
+
 # A device that begins with digits and a colon gets no token: these are the port of the server.
 _DEVICE_IDENTITY = re.compile(
     r"(@[^:]*:(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::[0-9]+(?=:))?):.*", re.DOTALL

@@ -30,6 +30,7 @@ from synapse.util.caches.response_cache import ResponseCacheContext
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.http_headers import Headers
 
+from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.http import BodyTooLarge, TimedOut, read_body, within
 from synapse_lk_jwt.sfu.tokens import TokenSigner
@@ -55,9 +56,16 @@ REMEMBER_MS = 10_000
 class SfuError(Exception):
     """The SFU did not do what it was asked. The text names the cause, for the log alone."""
 
+    def __init__(self, text: str = "", cause: metrics.SfuCause = "not_livekit") -> None:
+        super().__init__(text)
+        self.cause = cause
+
 
 class Refused(SfuError):
     """It is LiveKit, and it does not do this one thing."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text, "refused")
 
 
 class NotFound(Refused):
@@ -110,6 +118,8 @@ class RoomService:
         # The last answers, for those who were waiting meanwhile.
         self._listed: dict[str, Listing] = {}
         self._trouble: str | None = None
+        # The LiveKit rooms that are being asked for.
+        self._creating: set[str] = set()
         # Why the SFU did not do something lately, by method.
         self._refused: dict[str, str] = {}
 
@@ -127,9 +137,19 @@ class RoomService:
         Raises:
             SfuError: if LiveKit refuses, or does not answer within ten seconds.
         """
-        await self._rooms.wrap(
-            livekit_room, self._create, livekit_room, room_id, cache_context=True
-        )
+        how = "shared" if livekit_room in self._creating else "remembered"
+
+        async def create(cache_context: ResponseCacheContext[str]) -> None:
+            nonlocal how
+            how = "asked"
+            self._creating.add(livekit_room)
+            try:
+                await self._create(livekit_room, room_id, cache_context)
+            finally:
+                self._creating.discard(livekit_room)
+
+        await self._rooms.wrap(livekit_room, create, cache_context=True)
+        metrics.rooms_ensured.labels(how).inc()
 
     def forget(self, livekit_room: str) -> None:
         """Forgets that a LiveKit room exists, because somebody has seen it go."""
@@ -293,35 +313,46 @@ class RoomService:
                 return await post()
 
         try:
-            result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
+            with metrics.timing(
+                metrics.sfu_request_seconds.labels(method), self._homeserver.reactor
+            ):
+                result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
         except expected:
             self._succeeded(method)
             raise
         except Refused as e:
+            metrics.sfu_failures.labels(method, e.cause).inc()
             if self._refused.get(method) != str(e):
                 self._refused[method] = str(e)
                 logger.error("LiveKit at %s does not do %s: %s", self._api_url, method, e)
             raise
         except SfuError as e:
-            raise self._failed(str(e)) from None
+            raise self._failed(method, e.cause, str(e)) from None
         except TimedOut:
-            raise self._failed(f"no answer within {TIMEOUT_SEC} s") from None
+            text = f"no answer within {TIMEOUT_SEC} s"
+            raise self._failed(method, "timeout", text) from None
         except BodyTooLarge:
-            raise self._failed("its answer is endless; is this LiveKit's API?") from None
+            text = "its answer is endless; is this LiveKit's API?"
+            raise self._failed(method, "not_livekit", text) from None
         except (ConnectError, DNSLookupError) as e:
-            raise self._failed(f"no connection: {e}") from None
+            raise self._failed(method, "no_connection", f"no connection: {e}") from None
         except Exception as e:
-            raise self._failed(f"the connection broke: {type(e).__name__}: {e}") from None
+            text = f"the connection broke: {type(e).__name__}: {e}"
+            raise self._failed(method, "no_connection", text) from None
         self._succeeded(method)
         return result
 
-    def _failed(self, cause: str) -> SfuError:
-        if cause != self._trouble:
-            self._trouble = cause
+    def _failed(self, method: str, cause: metrics.SfuCause, text: str) -> SfuError:
+        metrics.sfu_failures.labels(method, cause).inc()
+        if text != self._trouble:
+            self._trouble = text
             logger.error(
-                "LiveKit at %s cannot be used, calls cannot be started: %s", self._api_url, cause
+                "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
+                self._api_url,
+                text,
+                self._homeserver.check_command,
             )
-        return SfuError(cause)
+        return SfuError(text, cause)
 
     def _succeeded(self, method: str) -> None:
         self._refused.pop(method, None)
@@ -344,7 +375,10 @@ def _decode(status: int, content_type: str, body: bytes, answer: type[M], token:
             raise SfuError("its answer cannot be read; is this LiveKit's API?") from None
     if status in (401, 403):
         # LiveKit's text quotes the token.
-        raise SfuError(f"it refuses livekit_key and livekit_secret ({status}): are they LiveKit's?")
+        raise SfuError(
+            f"it refuses livekit_key and livekit_secret ({status}): are they LiveKit's?",
+            "unauthorized",
+        )
     if content_type.startswith("text/html"):
         raise SfuError(f"a web page ({status}) answers; does a proxy stand in front of it?")
     try:

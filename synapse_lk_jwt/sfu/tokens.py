@@ -18,6 +18,8 @@ import jwt
 from livekit.api import VideoGrants
 from livekit.api.access_token import Claims
 
+from synapse_lk_jwt import metrics
+
 # Long enough for the one request that it is made for, and for clocks that are a little apart.
 API_TOKEN_LIFETIME_SEC = 60
 
@@ -27,6 +29,10 @@ LEEWAY_SEC = 60
 
 class InvalidSignature(Exception):
     """A webhook is not LiveKit's. The text says why, for the log alone."""
+
+    def __init__(self, cause: metrics.WebhookCause, text: str) -> None:
+        super().__init__(text)
+        self.cause = cause
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -108,19 +114,19 @@ class TokenSigner:
             )
         except (jwt.InvalidTokenError, ValueError) as e:
             # Some of PyJWT's messages quote the token.
-            raise InvalidSignature(type(e).__name__) from None
+            raise InvalidSignature("bad_signature", type(e).__name__) from None
         now = self.time_msec() / 1000
         try:
             is_current = claims.get("nbf", 0) - LEEWAY_SEC <= now <= claims["exp"] + LEEWAY_SEC
         except TypeError:
             is_current = False
         if not is_current:
-            raise InvalidSignature("it is too old, or the clocks are apart")
+            raise InvalidSignature("wrong_time", "it is too old, or the clocks are apart")
         digest = b64encode(hashlib.sha256(body).digest())
         if not hmac.compare_digest(
             str(claims.get("sha256", "")).encode("utf-8", "replace"), digest
         ):
-            raise InvalidSignature("it is for another body")
+            raise InvalidSignature("wrong_body", "it is for another body")
 
     def _sign(self, claims: dict[str, Any], lifetime_sec: int, identity: str) -> str:
         now = self.time_msec() // 1000

@@ -10,9 +10,7 @@ from synapse.module_api import Requester
 from synapse.types import JsonDict
 
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.issuer import Issuer, NotInRoom
-from synapse_lk_jwt.leaves import DelayedLeaves
-from synapse_lk_jwt.limits import Limits
+from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.remote import RemoteSfus
 from synapse_lk_jwt.sfu.names import (
     device_identity,
@@ -21,7 +19,13 @@ from synapse_lk_jwt.sfu.names import (
     member_identity,
 )
 from synapse_lk_jwt.web.answers import respond
-from synapse_lk_jwt.web.errors import as_matrix_errors, check_url, no_such_delayed_event
+from synapse_lk_jwt.web.core import Core
+from synapse_lk_jwt.web.errors import (
+    as_matrix_errors,
+    check_url,
+    counts_refusals,
+    no_such_delayed_event,
+)
 from synapse_lk_jwt.web.requests import (
     HomeserverDelegateRequest,
     HomeserverGetTokenRequest,
@@ -61,42 +65,35 @@ class GetTokenRestServlet(RestServlet):
     PATTERNS = _patterns("get_token")
     CATEGORY = "MatrixRTC requests"
 
-    def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        limits: Limits,
-        remote_sfus: RemoteSfus,
-        livekit_url: str,
-    ) -> None:
+    def __init__(self, core: Core, remote_sfus: RemoteSfus) -> None:
         super().__init__()
-        self._homeserver = homeserver
-        self._issuer = issuer
-        self._limits = limits
+        self._core = core
         self._remote_sfus = remote_sfus
-        self._livekit_url = livekit_url
 
+    @counts_refusals("client_get_token")
     async def on_POST(self, request: SynapseRequest) -> None:
         """Handles a request."""
-        requester = await _requester(self._homeserver, request)
+        requester = await _requester(self._core.homeserver, request)
         user_id = requester.user.to_string()
         body = HomeserverGetTokenRequest.from_json(read_json_object(request))
-        await self._limits.ask_for_token(user_id, body.room_id)
+        await self._core.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
-            await self._issuer.check_membership(user_id, body.room_id, strict=True)
-            if body.server_name in (None, self._homeserver.server_name):
-                check_url(body.url, self._livekit_url)
+            await self._core.issuer.check_membership(user_id, body.room_id, strict=True)
+            if body.server_name in (None, self._core.homeserver.server_name):
+                check_url(body.url, self._core.livekit_url)
                 identity = member_identity(user_id, body.member_id)
-                token = await self._issuer.issue(user_id, body.room_id, body.slot_id, identity)
+                token = await self._core.issuer.issue(
+                    user_id, body.room_id, body.slot_id, identity, "client_get_token"
+                )
             else:
                 token = await self._ask(body.server_name, user_id, body)
         respond(request, 200, {"jwt": token})
 
     async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
         room_id = body.room_id
-        if not await self._homeserver.is_in_room(
+        if not await self._core.homeserver.is_in_room(
             server_name, room_id
-        ) and not await self._homeserver.has_partial_state(room_id):
+        ) and not await self._core.homeserver.has_partial_state(room_id):
             raise NotInRoom()
         # What is signed is what was checked, and nothing else that a client sent.
         return await self._remote_sfus.get_token(
@@ -129,30 +126,20 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
     PATTERNS = _patterns("delegate_delayed_leave")
     CATEGORY = "MatrixRTC requests"
 
-    def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        limits: Limits,
-        leaves: DelayedLeaves,
-        livekit_url: str,
-    ) -> None:
+    def __init__(self, core: Core) -> None:
         super().__init__()
-        self._homeserver = homeserver
-        self._issuer = issuer
-        self._limits = limits
-        self._leaves = leaves
-        self._livekit_url = livekit_url
+        self._core = core
 
+    @counts_refusals("client_delegate_delayed_leave")
     async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         """Handles a request."""
-        requester = await _requester(self._homeserver, request)
+        requester = await _requester(self._core.homeserver, request)
         user_id = requester.user.to_string()
         body = HomeserverDelegateRequest.from_json(read_json_object(request))
-        await self._limits.ask_for_token(user_id, body.room_id)
+        await self._core.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
-            await self._issuer.check_membership(user_id, body.room_id, strict=True)
-        check_url(body.url, self._livekit_url)
+            await self._core.issuer.check_membership(user_id, body.room_id, strict=True)
+        check_url(body.url, self._core.livekit_url)
         identities = [member_identity(user_id, body.member_id)]
         if requester.device_id is not None:
             # The client may have joined with a token of the service endpoints.
@@ -161,7 +148,7 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
                 device_member_identity(user_id, requester.device_id, body.member_id),
             ]
         livekit_room = livekit_room_name(body.room_id, body.slot_id)
-        if not await self._leaves.take_on(
+        if not await self._core.leaves.take_on(
             user_id, body.room_id, livekit_room, identities, body.delay_id
         ):
             raise no_such_delayed_event()

@@ -7,10 +7,9 @@ from synapse.api.errors import Codes, SynapseError
 from synapse.federation.transport.server._base import BaseFederationServlet
 from synapse.types import JsonDict, get_domain_from_id
 
-from synapse_lk_jwt.issuer import Issuer
-from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.sfu.names import member_identity
-from synapse_lk_jwt.web.errors import as_matrix_errors, check_url
+from synapse_lk_jwt.web.core import Core
+from synapse_lk_jwt.web.errors import as_matrix_errors, check_url, counts_refusals
 from synapse_lk_jwt.web.requests import FederationGetTokenRequest, Fields
 
 
@@ -33,12 +32,11 @@ class GetTokenFederationServlet(BaseFederationServlet):
     PATH = "/rtc/livekit/get_token"
     CATEGORY = "Federation requests"
 
-    def __init__(self, issuer: Issuer, limits: Limits, livekit_url: str, **kwargs: Any) -> None:
+    def __init__(self, core: Core, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._issuer = issuer
-        self._limits = limits
-        self._livekit_url = livekit_url
+        self._core = core
 
+    @counts_refusals("federation_get_token")
     async def on_POST(
         self, origin: str, content: JsonDict, query: dict[bytes, list[bytes]]
     ) -> tuple[int, JsonDict]:
@@ -46,10 +44,12 @@ class GetTokenFederationServlet(BaseFederationServlet):
         body = FederationGetTokenRequest.from_json(Fields(content))
         if get_domain_from_id(body.user_id) != origin:
             raise SynapseError(403, "The user is not one of yours", Codes.FORBIDDEN)
-        await self._limits.ask_for_token(body.user_id, body.room_id)
+        await self._core.limits.ask_for_token(body.user_id, body.room_id)
         with as_matrix_errors():
-            await self._issuer.check_membership(body.user_id, body.room_id, strict=True)
-            check_url(body.url, self._livekit_url)
+            await self._core.issuer.check_membership(body.user_id, body.room_id, strict=True)
+            check_url(body.url, self._core.livekit_url)
             identity = member_identity(body.user_id, body.member_id)
-            token = await self._issuer.issue(body.user_id, body.room_id, body.slot_id, identity)
+            token = await self._core.issuer.issue(
+                body.user_id, body.room_id, body.slot_id, identity, "federation_get_token"
+            )
         return 200, {"jwt": token}

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 
 from google.protobuf.json_format import Parse, ParseError
 from livekit.protocol.webhook import WebhookEvent
-from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
-from synapse.http.server import DirectServeJsonResource, UnrecognizedRequestResource
+from synapse.api.errors import Codes, SynapseError
+from synapse.http.server import UnrecognizedRequestResource
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict
 from twisted.web.resource import Resource
-from twisted.web.server import Request
 
-from synapse_lk_jwt import openid
+from synapse_lk_jwt import metrics, openid
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.issuer import Issuer
-from synapse_lk_jwt.leaves import DelayedLeaves
-from synapse_lk_jwt.limits import Limits
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.names import (
     MAX_IDENTITY_BYTES,
     device_identity,
@@ -27,8 +24,10 @@ from synapse_lk_jwt.sfu.names import (
 )
 from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.watch import Watch
-from synapse_lk_jwt.web.answers import respond
-from synapse_lk_jwt.web.errors import as_matrix_errors, no_such_delayed_event
+from synapse_lk_jwt.web.check import CheckResource
+from synapse_lk_jwt.web.core import Core
+from synapse_lk_jwt.web.endpoint import Endpoint
+from synapse_lk_jwt.web.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
     SfuGetRequest,
@@ -47,77 +46,47 @@ class ServiceResource(UnrecognizedRequestResource):
     """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
 
     def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        limits: Limits,
-        leaves: DelayedLeaves,
-        watch: Watch,
-        livekit_url: str,
+        self, core: Core, watch: Watch, processes: Processes, check: CheckResource
     ) -> None:
         Resource.__init__(self)
-        core = (homeserver, issuer, limits, leaves, livekit_url)
+        homeserver = core.homeserver
         sfu = UnrecognizedRequestResource()
-        sfu.putChild(b"get", SfuGetResource(*core))
+        sfu.putChild(b"get", SfuGetResource(core))
         self.putChild(b"sfu", sfu)
-        self.putChild(b"get_token", GetTokenResource(*core))
+        self.putChild(b"get_token", GetTokenResource(core))
         if homeserver.has_delayed_events:
             # Clients take any answer but 404 as a promise.
-            self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(*core))
-        self.putChild(b"sfu_webhook", SfuWebhookResource(homeserver, issuer.signer, watch))
+            self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(core))
+        self.putChild(
+            b"sfu_webhook", SfuWebhookResource(homeserver, core.issuer.signer, watch, processes)
+        )
+        self.putChild(b"check", check)
         self.putChild(b"healthz", HealthResource(homeserver))
 
 
-class _Endpoint(DirectServeJsonResource):
-    """One path with one verb."""
-
-    METHODS: tuple[bytes, ...] = (b"POST",)
-
-    def __init__(self, homeserver: Homeserver) -> None:
-        super().__init__(clock=homeserver.clock)
-        self._homeserver = homeserver
-
-    async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
-        # Synapse finds the handler by the verb's name, and any string can be a verb.
-        if request.method not in self.METHODS:
-            raise UnrecognizedRequestError(code=405)
-        return await super()._async_render(request)
-
-    def _send_response(self, request: SynapseRequest, code: int, response_object: JsonDict) -> None:
-        respond(request, code, response_object)
-
-    def getChild(self, path: bytes, request: Request) -> Resource:
-        return UnrecognizedRequestResource()
-
-
-class _TokenEndpoint(_Endpoint):
+class _TokenEndpoint(Endpoint):
     """Verifies OpenID tokens and hands out LiveKit tokens."""
 
-    def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        limits: Limits,
-        leaves: DelayedLeaves,
-        livekit_url: str,
-    ) -> None:
-        super().__init__(homeserver)
-        self._issuer = issuer
-        self._limits = limits
-        self._leaves = leaves
-        self._livekit_url = livekit_url
+    def __init__(self, core: Core) -> None:
+        super().__init__(core.homeserver)
+        self._core = core
 
     async def _verify(
         self, request: SynapseRequest, token: OpenIdToken, claimed_user_id: str | None = None
     ) -> str:
         """The user that a token proves; the client is not told what is wrong with a token."""
-        if token.matrix_server_name != self._homeserver.server_name:
-            await self._limits.ask_other_server(request.get_client_ip_if_available())
+        is_local = token.matrix_server_name == self._homeserver.server_name
+        if not is_local:
+            await self._core.limits.ask_other_server(request.get_client_ip_if_available())
         try:
             user_id = await openid.verify(self._homeserver, token)
             if claimed_user_id not in (None, user_id):
-                raise InvalidToken(f"it is of {user_id!r} and not of {claimed_user_id!r}")
+                raise InvalidToken(
+                    "other_user", f"it is of {user_id!r} and not of {claimed_user_id!r}"
+                )
         except InvalidToken as e:
+            where = "local" if is_local else "remote"
+            metrics.openid_failures.labels(where, e.cause).inc()
             logger.info("Refused an OpenID token of %s: %s", token.matrix_server_name, e)
             raise SynapseError(401, "The OpenID token is not valid", Codes.UNAUTHORIZED) from None
         return user_id
@@ -128,18 +97,24 @@ class _TokenEndpoint(_Endpoint):
             raise bad_json("delay_id", "is for users of this homeserver only")
 
     async def _check(self, user_id: str, room_id: str) -> None:
-        await self._limits.ask_for_token(user_id, room_id)
+        await self._core.limits.ask_for_token(user_id, room_id)
         with as_matrix_errors():
-            await self._issuer.check_membership(user_id, room_id)
+            await self._core.issuer.check_membership(user_id, room_id)
 
     async def _delegate(
         self, user_id: str, room_id: str, slot_id: str, identities: Sequence[str], delay_id: str
     ) -> bool:
         livekit_room = livekit_room_name(room_id, slot_id)
-        return await self._leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
+        return await self._core.leaves.take_on(user_id, room_id, livekit_room, identities, delay_id)
 
     async def _answer(
-        self, user_id: str, room_id: str, slot_id: str, identity: str, delay_id: str | None
+        self,
+        user_id: str,
+        room_id: str,
+        slot_id: str,
+        identity: str,
+        delay_id: str | None,
+        endpoint: metrics.Endpoint,
     ) -> tuple[int, JsonDict]:
         await self._check(user_id, room_id)
         if delay_id is not None and self._homeserver.has_delayed_events:
@@ -147,8 +122,8 @@ class _TokenEndpoint(_Endpoint):
             # event is not there any more is served all the same.
             await self._delegate(user_id, room_id, slot_id, [identity], delay_id)
         with as_matrix_errors():
-            token = await self._issuer.issue(user_id, room_id, slot_id, identity)
-        return 200, {"url": self._livekit_url, "jwt": token}
+            token = await self._core.issuer.issue(user_id, room_id, slot_id, identity, endpoint)
+        return 200, {"url": self._core.livekit_url, "jwt": token}
 
 
 class SfuGetResource(_TokenEndpoint):
@@ -163,6 +138,7 @@ class SfuGetResource(_TokenEndpoint):
     }
     """
 
+    @counts_refusals("sfu_get")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = SfuGetRequest.from_json(read_json_object(request))
         user_id = await self._verify(request, body.openid_token)
@@ -170,7 +146,9 @@ class SfuGetResource(_TokenEndpoint):
         if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
             raise bad_json("device_id", "is too long")
         self._check_may_delegate(user_id, body.delay_id)
-        return await self._answer(user_id, body.room_id, body.slot_id, identity, body.delay_id)
+        return await self._answer(
+            user_id, body.room_id, body.slot_id, identity, body.delay_id, "sfu_get"
+        )
 
 
 class GetTokenResource(_TokenEndpoint):
@@ -190,12 +168,15 @@ class GetTokenResource(_TokenEndpoint):
     }
     """
 
+    @counts_refusals("get_token")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request))
         user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
         self._check_may_delegate(user_id, body.delay_id)
         identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
-        return await self._answer(user_id, body.room_id, body.slot_id, identity, body.delay_id)
+        return await self._answer(
+            user_id, body.room_id, body.slot_id, identity, body.delay_id, "get_token"
+        )
 
 
 class DelegateDelayedLeaveResource(_TokenEndpoint):
@@ -206,6 +187,7 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
     As `/get_token`, with `delay_id` and `delay_timeout`.
     """
 
+    @counts_refusals("delegate_delayed_leave")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request), must_delegate=True)
         assert body.delay_id is not None
@@ -224,7 +206,7 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
         return 200, {}
 
 
-class SfuWebhookResource(_Endpoint):
+class SfuWebhookResource(Endpoint):
     """LiveKit tells who has come and gone.
 
     POST /_synapse/client/livekit/jwt/sfu_webhook HTTP/1.1
@@ -233,34 +215,59 @@ class SfuWebhookResource(_Endpoint):
     {"event": "participant_left", "room": {…}, "participant": {…}, …}
     """
 
-    def __init__(self, homeserver: Homeserver, signer: TokenSigner, watch: Watch) -> None:
+    def __init__(
+        self, homeserver: Homeserver, signer: TokenSigner, watch: Watch, processes: Processes
+    ) -> None:
         super().__init__(homeserver)
         self._signer = signer
         self._watch = watch
+        self._processes = processes
+        # Why webhooks were refused since the last one was taken.
+        self._refused: set[str] = set()
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        body = read_body(request, MAX_WEBHOOK_BYTES)
+        rejected = metrics.webhooks_rejected
+        try:
+            body = read_body(request, MAX_WEBHOOK_BYTES)
+        except SynapseError:
+            rejected.labels("too_large").inc()
+            raise
         try:
             self._signer.verify_webhook(request.getHeader("Authorization") or "", body)
         except InvalidSignature as e:
-            logger.warning("Refused a webhook that is not signed with livekit_secret: %s", e)
+            rejected.labels(e.cause).inc()
+            self._processes.refused()
+            if str(e) not in self._refused:
+                self._refused.add(str(e))
+                logger.warning(
+                    "Refused a webhook that is not signed with livekit_key and livekit_secret: %s."
+                    " %s",
+                    e,
+                    self._homeserver.check_command,
+                )
             raise SynapseError(401, "The webhook is not signed", Codes.UNAUTHORIZED) from None
         try:
             event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
         except (ParseError, ValueError):
             # It is LiveKit's, but nothing that this version knows.
+            rejected.labels("unreadable").inc()
             logger.warning("A webhook of LiveKit cannot be read")
             return 200, {}
+        self._refused.clear()
+        self._processes.webhook(event.room.name)
         try:
             await self._watch.webhook(event)
         except Exception as e:
             # LiveKit tries again.
+            rejected.labels("not_noted").inc()
             logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
             raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
+        name = event.event if event.event in metrics.WEBHOOK_EVENTS else "other"
+        metrics.webhooks.labels(name).inc()
         return 200, {}
 
 
-class HealthResource(_Endpoint):
+class HealthResource(Endpoint):
     """Whether the module serves. Says nothing of the SFU, without which restricted users do fine.
 
     GET /_synapse/client/livekit/jwt/healthz HTTP/1.1

@@ -3,7 +3,8 @@
 
 import json
 from base64 import urlsafe_b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, ClassVar
 
@@ -29,10 +30,19 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 
+from realparts.metrics import own_samples
+from synapse_lk_jwt import metrics
+from synapse_lk_jwt.delegation import Phase
+
 P = "/_synapse/client/livekit/jwt"
 URL = "wss://sfu.example.com"
 SECRET = "the-secret-that-must-never-be-in-a-log"
 SLOT = "m.call#ROOM"
+
+# All series there ever may be.
+for phase in Phase:
+    metrics.delegations.labels(phase.value)
+SERIES = own_samples().keys()
 
 
 @attr.s(auto_attribs=True)
@@ -66,7 +76,9 @@ class Sfu:
     async def request(
         self, method: str, uri: str, data: bytes | None = None, headers: Headers | None = None
     ) -> Any:
-        assert method == "POST"
+        if method == "GET":
+            assert uri.endswith("/rtc/validate"), uri
+            return FakeResponse(code=404, body=b"requested room does not exist")
         assert headers is not None
         name = uri.rpartition("/")[2]
         if name != "CreateRoom":
@@ -176,6 +188,19 @@ class OtherServers:
         return fail(answer) if isinstance(answer, Exception) else succeed(answer)
 
 
+@contextmanager
+def counting(*names: str) -> Iterator[dict[str, float]]:
+    """By how much the samples of some metrics change; filled in at the end."""
+    before = own_samples()
+    changes: dict[str, float] = {}
+    yield changes
+    changes.update(
+        (series, value - before[series])
+        for series, value in own_samples().items()
+        if series.partition("{")[0] in names and value != before[series]
+    )
+
+
 def claims(jwt: str) -> dict[str, Any]:
     payload = jwt.split(".")[1]
     said = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
@@ -208,6 +233,11 @@ class ModuleTestCase(FederatingHomeserverTestCase):
             }
         ]
         return config
+
+    def tearDown(self) -> None:
+        super().tearDown()
+        # Whatever anybody has sent, no label has taken a value that is not foreseen.
+        assert own_samples().keys() <= SERIES
 
     def create_resource_dict(self) -> dict[str, Resource]:
         resources: dict[str, Resource] = super().create_resource_dict()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks over HTTP and keeps what a client would stumble over: TLS, headers that are there twice."""
+
+import asyncio
+import http.client
+import socket
+import ssl
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+import attr
+
+from synapse_lk_jwt.http import parse_json
+
+TIMEOUT_SEC = 10
+MAX_ANSWER_BYTES = 1024 * 1024
+
+
+class NoAnswer(Exception):
+    """Nobody answered. The text says why."""
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Answer:
+    """An HTTP response.
+
+    Attributes:
+        status: the status.
+        headers: names and values, as often as they came.
+        body: the body.
+    """
+
+    status: int
+    headers: Sequence[tuple[str, str]]
+    body: bytes
+
+    def all(self, name: str) -> list[str]:
+        """All values of a header."""
+        return [value for key, value in self.headers if key.lower() == name.lower()]
+
+    def get(self, name: str) -> str:
+        """The first value of a header, or an empty string."""
+        return next(iter(self.all(name)), "")
+
+    @property
+    def is_html(self) -> bool:
+        """Whether it is a web page: a proxy's, or of whatever else is there."""
+        return self.get("Content-Type").startswith("text/html")
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON, None if it is something else."""
+        try:
+            return parse_json(self.body)
+        except ValueError:
+            return None
+
+
+class Probe(Protocol):
+    """Asks over HTTP."""
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """Asks, and takes any answer; redirects are up to the implementation.
+
+        Raises:
+            NoAnswer: if there is none within ten seconds.
+        """
+        ...
+
+
+class HttpProbe:
+    """Asks from a process of its own, with Python's HTTP client in threads.
+
+    It trusts what OpenSSL trusts (`SSL_CERT_FILE` changes that), and follows no redirect. A URL
+    such as `http://%2Frun%2Fsynapse.sock/path` is of a Unix socket.
+    """
+
+    def __init__(self, connect_to: Mapping[tuple[str, int], tuple[str, int]]) -> None:
+        """
+        Args:
+            connect_to: where to connect for a host and port, if not there.
+        """
+        self._connect_to = connect_to
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """As `Probe` has it."""
+        asked = asyncio.to_thread(self._request, method, url, dict(headers or {}), body)
+        try:
+            return await asyncio.wait_for(asked, TIMEOUT_SEC + 1)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise NoAnswer(f"no answer within {TIMEOUT_SEC} s") from None
+        except ConnectionRefusedError:
+            raise NoAnswer("the connection is refused: nothing listens there") from None
+        except socket.gaierror as e:
+            raise NoAnswer(f"its name cannot be resolved ({e.strerror})") from None
+        except ssl.SSLCertVerificationError as e:
+            raise NoAnswer(f"its certificate is not valid ({e.verify_message})") from None
+        except ssl.SSLError as e:
+            raise NoAnswer(f"it does not speak TLS as it should ({e.reason})") from None
+        except (OSError, http.client.HTTPException) as e:
+            text = getattr(e, "strerror", None) or type(e).__name__
+            raise NoAnswer(f"the connection broke ({text})") from None
+
+    def _request(
+        self, method: str, url: str, headers: dict[str, str], body: bytes | None
+    ) -> Answer:
+        connection = self._connection(url)
+        try:
+            parts = urlsplit(url)
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return Answer(response.status, response.getheaders(), response.read(MAX_ANSWER_BYTES))
+        finally:
+            connection.close()
+
+    def _connection(self, url: str) -> http.client.HTTPConnection:
+        parts = urlsplit(url)
+        host = unquote(parts.netloc if "%2F" in parts.netloc else parts.hostname or "")
+        if host.startswith("/"):
+            return _UnixConnection(host)
+        is_tls = parts.scheme == "https"
+        port = parts.port or (443 if is_tls else 80)
+        address = self._connect_to.get((host, port), (host, port))
+        if is_tls:
+            return _TlsConnection(host, port, address)
+        return _Connection(host, port, address)
+
+
+class _Connection(http.client.HTTPConnection):
+    """A connection that may go to another address than it says."""
+
+    def __init__(self, host: str, port: int, address: tuple[str, int]) -> None:
+        super().__init__(host, port, timeout=TIMEOUT_SEC)
+        self._address = address
+
+    def connect(self) -> None:
+        self.sock = socket.create_connection(self._address, self.timeout)
+
+
+class _TlsConnection(_Connection):
+    default_port = 443
+
+    def connect(self) -> None:
+        super().connect()
+        context = ssl.create_default_context()
+        self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_SEC)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

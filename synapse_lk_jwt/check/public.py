@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients see from outside: public names, the reverse proxy, TLS, CORS."""
+
+from urllib.parse import urljoin
+
+from synapse.util.stringutils import parse_server_name
+
+from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
+from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
+from synapse_lk_jwt.check.running import NoModuleThere, Running
+from synapse_lk_jwt.check.setup import FOCI, Setup
+from synapse_lk_jwt.check.sfu import Sfu
+
+PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
+CORS = "Access-Control-Allow-Origin"
+MAX_REDIRECTS = 3
+
+TRANSPORTS = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
+GET_TOKEN = "/_matrix/client/v1/rtc/livekit/get_token"  # noqa: S105
+
+
+class Public:
+    """The homeserver and LiveKit as clients reach them."""
+
+    def __init__(self, probe: Probe, setup: Setup, running: Running, sfu: Sfu) -> None:
+        self._probe = probe
+        self._setup = setup
+        self._running = running
+        self._sfu = sfu
+
+    async def check_homeserver(self) -> list[Finding]:
+        """All findings about the homeserver."""
+        return [
+            await self._service(),
+            await self._preflight(),
+            *await self._matrix(),
+            await self._well_known(),
+        ]
+
+    # The service at the advertised URL
+
+    async def _service(self) -> Finding:
+        url = self._setup.service_url
+        try:
+            health = await self._probe.request("GET", f"{url}/healthz")
+        except NoAnswer as e:
+            return self._not_reached(f"{url} cannot be reached: {e}")
+        if health.status != 200 or health.json != {}:
+            return self._not_reached(f"{url}/healthz is answered {_describe(health)}, not by us")
+        problem = _cors_problem(health)
+        if problem is not None:
+            return wrong("service", f"{url} {problem}", PROXY, *_CORS_LINES)
+        try:
+            state = await self._running.ask(url)
+        except (NoAnswer, NoModuleThere) as e:
+            text = f"{url} is answered by a service that is not this homeserver's ({e})"
+            return self._not_reached(text)
+        if state["server_name"] != self._setup.server_name:
+            return self._not_reached(f"{url} is of another homeserver, {state['server_name']}")
+        return ok("service", f"is reached at {url}")
+
+    def _not_reached(self, text: str) -> Finding:
+        if not self._setup.has_public_baseurl and self._setup.module.service_url is None:
+            return wrong(
+                "service",
+                text,
+                self._setup.file("public_baseurl"),
+                "public_baseurl: https://matrix.example.com/    # where clients reach Synapse",
+            )
+        return wrong("service", text, PROXY, *self._proxy_lines(self._setup.module.path_prefix))
+
+    def _proxy_lines(self, path: str) -> tuple[str, ...]:
+        return (
+            f"location {path} {{",
+            f"    proxy_pass {self._running.url};",
+            "    proxy_set_header X-Forwarded-For $remote_addr;",
+            "    proxy_set_header X-Forwarded-Proto $scheme;",
+            "    proxy_set_header Host $host;",
+            "}",
+        )
+
+    async def _preflight(self) -> Finding:
+        url = f"{self._setup.service_url}/sfu/get"
+        headers = {"Origin": "https://call.example.com", "Access-Control-Request-Method": "POST"}
+        try:
+            answer = await self._probe.request("OPTIONS", url, headers)
+        except NoAnswer as e:
+            return warning("preflight", f"of {url} cannot be told: {e}")
+        problem = _cors_problem(answer)
+        if answer.status >= 300:
+            problem = f"is answered {_describe(answer)}"
+        if problem is not None:
+            text = f"a browser's OPTIONS {url} {problem}: it does not go on"
+            return wrong("preflight", text, PROXY, *_CORS_LINES)
+        return ok("preflight", "is answered as browsers want it")
+
+    async def _matrix(self) -> list[Finding]:
+        """The paths below `/_matrix`, which may be served by another process."""
+        findings = []
+        for method, path, check in (
+            ("GET", TRANSPORTS, "rtc/transports"),
+            ("POST", GET_TOKEN, "MSC4195"),
+        ):
+            url = f"{self._setup.public_baseurl}{path}"
+            try:
+                answer = await self._probe.request(method, url)
+            except NoAnswer as e:
+                findings.append(warning(check, f"at {url} cannot be told: {e}"))
+                continue
+            if answer.status == 401 and isinstance(answer.json, dict):
+                findings.append(ok(check, f"is served at {self._setup.public_baseurl}"))
+            elif answer.status == 404 and isinstance(answer.json, dict):
+                findings.append(
+                    wrong(
+                        check,
+                        f"is not served at {url}: the process that the proxy asks there has not"
+                        " loaded the module",
+                        "the configuration that this worker is started with: the modules: block;"
+                        " then restart it",
+                    )
+                )
+            else:
+                findings.append(
+                    wrong(
+                        check,
+                        f"{url} is answered {_describe(answer)}, not by Synapse",
+                        PROXY,
+                        *self._proxy_lines("/_matrix"),
+                    )
+                )
+        return findings
+
+    # .well-known/matrix/client
+
+    async def _well_known(self) -> Finding:
+        setup = self._setup
+        host, _ = parse_server_name(setup.server_name)
+        url = f"https://{host}/.well-known/matrix/client"
+        try:
+            answer = await self._get(url)
+        except NoAnswer as e:
+            return self._no_well_known(f"{url} cannot be read: {e}")
+        content = answer.json
+        if answer.status != 200 or not isinstance(content, dict):
+            return self._no_well_known(f"{url} is answered {_describe(answer)}")
+        problem = _cors_problem(answer)
+        if problem is not None:
+            return self._no_well_known(f"{url} {problem}")
+        foci = content.get(FOCI)
+        named = [
+            str(focus.get("livekit_service_url", "")).rstrip("/")
+            for focus in (foci if isinstance(foci, list) else [])
+            if isinstance(focus, dict) and focus.get("type") == "livekit"
+        ]
+        if not named:
+            return self._no_well_known(f"{url} does not have {FOCI}")
+        if setup.service_url not in named:
+            text = f"{url} names {' and '.join(named)}, and not {setup.service_url}"
+            return self._no_well_known(text)
+        homeserver = content.get("m.homeserver")
+        base_url = homeserver.get("base_url") if isinstance(homeserver, dict) else None
+        if str(base_url).rstrip("/") != setup.public_baseurl:
+            return warning(
+                ".well-known",
+                f"{url} sends clients to {base_url}, while public_baseurl is"
+                f" {setup.public_baseurl}/",
+            )
+        return ok(".well-known", f"names the service, at {url}")
+
+    async def _get(self, url: str) -> Answer:
+        for _ in range(MAX_REDIRECTS):
+            answer = await self._probe.request("GET", url)
+            if answer.status not in (301, 302, 303, 307, 308):
+                break
+            url = urljoin(url, answer.get("Location"))
+        return answer
+
+    def _no_well_known(self, text: str) -> Finding:
+        setup = self._setup
+        host, _ = parse_server_name(setup.server_name)
+        foci = f'[{{"type":"livekit","livekit_service_url":"{setup.service_url}"}}]'
+        return wrong(
+            ".well-known",
+            f"{text}: older clients find no calls",
+            f"the configuration of the web server of {host} (nginx)",
+            "location = /.well-known/matrix/client {",
+            "    default_type application/json;",
+            f"    add_header {CORS} *;",
+            f'    return 200 \'{{"m.homeserver":{{"base_url":"{setup.public_baseurl}/"}},'
+            f'"{FOCI}":{foci}}}\';',
+            "}",
+        )
+
+    # LiveKit
+
+    async def visit(self, livekit_room: str) -> Finding:
+        """Opens a WebSocket to a room that is there, as a client does."""
+        url = self._setup.module.livekit_url
+        try:
+            answer = await self._probe.request(
+                "GET",
+                f"{url.rstrip('/').replace('ws', 'http', 1)}/rtc?protocol=15",
+                {
+                    "Authorization": f"Bearer {self._sfu.token_for(livekit_room)}",
+                    "Connection": "Upgrade",
+                    "Upgrade": "websocket",
+                    "Sec-WebSocket-Version": "13",
+                    "Sec-WebSocket-Key": "c3luYXBzZS1say1qd3QtIQ==",
+                },
+            )
+        except NoAnswer as e:
+            return self._no_websocket(f"{url} cannot be reached: {e}")
+        if answer.status == 101:
+            return ok("livekit_url", f"{url} takes WebSockets")
+        if answer.status == 401:
+            return wrong(
+                "livekit_url",
+                f"at {url} is another LiveKit than at {self._setup.module.livekit_internal_url}:"
+                " it refuses the key",
+                self._setup.file("modules"),
+                "livekit_url: wss://sfu.example.com    # of the same LiveKit",
+            )
+        return self._no_websocket(
+            f"{url} is answered {_describe(answer)} and not as a WebSocket: clients get a token and"
+            " do not connect"
+        )
+
+    def _no_websocket(self, text: str) -> Finding:
+        return wrong(
+            "livekit_url",
+            text,
+            "the configuration of the proxy in front of LiveKit (nginx)",
+            "location / {",
+            f"    proxy_pass {self._setup.module.livekit_internal_url};",
+            "    proxy_http_version 1.1;",
+            "    proxy_set_header Upgrade $http_upgrade;",
+            '    proxy_set_header Connection "upgrade";',
+            "    proxy_read_timeout 1h;",
+            "}",
+        )
+
+
+_CORS_LINES = (
+    f"# remove every 'add_header {CORS} …' for the paths of Synapse,",
+    "# which sends it itself, and let OPTIONS through to it",
+)
+
+
+def _describe(answer: Answer) -> str:
+    """What an answer looks like, without quoting it."""
+    if answer.is_html:
+        return f"with a web page ({answer.status})"
+    content = answer.json
+    if isinstance(content, dict) and isinstance(content.get("errcode"), str):
+        return f"with {answer.status} {content['errcode'][:40]}"
+    return f"with {answer.status}"
+
+
+def _cors_problem(answer: Answer) -> str | None:
+    values = answer.all(CORS)
+    if not values:
+        return f"comes without {CORS}: a browser takes it for a dead network"
+    if values != ["*"]:
+        return f"comes with {CORS}: {', '.join(values)} instead of one *: browsers refuse it"
+    return None

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Synapse's processes say of themselves, and whether LiveKit's webhooks reach them."""
+
+import asyncio
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import attr
+from livekit.api import VideoGrants
+from livekit.protocol.room import CreateRoomRequest, DeleteRoomRequest
+
+from synapse_lk_jwt.check.probe import NoAnswer, Probe
+from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wrong
+from synapse_lk_jwt.check.setup import MODULE, Setup
+from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.check.signature import sign
+from synapse_lk_jwt.sfu.names import CHECK_ROOM
+
+# How long to wait for LiveKit's webhook, in seconds, and how often to ask meanwhile.
+WEBHOOK_SEC = 6
+ASK_AGAIN_SEC = 0.2
+
+State = Mapping[str, Any]
+
+
+class NoModuleThere(Exception):
+    """Something answers, and it is not this module with this configuration.
+
+    Attributes:
+        has_module: whether it is this module all the same.
+    """
+
+    def __init__(self, status: int, has_module: bool) -> None:
+        super().__init__(f"it answers {status}")
+        self.has_module = has_module
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Running:
+    """The running homeserver, asked with the module's own question.
+
+    Attributes:
+        probe: asks.
+        setup: its configuration.
+        time_msec: milliseconds since the epoch.
+    """
+
+    probe: Probe
+    setup: Setup
+    time_msec: Callable[[], int]
+
+    @property
+    def url(self) -> str | None:
+        """Where the process of this configuration listens; None if it does not."""
+        urls = [listener.url for listener in self.setup.listeners]
+        # Certificates of listeners are for a public name, and this is not it.
+        return next((url for url in urls if not url.startswith("https:")), next(iter(urls), None))
+
+    async def ask(self, service_url: str, **question: str) -> State:
+        """Asks a process how it sees itself, and about a user.
+
+        Args:
+            service_url: where the service endpoints are.
+            question: `user_id` and `room_id`, or nothing.
+
+        Raises:
+            NoAnswer: if nobody answers.
+            NoModuleThere: if it is not this module with this configuration.
+        """
+        answer = await self.probe.request(
+            "POST",
+            f"{service_url}/check",
+            {"Authorization": sign(self.setup.module.livekit_secret, self.time_msec())},
+            json.dumps(question).encode("ascii"),
+        )
+        state = answer.json
+        if answer.status == 200 and isinstance(state, dict) and "instance" in state:
+            return state
+        health = await self.probe.request("GET", f"{service_url}/healthz")
+        raise NoModuleThere(answer.status, health.status == 200 and health.json == {})
+
+    async def ask_process(self, url: str, **question: str) -> State:
+        """As `ask`, at a listener of a process."""
+        return await self.ask(f"{url}{self.setup.module.path_prefix}", **question)
+
+    async def check(self) -> tuple[list[Finding], State | None]:
+        """All findings about the processes, and what the first one that answered has said."""
+        setup = self.setup
+        addresses = dict(setup.workers)
+        if self.url is not None:
+            addresses[setup.instance] = self.url
+        findings: list[Finding] = []
+        states: dict[str, State] = {}
+        silent: list[tuple[str, Finding]] = []
+        for name, url in addresses.items():
+            try:
+                states[name] = await self.ask_process(url)
+            except NoAnswer as e:
+                text = f"{name} does not answer at {url}: {e}"
+                silent.append((name, warning("processes", text)))
+            except NoModuleThere as e:
+                findings.append(self._without_module(name, url, e))
+        state = states.get(setup.instance) or next(iter(states.values()), None)
+        if state is None:
+            text = (
+                "none of Synapse's answers with the module: is it running? The rest cannot be told"
+            )
+            return [*findings, *(f for _, f in silent), warning("processes", text)], None
+        # Those that have just been started have not noted themselves yet.
+        present = {other["instance"]: {"is_background": False} for other in states.values()}
+        present |= {process["instance"]: process for process in state["processes"]}
+        findings += [finding for name, finding in silent if name not in present]
+        if not any(process["is_background"] for process in present.values()):
+            findings.append(
+                wrong(
+                    "processes",
+                    f"{setup.background} runs the background tasks and has not loaded the module:"
+                    " delayed leaves are not restarted, and nobody is removed from calls",
+                    f"the configuration that {setup.background} is started with",
+                    *_MODULES,
+                )
+            )
+        if not findings:
+            names = " and ".join(sorted(present))
+            findings.append(
+                ok(
+                    "processes",
+                    f"{names} {'has' if len(present) == 1 else 'have'} loaded the module",
+                )
+            )
+        if state["not_served"]:
+            findings.append(
+                wrong(
+                    "routes",
+                    f"MSC4195's homeserver endpoints are not served: {state['not_served']}",
+                )
+            )
+        here = {name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse")}
+        there = {name: state["versions"][name] for name in here}
+        if here != there:
+            findings.append(
+                warning("versions", f"this command has {here}, and the running Synapse {there}")
+            )
+        return [*findings, *self._transports(state)], state
+
+    def _without_module(self, name: str, url: str, cause: NoModuleThere) -> Finding:
+        if cause.has_module:
+            return wrong(
+                "processes",
+                f"{name} at {url} runs with another livekit_secret than is in these files",
+                "the command line",
+                "systemctl restart matrix-synapse    # or however you restart Synapse",
+            )
+        return wrong(
+            "processes",
+            f"{name} at {url} has not loaded the module, or another module serves"
+            f" {self.setup.module.path_prefix} ({cause})",
+            f"the configuration that {name} is started with; then restart it",
+            *_MODULES,
+        )
+
+    def _transports(self, state: State) -> list[Finding]:
+        """Whether the running process says what these files say."""
+        named = [str(entry.get("livekit_service_url")) for entry in state["transports"]]
+        if not named:
+            text = "is empty, or not served, by the running Synapse: has it been restarted since?"
+            return [warning("rtc/transports", text)]
+        if self.setup.service_url not in [name.rstrip("/") for name in named]:
+            text = f"names {' and '.join(named)}, as the running Synapse has it: restart it"
+            return [warning("rtc/transports", text)]
+        return []
+
+
+_MODULES = (
+    "modules:",
+    f"  - module: {MODULE}",
+    "    config:",
+    "      …    # the same block as for the main process",
+)
+
+
+async def check_webhooks(
+    sfu: Sfu, running: Running, visit: Callable[[str], Awaitable[Finding]]
+) -> list[Finding]:
+    """Makes a LiveKit room of no call, has somebody look into it, and waits for the webhook.
+
+    Args:
+        sfu: LiveKit, which must answer.
+        running: the homeserver, which must answer.
+        visit: what else to try with the room, before it is deleted.
+    """
+    url = running.url
+    assert url is not None
+    livekit_room = f"{CHECK_ROOM}{secrets.token_hex(16)}"
+    began_ms = (await running.ask_process(url))["now_ms"]
+    grants = VideoGrants(room_create=True)
+    try:
+        request = CreateRoomRequest(name=livekit_room, empty_timeout=30, departure_timeout=1)
+        answer = await sfu.call("CreateRoom", request, grants)
+        if answer.status != 200:
+            text = f"cannot be told: LiveKit answers {answer.status} to CreateRoom"
+            return [warning("webhooks", text)]
+        visited = await visit(livekit_room)
+        await sfu.call("DeleteRoom", DeleteRoomRequest(room=livekit_room), grants)
+        return [visited, await _wait_for_webhook(running, url, began_ms)]
+    except (NoAnswer, NoModuleThere) as e:
+        return [warning("webhooks", f"cannot be told: {e}")]
+
+
+async def _wait_for_webhook(running: Running, url: str, began_ms: int) -> Finding:
+    setup = running.setup
+    key = setup.module.livekit_key
+    lines = (
+        "webhook:",
+        f"  api_key: {key}",
+        f'  urls: ["{url}{setup.module.path_prefix}/sfu_webhook"]',
+    )
+    for _ in range(round(WEBHOOK_SEC / ASK_AGAIN_SEC)):
+        processes = (await running.ask_process(url))["processes"]
+        if any(process["webhook_ms"] >= began_ms for process in processes):
+            return ok("webhooks", "of LiveKit arrive")
+        if any(process["refused_ms"] >= began_ms for process in processes):
+            return wrong(
+                "webhooks",
+                "arrive with the signature of another key, and are refused: leaves come late",
+                LIVEKIT_YAML,
+                *lines,
+            )
+        await asyncio.sleep(ASK_AGAIN_SEC)
+    return wrong(
+        "webhooks",
+        f"of LiveKit do not arrive: nothing came within {WEBHOOK_SEC} s of a room that was made"
+        " for this check; leaves come late",
+        f"{LIVEKIT_YAML}, with an address of Synapse that LiveKit can reach",
+        *lines,
+    )

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be told from the configuration alone."""
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
+
+from synapse.config.ratelimiting import RatelimitSettings
+
+from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
+from synapse_lk_jwt.check.setup import FOCI, MODULE, Setup
+from synapse_lk_jwt.config import HOMESERVER_PREFIX
+from synapse_lk_jwt.homeserver import overlap
+from synapse_lk_jwt.identifiers import is_server_name
+
+# Element Call's own guide for homeservers has these: events a second, and at once.
+RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}
+
+
+def check(setup: Setup) -> Iterator[Finding]:
+    """All findings about the configuration."""
+    for text in setup.module.warnings:
+        yield warning("module", text.rstrip("."))
+    yield from _hooks()
+    yield from _delayed_events(setup)
+    yield from _rates(setup)
+    yield from _public_baseurl(setup)
+    yield from _livekit_url(setup)
+    yield from _discovery(setup)
+    yield from _routes(setup)
+    yield from _full_access(setup)
+    yield from _federation(setup)
+
+
+def missing_hooks() -> list[str]:
+    """What the module stands on and this Synapse lacks."""
+    missing = []
+    for name, purpose in (
+        ("synapse.config.matrixrtc", "rtc/transports"),
+        ("synapse.rest.client.delayed_events", "delayed events"),
+    ):
+        if find_spec(name) is None:
+            missing.append(purpose)
+    for name in ("synapse.rest", "synapse.federation.transport.server"):
+        if not hasattr(__import__(name, fromlist=["SERVLET_GROUPS"]), "SERVLET_GROUPS"):
+            missing.append(f"a registry of servlets in {name}")
+    return missing
+
+
+def _hooks() -> Iterator[Finding]:
+    missing = missing_hooks()
+    if missing:
+        yield wrong(
+            "Synapse",
+            f"this version lacks {', '.join(missing)}: MSC4195's homeserver endpoints, or the"
+            " discovery of calls, are not there",
+            "the environment that Synapse is installed in",
+            "pip install --upgrade matrix-synapse synapse-lk-jwt",
+        )
+    else:
+        yield ok("Synapse", "has all that the module stands on")
+
+
+def _delayed_events(setup: Setup) -> Iterator[Finding]:
+    if setup.has_delayed_events:
+        yield ok("delayed events", "are on")
+    else:
+        yield wrong(
+            "delayed events",
+            "are off: whoever loses the network stays in the call as a ghost",
+            setup.file("max_event_delay_duration"),
+            "max_event_delay_duration: 24h",
+        )
+
+
+def _rates(setup: Setup) -> Iterator[Finding]:
+    limits: dict[str, RatelimitSettings] = {
+        "rc_message": setup.rc_message,
+        "rc_delayed_event_mgmt": setup.rc_delayed_event_mgmt,
+    }
+    is_all_well = True
+    for key, limit in limits.items():
+        per_second, burst_count = RATES[key]
+        if limit.per_second < per_second or limit.burst_count < burst_count:
+            is_all_well = False
+            yield warning(
+                "rate limits",
+                f"{key} lets a client do {limit.per_second:g} a second and {limit.burst_count:g}"
+                " at once, which a normal call goes beyond: it then hangs, or ends",
+                setup.file(key),
+                f"{key}:",
+                f"  per_second: {per_second}",
+                f"  burst_count: {burst_count}",
+            )
+    if is_all_well:
+        yield ok("rate limits", "leave room for a call")
+
+
+def _public_baseurl(setup: Setup) -> Iterator[Finding]:
+    if setup.has_public_baseurl:
+        yield ok("public_baseurl", f"is {setup.public_baseurl}/")
+    elif setup.module.service_url is None:
+        yield wrong(
+            "public_baseurl",
+            f"is not set: clients are sent to {setup.service_url}, which is made up from the"
+            " server name, and Synapse serves no .well-known",
+            setup.file("public_baseurl"),
+            "public_baseurl: https://matrix.example.com/    # where clients reach Synapse",
+        )
+    else:
+        yield warning(
+            "public_baseurl",
+            "is not set, so that Synapse serves no .well-known; service_url is",
+            setup.file("public_baseurl"),
+            "public_baseurl: https://matrix.example.com/    # where clients reach Synapse",
+        )
+
+
+def _livekit_url(setup: Setup) -> Iterator[Finding]:
+    url = setup.module.livekit_url
+    if not url.startswith("ws://"):
+        return
+    rest = url.removeprefix("ws://")
+    line = f"livekit_url: wss://{rest}    # with TLS in front of LiveKit"
+    if setup.service_url.startswith("https://"):
+        yield wrong(
+            "livekit_url",
+            f"is {url}: a page that came over https may not connect to it",
+            setup.file("modules"),
+            line,
+        )
+    elif urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
+        yield warning("livekit_url", f"is {url}, without encryption", setup.file("modules"), line)
+
+
+def _livekits(entries: Any) -> list[Mapping[str, Any]]:
+    """The entries of a list that are of type `livekit`."""
+    if not isinstance(entries, list):
+        return []
+    return [e for e in entries if isinstance(e, Mapping) and e.get("type") == "livekit"]
+
+
+def _discovery(setup: Setup) -> Iterator[Finding]:
+    ours = setup.service_url
+    entry = [
+        "- type: livekit",
+        f"  livekit_service_url: {ours}",
+    ]
+    by_hand = _livekits(setup.transports)
+    named = [str(e.get("livekit_service_url", "")).rstrip("/") for e in by_hand]
+    if not by_hand and not setup.module.advertise:
+        yield wrong(
+            "rtc/transports",
+            "is empty: advertise is off, and matrix_rtc names nothing; clients say that calls are"
+            " not supported",
+            setup.file("modules"),
+            "advertise: true",
+        )
+    elif by_hand and ours not in named:
+        yield wrong(
+            "rtc/transports",
+            f"names {' and '.join(named) or 'no service'}, which was set by hand, and not this"
+            f" module ({ours})",
+            setup.file("matrix_rtc"),
+            "matrix_rtc:",
+            "  transports: []    # or without the key: the module adds itself",
+        )
+    elif by_hand and by_hand[named.index(ours)].get("url") != setup.module.livekit_url:
+        yield warning(
+            "rtc/transports",
+            "was set by hand without the url of livekit_url, which the newest clients ask for",
+            setup.file("matrix_rtc"),
+            "matrix_rtc:",
+            "  transports:",
+            *(f"    {line}" for line in entry),
+            f"      url: {setup.module.livekit_url}",
+        )
+    else:
+        yield ok("rtc/transports", f"names {ours}")
+    if setup.foci is not None:
+        foci = [str(e.get("livekit_service_url", "")).rstrip("/") for e in _livekits(setup.foci)]
+        if ours not in foci and (foci or not setup.module.advertise):
+            yield wrong(
+                ".well-known",
+                f"{FOCI} names {' and '.join(foci) or 'no LiveKit'}, which was set by hand, and not"
+                f" this module ({ours})",
+                setup.file("extra_well_known_client_content"),
+                "extra_well_known_client_content:",
+                f"  {FOCI}:",
+                *(f"    {line}" for line in entry),
+            )
+
+
+def _routes(setup: Setup) -> Iterator[Finding]:
+    is_free = True
+    for file, prefix in setup.claims.items():
+        if overlap(HOMESERVER_PREFIX, prefix):
+            is_free = False
+            yield wrong(
+                "routes",
+                f"an application service claims {prefix!r} (MSC4512), so that MSC4195's endpoints"
+                " are not served by the module",
+                file,
+                f"# remove: io.element.msc4512.proxy_prefix: {prefix}",
+            )
+    if setup.times_loaded > 1:
+        is_free = False
+        yield wrong(
+            "routes",
+            f"the module is listed {setup.times_loaded} times: one of them answers, and all act",
+            setup.file("modules"),
+            f"# keep one of the {setup.times_loaded} blocks '- module: {MODULE}'",
+        )
+    if is_free:
+        yield ok("routes", "nobody else claims them in the configuration")
+
+
+def _full_access(setup: Setup) -> Iterator[Finding]:
+    servers = setup.module.full_access_homeservers
+    file = setup.file("modules")
+    strange = [
+        entry
+        for entry in servers.entries
+        # A glob can stand for something valid if a letter in its place does.
+        if not servers.is_everyone and not is_server_name(entry.translate(_GLOB))
+    ]
+    if strange:
+        yield warning(
+            "full access",
+            f"no server can be called {' or '.join(map(repr, strange))}: the entry is without"
+            " effect",
+            file,
+            "full_access_homeservers: ['example.org', '*.example.com', 'example.net:8448']",
+        )
+    own = [e for e in servers.entries if e.lower() == setup.server_name.lower()]
+    if own:
+        others = [entry for entry in servers.entries if entry not in own]
+        yield warning(
+            "full access",
+            f"{own[0]!r} is this homeserver, whose users have full access always",
+            file,
+            f"full_access_homeservers: {others}",
+        )
+    if servers.is_everyone:
+        text = "users of every homeserver may start calls"
+    elif servers.entries:
+        text = f"your users and those of {', '.join(servers.entries)} may start calls"
+    else:
+        text = "your users alone may start calls"
+    yield ok("full access", text)
+
+
+_GLOB = str.maketrans("*?", "aa")
+
+
+def _federation(setup: Setup) -> Iterator[Finding]:
+    servers = setup.module.full_access_homeservers
+    named = [entry for entry in servers.entries if entry.lower() != setup.server_name.lower()]
+    if not named:
+        return
+    finding = warning if servers.is_everyone else wrong
+    who = "others'" if servers.is_everyone else f"{', '.join(named)}'s"
+    is_well = True
+    if setup.whitelist is not None:
+        shut_out = [
+            entry
+            for entry in named
+            if not any(c in entry for c in "*?") and entry not in setup.whitelist
+        ]
+        if not setup.whitelist - {setup.server_name} or shut_out:
+            is_well = False
+            yield finding(
+                "federation",
+                f"is restricted by federation_domain_whitelist: {who} users are on the full-access"
+                " list and cannot be verified",
+                setup.file("federation_domain_whitelist"),
+                "federation_domain_whitelist:",
+                *(f"  - {entry}" for entry in shut_out or ["example.org"]),
+            )
+    resources = {name for listener in setup.listeners for name in listener.resources}
+    if "federation" not in resources and len(setup.workers) < 2:
+        is_well = False
+        missing = "federation" if "openid" in resources else "federation and openid"
+        yield finding(
+            "federation",
+            f"no listener has {missing}: {who} homeservers cannot ask for tokens, nor for who your"
+            " users are",
+            setup.file("listeners"),
+            "listeners:",
+            "  - port: 8448    # or the one that your reverse proxy forwards to",
+            "    resources:",
+            "      - names: [federation, openid]",
+        )
+    if is_well:
+        yield ok("federation", "is on")

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks that need no waiting, in a Synapse that is starting or runs: each problem once."""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.web.http_headers import Headers
+
+from synapse_lk_jwt.check import settings
+from synapse_lk_jwt.check.probe import MAX_ANSWER_BYTES, TIMEOUT_SEC, Answer, NoAnswer
+from synapse_lk_jwt.check.report import Finding, Verdict
+from synapse_lk_jwt.check.setup import Setup
+from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.http import read_body, within
+
+logger = logging.getLogger(__name__)
+
+# The module itself tells of these, where it finds out.
+SAID_ALREADY = ("module", "routes", "Synapse")
+
+# LiveKit may be started later, or with another configuration.
+LOOK_AGAIN_MS = 300_000
+
+
+class SynapseProbe:
+    """Asks with Synapse's own HTTP client, which follows redirects."""
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        self._homeserver = homeserver
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """As `Probe` has it."""
+
+        async def ask() -> Answer:
+            response = await self._homeserver.http_client.request(
+                method,
+                url,
+                body,
+                Headers({name: [value] for name, value in (headers or {}).items()}),
+            )
+            return Answer(
+                response.code,
+                [
+                    (name.decode("latin-1"), value.decode("latin-1"))
+                    for name, values in response.headers.getAllRawHeaders()
+                    for value in values
+                ],
+                await read_body(response, MAX_ANSWER_BYTES),
+            )
+
+        try:
+            return await within(TIMEOUT_SEC, self._homeserver.reactor, ask)
+        except (ConnectError, DNSLookupError) as e:
+            raise NoAnswer(f"no connection: {e}") from None
+        except Exception as e:
+            raise NoAnswer(f"the connection broke: {type(e).__name__}") from None
+
+
+class StartChecks:
+    """Logs what is wrong, without delaying or failing anything."""
+
+    def __init__(self, homeserver: Homeserver, setup: Setup) -> None:
+        """
+        Args:
+            homeserver: runs the checks; one process of it does.
+            setup: its configuration, ahead of what the module changes in it.
+        """
+        self._homeserver = homeserver
+        self._setup = setup
+        self._sfu = Sfu(SynapseProbe(homeserver), setup.module, homeserver.clock.time_msec)
+        # What LiveKit did wrong when it was looked at last.
+        self._logged: set[Finding] = set()
+        if homeserver.runs_background_tasks:
+            homeserver.run_in_background("synapse_lk_jwt_check", self._check_settings)
+            homeserver.repeat(LOOK_AGAIN_MS, "synapse_lk_jwt_check", self._check_sfu, at_once=True)
+
+    async def _check_settings(self) -> None:
+        self._log(f for f in settings.check(self._setup) if f.check not in SAID_ALREADY)
+
+    async def _check_sfu(self) -> None:
+        # Whoever cannot use LiveKit at all says so.
+        findings = set(await self._sfu.check_rooms(""))
+        self._log(findings - self._logged)
+        self._logged = findings
+
+    def _log(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            if finding.verdict is not Verdict.OK:
+                level = logging.ERROR if finding.verdict is Verdict.WRONG else logging.WARNING
+                logger.log(
+                    level,
+                    "%s: %s. %s",
+                    finding.check,
+                    finding.text,
+                    self._homeserver.check_command,
+                )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running Synapse tells the check command, and nobody else."""
+
+import platform
+from importlib.metadata import version
+
+import attr
+from synapse.api.errors import UnrecognizedRequestError
+from synapse.http.site import SynapseRequest
+from synapse.types import JsonDict, get_domain_from_id
+
+from synapse_lk_jwt import openid
+from synapse_lk_jwt.check.signature import is_signed
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.issuer import Issuer, NotInRoom
+from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.processes import Processes
+from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.web.endpoint import Endpoint
+from synapse_lk_jwt.web.requests import read_json_object
+
+# No homeserver has made this one: an answer to it tells that the homeserver can be asked.
+UNKNOWN = "synapse-lk-jwt-check"
+
+
+class CheckResource(Endpoint):
+    """How this process sees itself, the others, and one user's way into a call.
+
+    POST /_synapse/client/livekit/jwt/check HTTP/1.1
+    Authorization: …
+
+    {"user_id": "@user:example.org", "room_id": "!room:example.org"}
+
+    Both fields may be left out. To whoever does not hold LiveKit's API secret it does not exist.
+    """
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        issuer: Issuer,
+        processes: Processes,
+        store: Store,
+        not_served: str | None,
+    ) -> None:
+        super().__init__(homeserver)
+        self._issuer = issuer
+        self._processes = processes
+        self._store = store
+        self._not_served = not_served
+
+    async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
+        authorization = request.getHeader("Authorization") or ""
+        now_ms = self._homeserver.clock.time_msec()
+        if not is_signed(self._issuer.signer.secret, authorization, now_ms):
+            # As for any path that there is not.
+            raise UnrecognizedRequestError(code=404)
+        return await super()._async_render(request)
+
+    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        body = read_json_object(request)
+        homeserver = self._homeserver
+        answer: JsonDict = {
+            "server_name": homeserver.server_name,
+            "instance": homeserver.instance_name,
+            "versions": {
+                name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse", "livekit-api")
+            }
+            | {"python": platform.python_version()},
+            "now_ms": homeserver.clock.time_msec(),
+            "processes": [attr.asdict(p) for p in await self._processes.present()],
+            "transports": homeserver.transports,
+            "not_served": self._not_served,
+        }
+        if "user_id" in body:
+            answer["user"] = await self._user(body.user_id("user_id"), body.room_id("room_id"))
+        return 200, answer
+
+    async def _user(self, user_id: str, room_id: str) -> JsonDict:
+        """What decides whether a user gets a token."""
+        homeserver, server = self._homeserver, get_domain_from_id(user_id)
+        is_mine = homeserver.is_mine(user_id)
+        is_here = await homeserver.is_in_room(homeserver.server_name, room_id)
+        try:
+            await self._issuer.check_membership(user_id, room_id)
+            is_allowed = True
+        except NotInRoom:
+            is_allowed = False
+        cannot_ask: str | None = None
+        if not is_mine:
+            try:
+                await openid.verify(homeserver, OpenIdToken(UNKNOWN, server))
+            except InvalidToken as e:
+                # To refuse what it has not made is how it should be.
+                cannot_ask = None if e.cause == "refused" else str(e)
+        return {
+            "is_mine": is_mine,
+            "is_active": await homeserver.is_active(user_id) if is_mine else None,
+            "cannot_ask": cannot_ask,
+            "is_here": is_here,
+            "membership": await homeserver.membership(user_id, room_id) if is_here else None,
+            "acl_allows": await homeserver.acl_allows(server, room_id) if is_here else None,
+            "is_allowed": is_allowed,
+            "livekit_rooms": (await self._store.calls_in([room_id])).get(room_id, []),
+        }

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all paths of the service have in common."""
+
+from synapse.api.errors import UnrecognizedRequestError
+from synapse.http.server import DirectServeJsonResource, UnrecognizedRequestResource
+from synapse.http.site import SynapseRequest
+from synapse.types import JsonDict
+from twisted.web.resource import Resource
+from twisted.web.server import Request
+
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.web.answers import respond
+
+
+class Endpoint(DirectServeJsonResource):
+    """One path with one verb."""
+
+    METHODS: tuple[bytes, ...] = (b"POST",)
+
+    def __init__(self, homeserver: Homeserver) -> None:
+        super().__init__(clock=homeserver.clock)
+        self._homeserver = homeserver
+
+    async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
+        # Synapse finds the handler by the verb's name, and any string can be a verb.
+        if request.method not in self.METHODS:
+            raise UnrecognizedRequestError(code=405)
+        return await super()._async_render(request)
+
+    def _send_response(self, request: SynapseRequest, code: int, response_object: JsonDict) -> None:
+        respond(request, code, response_object)
+
+    def getChild(self, path: bytes, request: Request) -> Resource:
+        return UnrecognizedRequestResource()

@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an admin's Prometheus is told, of everything that happens."""
+
+import json
+import math
+from typing import Any
+from unittest.mock import patch
+
+from harness_base import ModuleTestCase, counting, response
+from livekit.protocol.models import ParticipantInfo
+from synapse.api.errors import SynapseError
+from test_delegating import HOUR_MS, DelegationTestCase
+from test_following import FollowingTestCase
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionRefusedError as Refused
+
+from realparts.metrics import own_samples
+from synapse_lk_jwt import metrics
+from synapse_lk_jwt.delegation import Phase
+from synapse_lk_jwt.homeserver import Homeserver
+
+
+def refused(endpoint: str, cause: str) -> dict[str, float]:
+    return {f'refusals_total{{cause="{cause}",endpoint="{endpoint}"}}': 1}
+
+
+class TokensTests(ModuleTestCase):
+    def test_who_gets_tokens_and_where(self) -> None:
+        self.join_remotely(self.rita)
+        with counting("tokens_total", "remote_tokens_total", "refusals_total") as counted:
+            self.assert_token(self.post("/sfu/get", self.sfu_get_body()))
+            for _ in range(2):
+                token = self.remote_token(self.rita)
+                body = self.get_token_body(self.rita, openid_token=token)
+                self.assert_token(self.post("/get_token", body))
+            self.assert_token(self.post_homeserver(self.homeserver_body()))
+            self.assert_token(self.post_federation(self.homeserver_body(user_id=self.rita)))
+        assert counted == {
+            'tokens_total{access="full",endpoint="sfu_get",user="local"}': 1,
+            'tokens_total{access="restricted",endpoint="get_token",user="remote"}': 2,
+            'tokens_total{access="full",endpoint="client_get_token",user="local"}': 1,
+            'tokens_total{access="restricted",endpoint="federation_get_token",user="remote"}': 1,
+        }
+
+    def test_a_token_of_another_homeserver(self) -> None:
+        self.join_remotely(self.rita)
+        body = self.homeserver_body(server_name=self.OTHER_SERVER_NAME, url="wss://other")
+        answers = {
+            "remote_tokens_total": (200, {"jwt": "aGVhZA.Ym9keQ.c2ln"}),
+            "other_homeserver_refused": (403, {"errcode": "M_FORBIDDEN", "error": ""}),
+            "other_homeserver_failed": (500, {}),
+        }
+        for what, (code, answer) in answers.items():
+            content = json.dumps(answer).encode()
+            self.others.answer = lambda uri, code=code, content=content: response(code, content)
+            with counting("tokens_total", "remote_tokens_total", "refusals_total") as counted:
+                self.post_homeserver(body)
+            expected = {what: 1} if code == 200 else refused("client_get_token", what)
+            assert counted == expected
+
+    def test_how_a_room_was_made_sure_of(self) -> None:
+        answer: Deferred[Any] = Deferred()
+        self.sfu.answer = answer
+        body = self.get_token_body()
+        with counting("rooms_ensured_total", "sfu_request_seconds_sum") as counted:
+            channels = [self.post("/get_token", body, await_result=False) for _ in range(3)]
+            self.pump()
+            self.reactor.advance(3)
+            answer.callback(self.sfu.room())
+            self.pump()
+            self.assert_token(self.post("/get_token", body))
+        assert [channel.code for channel in channels] == [200] * 3
+        assert counted.pop('sfu_request_seconds_sum{method="CreateRoom"}') >= 3
+        assert counted == {
+            'rooms_ensured_total{how="asked"}': 1,
+            'rooms_ensured_total{how="shared"}': 2,
+            'rooms_ensured_total{how="remembered"}': 1,
+        }
+
+
+class RefusalsTests(DelegationTestCase):
+    module_config = {"rc_openid": {"per_second": 0.001, "burst_count": 1}}
+
+    def test_every_cause(self) -> None:
+        elsewhere = {"room": "!elsewhere:test"}
+        stranger = self.homeserver_body(user_id="@x:stranger.example.com")
+        delegation = self.homeserver_body(delay_id="x")
+        forged = {"access_token": "x", "matrix_server_name": "test"}
+        away = {"access_token": "x", "matrix_server_name": self.OTHER_SERVER_NAME}
+        for _ in range(2):
+            self.post("/sfu/get", self.sfu_get_body(openid_token=away))
+        asks: dict[tuple[str, str], Any] = {
+            ("sfu_get", "bad_request"): lambda: self.post("/sfu/get", b"{"),
+            ("get_token", "bad_request"): lambda: self.post("/get_token", b"x" * 70_000),
+            ("sfu_get", "unauthorized"): lambda: self.post(
+                "/sfu/get", self.sfu_get_body(openid_token=forged)
+            ),
+            ("client_get_token", "unauthorized"): lambda: self.post_homeserver({}, "not-a-token"),
+            ("sfu_get", "not_in_room"): lambda: self.post(
+                "/sfu/get", self.sfu_get_body(**elsewhere)
+            ),
+            ("federation_get_token", "forbidden"): lambda: self.post_federation(stranger),
+            ("sfu_get", "rate_limited"): lambda: self.post(
+                "/sfu/get", self.sfu_get_body(openid_token=away)
+            ),
+            ("client_get_token", "other_sfu"): lambda: self.post_homeserver(
+                self.homeserver_body(url="wss://x")
+            ),
+            ("delegate_delayed_leave", "no_such_delayed_event"): lambda: self.delegate("x"),
+            ("client_delegate_delayed_leave", "no_such_delayed_event"): lambda: (
+                self.delegate_homeserver(delegation)
+            ),
+        }
+        for (endpoint, cause), ask in asks.items():
+            with counting("refusals_total", "tokens_total") as counted:
+                assert ask().code >= 400
+            assert counted == refused(endpoint, cause)
+
+    def test_what_is_not_the_clients_mistake(self) -> None:
+        body = self.sfu_get_body()
+        self.sfu.is_down = True
+        with counting("refusals_total", "tokens_total") as counted:
+            assert self.post("/sfu/get", body).code == 503
+        assert counted == refused("sfu_get", "sfu")
+        with (
+            patch.object(Homeserver, "is_joined", side_effect=OSError("no disk")),
+            counting("refusals_total", "tokens_total") as counted,
+        ):
+            assert self.post("/sfu/get", body).code == 500
+        assert counted == refused("sfu_get", "internal_error")
+
+
+class OpenIdTests(ModuleTestCase):
+    def test_what_is_looked_up_and_what_is_wrong(self) -> None:
+        def local(access_token: str) -> dict[str, str]:
+            return {"access_token": access_token, "matrix_server_name": "test"}
+
+        self.join_remotely(self.rita)
+        mine, theirs = self.openid_token(), self.remote_token(self.rita)
+        other = json.dumps({"sub": "@x:stranger.example.com"}).encode()
+        asks: list[tuple[str, str | None, Any, Any, str | None]] = [
+            ("local", None, None, mine, None),
+            ("local", "unknown", None, local("x"), None),
+            ("local", "other_user", None, mine, "@bob:test"),
+            ("remote", None, self.others.answer(""), theirs, self.rita),
+            ("remote", "unreachable", OSError("no route"), theirs, self.rita),
+            ("remote", "refused", response(401, b"{}"), theirs, self.rita),
+            ("remote", "bad_answer", response(200, b"{"), theirs, self.rita),
+            ("remote", "bad_answer", response(200, other), theirs, self.rita),
+        ]
+        for where, cause, answer, token, user_id in asks:
+            self.others.answer = lambda uri, answer=answer: answer
+            body = self.get_token_body(user_id, openid_token=token)
+            with counting("openid_lookup_seconds_count", "openid_failures_total") as counted:
+                assert self.post("/get_token", body).code == (401 if cause else 200), cause
+            assert counted.pop(f'openid_lookup_seconds_count{{where="{where}"}}') == 1
+            failure = f'openid_failures_total{{cause="{cause}",where="{where}"}}'
+            assert counted == ({failure: 1} if cause else {})
+        self.get_success(self.store.set_user_locked_status(self.alice, True))
+        with counting("openid_failures_total") as counted:
+            self.post("/get_token", self.get_token_body(openid_token=mine))
+        assert counted == {'openid_failures_total{cause="inactive_user",where="local"}': 1}
+
+
+class SfuTests(ModuleTestCase):
+    module_config = {"sanity_check_interval": 0}
+
+    def test_why_it_could_not_be_used(self) -> None:
+        twirp = response(500, b'{"code": "internal", "msg": "no luck"}')
+        for cause, answer in {
+            "no_connection": Refused(),
+            "unauthorized": response(401, b""),
+            "not_livekit": response(200, b"<html>", "text/html"),
+            "refused": twirp,
+            "timeout": None,
+        }.items():
+            never: Deferred[Any] = Deferred(lambda deferred: deferred.errback(IndexError()))
+            self.sfu.answer = answer or never
+            if isinstance(answer, Exception):
+                # It is asked once more.
+                self.sfu.answer = [answer, answer]
+            body = self.get_token_body()
+            with counting("sfu_failures_total", "sfu_request_seconds_count") as counted:
+                channel = self.post("/get_token", body, await_result=False)
+                self.advance(11)
+            assert channel.code == 503, cause
+            assert counted == {
+                f'sfu_failures_total{{cause="{cause}",method="CreateRoom"}}': 1,
+                'sfu_request_seconds_count{method="CreateRoom"}': 1,
+            }
+
+    def advance(self, seconds: int) -> None:
+        self.reactor.pump([0.5] * seconds * 2)
+
+    def test_what_is_not_there_is_no_failure(self) -> None:
+        self.sfu.answer = self.sfu.room()
+        self.assert_token(self.post("/get_token", self.get_token_body()))
+        with counting("sfu_failures_total") as counted:
+            self.sfu.people.clear()
+            self.join_remotely(self.alice, "leave")
+            self.advance(6)
+        assert ("DeleteRoom", self.sfu.requests[0][1].name) in self.sfu.asked
+        assert counted == {}
+
+
+class WebhooksTests(DelegationTestCase):
+    def test_by_event_whatever_livekit_calls_it(self) -> None:
+        alice = self.sfu.join(self.token())
+        with counting("webhooks_total", "webhooks_rejected_total") as counted:
+            for _ in range(2):
+                self.webhook("participant_joined", alice)
+            for event in ("track_published", "something_new", "", "x" * 10_000):
+                self.webhook(event)
+        assert counted == {
+            'webhooks_total{event="participant_joined"}': 2,
+            'webhooks_total{event="track_published"}': 1,
+            'webhooks_total{event="other"}': 3,
+        }
+
+    def test_by_what_is_wrong_with_them(self) -> None:
+        alice = self.sfu.join(self.token())
+        body = b'{"event": "room_finished"}'
+
+        def not_noted() -> None:
+            with patch.object(self.store.db_pool, "runInteraction", side_effect=OSError("full")):
+                self.webhook("participant_joined", alice)
+
+        for cause, post in {
+            "bad_signature": lambda: self.post("/sfu_webhook", body),
+            "wrong_time": lambda: self.post_webhook(body, nbf=2**40),
+            "wrong_body": lambda: self.post_webhook(body, sha256="x"),
+            "too_large": lambda: self.post_webhook(b"x" * 1_100_000),
+            "unreadable": lambda: self.post_webhook(b"{"),
+            "not_noted": not_noted,
+        }.items():
+            with counting("webhooks_total", "webhooks_rejected_total") as counted:
+                post()
+            assert counted == {f'webhooks_rejected_total{{cause="{cause}"}}': 1}
+
+
+class LeavesTests(DelegationTestCase):
+    NAMES = ("leaves_total", "leave_seconds_count", "leave_failures_total")
+
+    def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
+        super().prepare(reactor, clock, hs)
+        self.participant = self.sfu.join(self.token())
+        # Asked for twice, as clients do.
+        delay_id = self.delayed()
+        with counting("delegations_taken_on_total") as counted:
+            for _ in range(2):
+                assert self.delegate(delay_id).code == 200
+        assert counted == {"delegations_taken_on_total": 1}
+        # It has been there for longer than a moment.
+        self.advance_by(3)
+
+    def test_a_leave_that_a_webhook_tells_of(self) -> None:
+        with counting(*self.NAMES) as counted:
+            for _ in range(2):
+                self.leaves(self.participant)
+        assert counted == {'leaves_total{trigger="webhook"}': 1, "leave_seconds_count": 1}
+
+    def test_a_leave_that_the_poll_finds_out(self) -> None:
+        self.advance_by(31)
+        self.sfu.people = {room: {} for room in self.sfu.people}
+        with counting(*self.NAMES) as counted:
+            self.advance_by(62)
+        assert not self.is_in_call()
+        assert counted == {'leaves_total{trigger="poll"}': 1, "leave_seconds_count": 1}
+
+    def test_a_participant_who_never_came(self) -> None:
+        self.leaves(self.participant)
+        self.enter()
+        # An hour would be long in here.
+        with (
+            patch("synapse_lk_jwt.delegation.MAX_WAIT_MS", 5_000),
+            counting(*self.NAMES) as counted,
+        ):
+            assert self.delegate(self.delayed()).code == 200
+            self.advance_by(8)
+        assert not self.is_in_call()
+        assert counted == {'leaves_total{trigger="gave_up"}': 1, "leave_seconds_count": 1}
+
+    def test_a_leave_that_the_client_sends_itself(self) -> None:
+        (delay_id,) = self.pending()
+        path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}"
+        self.make_request("POST", path, {"action": "send"}, access_token=self.alices_token)
+        with counting(*self.NAMES) as counted:
+            self.leaves(self.participant)
+        assert counted == {}
+
+    def test_a_leave_that_the_room_refuses(self) -> None:
+        self.join_remotely(self.alice, "leave")
+        with counting(*self.NAMES) as counted:
+            self.leaves(self.participant)
+        assert counted == {
+            'leaves_total{trigger="webhook"}': 1,
+            'leave_failures_total{cause="refused"}': 1,
+        }
+
+    def test_a_leave_that_fails_counts_from_when_they_went(self) -> None:
+        errors = [SynapseError(500, "no luck"), OSError("no network")]
+        with (
+            patch.object(Homeserver, "send", side_effect=errors),
+            counting(*self.NAMES, "leave_seconds_sum") as counted,
+        ):
+            self.leaves(self.participant)
+            self.advance_by(2)
+        assert counted == {
+            'leaves_total{trigger="webhook"}': 1,
+            'leave_failures_total{cause="failed"}': 2,
+        }
+        with counting(*self.NAMES, "leave_seconds_sum") as counted:
+            self.advance_by(6)
+        assert not self.is_in_call()
+        assert 3 <= counted.pop("leave_seconds_sum") < 6
+        assert counted == {"leave_seconds_count": 1}
+
+    def test_delegations_now(self) -> None:
+        for phase, (key, device) in {"waiting": ("w", "W"), "leaving": ("l", "L")}.items():
+            body = self.get_token_body(delay_id=self.delayed(key=key), delay_timeout=HOUR_MS)
+            body["member"].update(id=device, claimed_device_id=device)
+            self.assert_token(self.post("/get_token", body))
+            query = "UPDATE synapse_lk_jwt_delegations SET phase = ? WHERE state_key = ?"
+            if phase == "leaving":
+                query = query.replace("SET", f"SET next_ms = {2**60}, leave = '{{}}',")
+            self.get_success(self.store.db_pool.execute("p", query, phase, key))
+        self.advance_by(31)
+        now = own_samples()
+        assert [now[f'delegations{{phase="{p.value}"}}'] for p in Phase] == [1, 1, 1]
+        self.get_success(self.store.db_pool.execute("d", "DELETE FROM synapse_lk_jwt_delegations"))
+        self.advance_by(31)
+        now = own_samples()
+        assert [now[f'delegations{{phase="{p.value}"}}'] for p in Phase] == [0, 0, 0]
+
+
+class RemovalsTests(FollowingTestCase):
+    NAME = "removal_seconds_count"
+
+    def removed(self, cause: str, number: int) -> dict[str, float]:
+        return {f'{self.NAME}{{cause="{cause}"}}': number}
+
+    def test_who_leaves_and_who_comes_back(self) -> None:
+        with counting(self.NAME) as counted:
+            self.join_remotely(self.bob, "ban")
+            self.pump()
+        # With the twin, there were five.
+        assert counted == self.removed("left", 5)
+        token = self.tokens["bob on one device"]
+        with counting(self.NAME) as counted:
+            self.webhook("participant_joined", self.sfu.join(token), room=self.room)
+            self.pump()
+        assert counted == self.removed("joined", 1)
+        self.sfu.join(token)
+        with counting(self.NAME) as counted:
+            self.advance_by(31)
+        assert counted == self.removed("poll", 1)
+
+    def test_a_server_that_is_shut_out(self) -> None:
+        with counting(self.NAME) as counted:
+            acl = {"allow": ["*"], "deny": [self.OTHER_SERVER_NAME]}
+            self.helper.send_state(self.room_id, "m.room.server_acl", acl, tok=self.alices_token)
+            self.pump()
+        assert counted == self.removed("server_acl", 1)
+
+    def test_the_time_counts_from_when_they_left(self) -> None:
+        names = (self.NAME, "removal_seconds_sum")
+        self.sfu.is_down = True
+        with counting(*names) as counted:
+            self.join_remotely(self.rita, "leave")
+            self.advance_by(20)
+        assert counted == {}
+        self.sfu.is_down = False
+        with counting(*names) as counted:
+            self.advance_by(6)
+        assert 20 < counted.pop('removal_seconds_sum{cause="left"}') < 27
+        assert counted == self.removed("left", 1)
+
+
+class NowTests(FollowingTestCase):
+    def now(self) -> tuple[float, float]:
+        now = own_samples()
+        return now["rooms"], now["participants"]
+
+    def test_who_is_in_our_calls(self) -> None:
+        metrics.last_poll.set(0)
+        self.sfu.people["somebody else's"] = {"x": ParticipantInfo(identity="x")}
+        self.advance_by(31)
+        assert self.now() == (2, 7)
+        asked_sec = own_samples()["last_poll_timestamp_seconds"]
+        assert 0 <= self.reactor.seconds() - asked_sec <= 31
+
+        self.sfu.is_down = True
+        self.advance_by(31)
+        assert [math.isnan(number) for number in self.now()] == [True, True]
+        assert own_samples()["last_poll_timestamp_seconds"] == asked_sec
+
+        self.sfu.is_down = False
+        self.sfu.people = {room: {} for room in self.sfu.people}
+        self.advance_by(31)
+        assert self.now() == (0, 0)
+        assert own_samples()["last_poll_timestamp_seconds"] > asked_sec
+
+    def test_a_room_that_cannot_be_looked_at(self) -> None:
+        answer = self.sfu._answer
+
+        def all_but_one(name: str, data: bytes) -> Any:
+            if name == "ListParticipants" and self.room.encode() in data:
+                return response(500, b'{"code": "internal", "msg": "no luck"}')
+            return answer(name, data)
+
+        with patch.object(self.sfu, "_answer", all_but_one):
+            self.advance_by(31)
+        rooms, participants = self.now()
+        assert (rooms, math.isnan(participants)) == (2, True)
+
+
+class PollOffTests(DelegationTestCase):
+    module_config = {"sanity_check_interval": 0}
+
+    def test_a_poll_that_has_nothing_to_do(self) -> None:
+        metrics.nobody_knows()
+        metrics.last_poll.set(0)
+        self.advance_by(310)
+        now = own_samples()
+        assert (now["rooms"], now["participants"]) == (0, 0)
+        assert now["last_poll_timestamp_seconds"] > 0

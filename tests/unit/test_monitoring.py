@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics' names and labels, and that dashboard, alerts and documentation know them."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import REGISTRY
+
+from realparts.metrics import METRICS, PREFIX, own_samples, samples
+from realparts.skips import missing_tool
+from synapse_lk_jwt.delegation import Phase
+
+ROOT = Path(__file__).resolve().parents[2]
+DASHBOARD = ROOT / "contrib/grafana/synapse-lk-jwt.json"
+RULES = ROOT / "contrib/prometheus/synapse-lk-jwt.rules.yml"
+DOCS = ROOT / "docs/monitoring.md"
+# What Prometheus adds by itself.
+TARGET_LABELS = {"instance", "job", "index"}
+
+LABELS = {
+    "tokens": {"endpoint", "user", "access"},
+    "remote_tokens": set(),
+    "refusals": {"endpoint", "cause"},
+    "openid_lookup_seconds": {"where"},
+    "openid_failures": {"where", "cause"},
+    "sfu_request_seconds": {"method"},
+    "sfu_failures": {"method", "cause"},
+    "rooms_ensured": {"how"},
+    "webhooks": {"event"},
+    "webhooks_rejected": {"cause"},
+    "delegations_taken_on": set(),
+    "delegations": {"phase"},
+    "leaves": {"trigger"},
+    "leave_seconds": set(),
+    "leave_failures": {"cause"},
+    "removal_seconds": {"cause"},
+    "participants": set(),
+    "rooms": set(),
+    "last_poll_timestamp_seconds": set(),
+}
+
+
+def values_of_labels() -> dict[str, dict[str, set[str]]]:
+    """The labels of every sample that Prometheus can get, with their values."""
+    found: dict[str, dict[str, set[str]]] = {}
+    for series in [*own_samples(), *(f'delegations{{phase="{phase.value}"}}' for phase in Phase)]:
+        name, _, labels = series.partition("{")
+        values = found.setdefault(PREFIX + name, {})
+        for label, value in re.findall(r'(\w+)="([^"]*)"', labels):
+            values.setdefault(label, set()).add(value)
+    return found
+
+
+SAMPLES = values_of_labels()
+
+
+def expressions(where: Any) -> Iterator[str]:
+    """All PromQL in a dashboard or a file of rules."""
+    if isinstance(where, dict):
+        for key, value in where.items():
+            if key in ("expr", "query") and isinstance(value, str):
+                yield value
+            else:
+                yield from expressions(value)
+    elif isinstance(where, list):
+        for value in where:
+            yield from expressions(value)
+
+
+DASHBOARD_EXPRESSIONS = list(expressions(json.loads(DASHBOARD.read_text())))
+RULE_EXPRESSIONS = list(expressions(yaml.safe_load(RULES.read_text())))
+
+
+def problems(expression: str) -> list[str]:
+    """What an expression asks for and nobody tells."""
+    found = []
+    for name, selector in re.findall(r"(synapse_lk_jwt_\w+)(?:\{([^}]*)\})?", expression):
+        if name not in SAMPLES:
+            found.append(f"there is no {name}")
+            continue
+        for label, operator, value in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', selector):
+            if label in TARGET_LABELS:
+                continue
+            known = SAMPLES[name].get(label, set())
+            values = value.split("|") if "~" in operator else [value]
+            found += [f"{name} has no {label}={v}" for v in values if v not in known]
+    labels = {label for name in SAMPLES if name in expression for label in SAMPLES[name]}
+    for group in re.findall(r"\bby \(([^)]*)\)", expression):
+        for label in filter(None, re.split(r"[, ]+", group)):
+            if label not in labels | TARGET_LABELS:
+                found.append(f"nothing in it has a label {label}")
+    return found
+
+
+def test_every_metric_has_these_labels_and_no_others() -> None:
+    assert {metric._name[len(PREFIX) :]: set(metric._labelnames) for metric in METRICS} == LABELS
+
+
+def test_they_are_in_the_registry_that_synapse_serves() -> None:
+    names = [family.name for metric in METRICS for family in metric.collect()]
+    registered = REGISTRY.restricted_registry([*SAMPLES]).collect()
+    assert samples(registered).keys() == own_samples().keys()
+    assert all(name.startswith(PREFIX) for name in names)
+
+
+def test_nothing_is_a_series_for_each_of_many() -> None:
+    # Buckets multiply. A process has some 2,300 series of Synapse's own.
+    assert len(own_samples()) < 400
+
+
+@pytest.mark.parametrize("expression", sorted({*DASHBOARD_EXPRESSIONS, *RULE_EXPRESSIONS}))
+def test_what_dashboard_and_alerts_ask_for_is_there(expression: str) -> None:
+    assert problems(expression) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "synapse_lk_jwt_token_total",
+        "synapse_lk_jwt_tokens_total_bucket",
+        "synapse_lk_jwt_leave_seconds",
+        'synapse_lk_jwt_refusals_total{cause="rate_limit"}',
+        'synapse_lk_jwt_refusals_total{cause=~"sfu|nothing"}',
+        'synapse_lk_jwt_refusals_total{reason="sfu"}',
+        "sum by (instance, event) (rate(synapse_lk_jwt_tokens_total[5m]))",
+    ],
+)
+def test_what_is_not_there_is_found(wrong: str) -> None:
+    assert problems(wrong) != []
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_dashboard_and_documentation_have_every_metric(name: str) -> None:
+    assert any(f"{PREFIX}{name}" in expression for expression in DASHBOARD_EXPRESSIONS)
+    assert re.search(rf"^\| `{name}(_total)?` \|", DOCS.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_documentation_has_every_value_of_a_label(name: str) -> None:
+    values = {value for label, known in SAMPLES[name].items() if label != "le" for value in known}
+    # These are LiveKit's own names.
+    if "sfu_request" in name or "sfu_failures" in name or "webhooks_total" in name:
+        values -= SAMPLES[name].get("method", set()) | SAMPLES[name].get("event", set())
+    assert {value for value in values if f"`{value}`" not in DOCS.read_text()} == set()
+
+
+def test_every_panel_says_what_it_shows() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "instance"]
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    for panel in panels:
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
+        for target in panel["targets"]:
+            assert 'instance=~"$instance"' in target["expr"], panel["title"]
+            grouped = set(
+                re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"])))
+            )
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped
+
+
+def test_every_alert_says_what_to_do() -> None:
+    alerts = [
+        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    ]
+    documented = DOCS.read_text()
+    for alert in alerts:
+        row = f"| `{alert['alert']}` | {alert['labels']['severity']} |"
+        assert row in documented, alert["alert"]
+        assert alert["annotations"]["summary"]
+        assert len(alert["annotations"]["description"]) > 100
+        for page, anchor in re.findall(
+            r"docs/([\w-]+\.md)(?:#([\w-]+))?", alert["annotations"]["description"]
+        ):
+            text = (ROOT / "docs" / page).read_text()
+            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+            assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}
+
+
+@pytest.fixture
+def promtool() -> str:
+    found = shutil.which("promtool")
+    if found is None:
+        missing_tool("promtool is missing: install Prometheus (Debian: apt install prometheus)")
+    return found
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["check", "rules", RULES], ["test", "rules", Path(__file__).with_name("alerts.yml")]],
+)
+def test_alerts_fire_when_they_should(promtool: str, command: list[str | Path]) -> None:
+    done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
