@@ -403,10 +403,10 @@ class Many:
         user = self.tokens.users[number % self._people_in_a_call]
         return f"call{number // self._people_in_a_call}", f"{user.user_id}:DEVICE{number}", user
 
-    def participants(self, count: int) -> list[tuple[str, str]]:
-        """Some of them, from all over: LiveKit rooms and identities."""
+    def participants(self, count: int) -> list[tuple[str, str, str]]:
+        """Some of them, from all over: LiveKit rooms, identities and delay IDs."""
         numbers = (number * self._count // count for number in range(count))
-        return [self._participant(number)[:2] for number in numbers]
+        return [(*self._participant(number)[:2], f"delay{number}") for number in numbers]
 
     def costs(self, requests: int) -> dict[str, Cost]:
         """Of each thing that is measured."""
@@ -416,7 +416,7 @@ class Many:
         costs = {"token": self._run(self.tokens.sfu_get(requests))}
         for event in ("participant_joined", "participant_left"):
             asked = self.participants(requests)
-            costs[event] = self._run([webhook(event, room, who, {}) for room, who in asked])
+            costs[event] = self._run([webhook(event, room, who, {}) for room, who, _ in asked])
         return {**costs, "poll": first}
 
     def _poll(self) -> Cost:

@@ -37,10 +37,13 @@ class WrongAnswer(Exception):
 class _Connection(asyncio.Protocol):
     """Sends one request after the other, and waits for each answer."""
 
-    def __init__(self, requests: Iterator[bytes], until: float, times: list[float]) -> None:
+    def __init__(
+        self, requests: Iterator[bytes], until: float, times: list[float], pause: float
+    ) -> None:
         self._requests = requests
         self._until = until
         self._times = times
+        self._pause = pause
         self._answer = b""
         self._sent = 0.0
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -69,7 +72,10 @@ class _Connection(asyncio.Protocol):
             return
         self._times.append(time.perf_counter() - self._sent)
         self._answer = b""
-        self.send()
+        if self._pause:
+            asyncio.get_running_loop().call_later(self._pause, self.send)
+        else:
+            self.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.done.done():
@@ -86,7 +92,9 @@ def _is_complete(answer: bytes) -> bool:
     return body.endswith(b"0\r\n\r\n")
 
 
-async def run(port: int, requests: list[bytes], connections: int, seconds: float) -> Result:
+async def run(
+    port: int, requests: list[bytes], connections: int, seconds: float, pause: float = 0.0
+) -> Result:
     """Sends requests until the time is over or there are none left.
 
     Args:
@@ -94,6 +102,7 @@ async def run(port: int, requests: list[bytes], connections: int, seconds: float
         requests: whole HTTP requests, each used once.
         connections: how many are open, and wait for an answer, at a time.
         seconds: how long to go on.
+        pause: seconds that each connection waits between an answer and the next request.
 
     Raises:
         WrongAnswer: if any answer is not 200.
@@ -105,7 +114,7 @@ async def run(port: int, requests: list[bytes], connections: int, seconds: float
     opened = []
     for _ in range(connections):
         _, connection = await loop.create_connection(
-            lambda: _Connection(left, until, times), "127.0.0.1", port
+            lambda: _Connection(left, until, times, pause), "127.0.0.1", port
         )
         opened.append(connection)
     began = time.perf_counter()

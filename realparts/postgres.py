@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,6 +118,17 @@ class Postgres:
         import psycopg2
 
         return psycopg2.connect(**cast(Any, self.connection(database)))
+
+    def insert(self, database: str, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+        """Put very many rows into a table; `%s` stands for them in the statement."""
+        from psycopg2.extras import execute_values
+
+        with (
+            closing(self.connect(database)) as connection,
+            connection,
+            closing(connection.cursor()) as cursor,
+        ):
+            execute_values(cursor, statement, rows, page_size=1_000)
 
     def stop(self) -> None:
         """End the server and remove the cluster."""

@@ -160,18 +160,14 @@ class Synapse:
 
     def insert(self, table: str, rows: Sequence[Mapping[str, object]]) -> None:
         """Put rows, all with the same columns, into a table of its database."""
-        connection: Any
-        if self._postgres is None:
-            connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
-        else:
-            connection = self._postgres.connect(self.name)
-        columns = list(rows[0])
-        values = ", ".join(["?" if self._postgres is None else "%s"] * len(columns))
-        with closing(connection), connection, closing(connection.cursor()) as cursor:
-            cursor.executemany(
-                f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({values})",
-                [tuple(row.values()) for row in rows],
-            )
+        into = f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES"
+        values = [tuple(row.values()) for row in rows]
+        if self._postgres is not None:
+            self._postgres.insert(self.name, f"{into} %s", values)
+            return
+        connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
+        with closing(connection), connection:
+            connection.executemany(f"{into} ({', '.join('?' * len(rows[0]))})", values)
 
     def log_text(self) -> str:
         """The logs of all processes, one after the other."""
