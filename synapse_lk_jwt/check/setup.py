@@ -155,9 +155,10 @@ def read(paths: Sequence[str]) -> Setup:
     except OSError as e:
         raise CannotRun(f"{e.filename!r} cannot be read ({e.strerror})") from None
     except Exception as e:
-        # Synapse looks at some values without expecting anything wrong.
+        # Synapse looks at some values without expecting anything wrong. The error may quote one.
         raise CannotRun(
-            f"Synapse does not start with this configuration ({type(e).__name__}: {e})"
+            f"Synapse does not start with this configuration ({type(e).__name__}); what it prints"
+            " when it is started says more"
         ) from None
     # As they were named on the command line: Synapse makes their paths absolute.
     return attr.evolve(setup, files=tuple(files))

@@ -76,8 +76,8 @@ class StartChecks:
         self._homeserver = homeserver
         self._setup = setup
         self._sfu = Sfu(SynapseProbe(homeserver), setup.module, homeserver.clock.time_msec)
-        # What LiveKit did wrong when it was looked at last.
-        self._logged: set[Finding] = set()
+        # What was found at the last look at LiveKit. How far clocks are apart changes all the time.
+        self._found: set[tuple[str, Verdict]] = set()
         if homeserver.runs_background_tasks:
             homeserver.run_in_background("synapse_lk_jwt_check", self._check_settings)
             homeserver.repeat(LOOK_AGAIN_MS, "synapse_lk_jwt_check", self._check_sfu, at_once=True)
@@ -87,12 +87,12 @@ class StartChecks:
 
     async def _check_sfu(self) -> None:
         try:
-            findings = set(await self._sfu.check_rooms(""))
+            findings = await self._sfu.check_rooms("")
         except NoAnswer:
             # Whoever cannot use LiveKit at all says so.
             return
-        self._log(findings - self._logged)
-        self._logged = findings
+        self._log(f for f in findings if (f.check, f.verdict) not in self._found)
+        self._found = {(f.check, f.verdict) for f in findings}
 
     def _log(self, findings: Iterable[Finding]) -> None:
         for finding in findings:

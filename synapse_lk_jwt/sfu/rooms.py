@@ -324,7 +324,13 @@ class RoomService:
             metrics.sfu_failures.labels(method, e.cause).inc()
             if self._refused.get(method) != str(e):
                 self._refused[method] = str(e)
-                logger.error("LiveKit at %s does not do %s: %s", self._api_url, method, e)
+                logger.error(
+                    "LiveKit at %s does not do %s: %s. %s",
+                    self._api_url,
+                    method,
+                    e,
+                    self._homeserver.check_command,
+                )
             raise
         except SfuError as e:
             raise self._failed(method, e.cause, str(e)) from None

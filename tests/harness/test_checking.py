@@ -4,13 +4,18 @@
 import json
 import logging
 from typing import Any
+from unittest.mock import patch
 
 import jwt
 from harness_base import SECRET, P
 from livekit.api import VideoGrants
 from test_delegating import DelegationTestCase
 
+from synapse_lk_jwt.check.probe import NoAnswer
+from synapse_lk_jwt.check.report import ok, warning
+from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
+from synapse_lk_jwt.check.start import LOOK_AGAIN_MS
 from synapse_lk_jwt.sfu.tokens import TokenSigner
 
 NO_WEBHOOK = "no webhook of LiveKit has told so"
@@ -76,6 +81,29 @@ class CheckTests(DelegationTestCase):
         for body in (b"", b"[]", b'{"user_id": 1}', b'{"user_id": "@a:b", "room_id": "#a"}'):
             channel = self.post("/check", body, custom_headers=authorization)
             assert channel.code == 400, body
+
+
+class RunningTests(DelegationTestCase):
+    def test_what_stays_as_it_is_is_told_once(self) -> None:
+        # The first look, soon after the start.
+        self.advance_by(2)
+        looks = [
+            [warning("clocks", "are 7 s apart")],
+            [warning("clocks", "are 8 s apart")],
+            [ok("auto_create", "is off")],
+            NoAnswer("LiveKit is away"),
+            [warning("clocks", "are 9 s apart")],
+        ]
+        with (
+            patch.object(Sfu, "check_rooms", side_effect=looks) as look,
+            self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs,
+        ):
+            for _ in looks:
+                self.reactor.advance(LOOK_AGAIN_MS / 1000)
+                self.pump()
+        assert look.call_count == len(looks)
+        told = [line for line in logs.output if "clocks" in line]
+        assert ["7 s apart" in told[0], "9 s apart" in told[1]] == [True] * len(told)
 
 
 class WebhookTests(DelegationTestCase):
