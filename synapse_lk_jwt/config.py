@@ -97,6 +97,10 @@ class LiveKitJwtConfig:
     rc_openid: RatelimitSettings
     warnings: tuple[str, ...]
 
+    def service_url_at(self, public_baseurl: str) -> str:
+        """Where clients are told that the service endpoints are, by Synapse's `public_baseurl`."""
+        return self.service_url or f"{public_baseurl.rstrip('/')}{self.path_prefix}"
+
 
 KEYS = (
     "livekit_url",

@@ -36,7 +36,18 @@ class LiveKitJwtModule:
 
     def __init__(self, config: LiveKitJwtConfig, api: ModuleApi) -> None:
         homeserver = Homeserver(api)
-        setup = from_synapse(homeserver.config, config)
+        service_url = config.service_url_at(api.public_baseurl)
+        try:
+            # Ahead of what the module itself adds.
+            setup = from_synapse(homeserver.config, config)
+        except Exception as e:
+            # Nothing stands on it but these checks.
+            setup = None
+            logger.warning(
+                "The checks at start are left out, as this Synapse's configuration has another form"
+                " than they know (%s)",
+                type(e).__name__,
+            )
         signer = TokenSigner(config.livekit_key, config.livekit_secret, homeserver.clock.time_msec)
         store = Store(homeserver)
         rooms = RoomService(homeserver, config.livekit_internal_url, signer, store.note_call)
@@ -84,11 +95,12 @@ class LiveKitJwtModule:
             )
         if config.advertise:
             # Clients take `url` as a promise that the homeserver endpoints are there.
-            homeserver.advertise(None if not_served else config.livekit_url, setup.service_url)
+            homeserver.advertise(None if not_served else config.livekit_url, service_url)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        StartChecks(homeserver, setup)
-        logger.info("Serving LiveKit access tokens at %s", setup.service_url)
+        if setup is not None:
+            StartChecks(homeserver, setup)
+        logger.info("Serving LiveKit access tokens at %s", service_url)
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> LiveKitJwtConfig:

@@ -5,6 +5,7 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from synapse_lk_jwt.check.running import NoModuleThere, Running, check_webhooks
 from synapse_lk_jwt.check.setup import CannotRun, NoModule, Setup, read
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.identifiers import is_room_id, is_user_id
+
+_HOST = r"(\[[^\]]+\]|[^:\[\]]+)"
 
 ALL_WELL, TO_BE_FIXED, COULD_NOT_RUN = range(3)
 
@@ -91,8 +94,8 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
     if state is None:
         return findings
     public = Public(probe, setup, running, sfu)
-    if is_all_well(f for f in of_sfu if f.check != "auto_create") and running.url is not None:
-        findings += await check_webhooks(sfu, running, public.visit)
+    if is_all_well(f for f in of_sfu if f.check != "auto_create"):
+        findings += await check_webhooks(sfu, running, state, public.visit)
     else:
         text = "and livekit_url cannot be told before LiveKit can be used"
         findings.append(warning("webhooks", text))
@@ -124,11 +127,11 @@ def _report(findings: Sequence[Finding], is_for_machines: bool) -> str:
 
 
 def _connect_to(text: str) -> tuple[tuple[str, int], tuple[str, int]]:
-    try:
-        host, port, address, other_port = text.split(":")
-        return (host, int(port)), (address, int(other_port))
-    except ValueError:
-        raise argparse.ArgumentTypeError("must be HOST:PORT:ADDRESS:PORT") from None
+    parts = re.fullmatch(rf"{_HOST}:(\d+):{_HOST}:(\d+)", text)
+    if parts is None:
+        raise argparse.ArgumentTypeError("must be HOST:PORT:ADDRESS:PORT")
+    host, port, address, other_port = parts.groups()
+    return (host.strip("[]"), int(port)), (address.strip("[]"), int(other_port))
 
 
 def _now_ms() -> int:

@@ -5,6 +5,7 @@ import asyncio
 import http.client
 import socket
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -118,6 +119,9 @@ class HttpProbe:
             raise NoAnswer(f"its certificate is not valid ({e.verify_message})") from None
         except ssl.SSLError as e:
             raise NoAnswer(f"it does not speak TLS as it should ({e.reason})") from None
+        except ValueError:
+            # Of a port, a host or a path.
+            raise NoAnswer("this is no address") from None
         except (OSError, http.client.HTTPException) as e:
             text = getattr(e, "strerror", None) or type(e).__name__
             raise NoAnswer(f"the connection broke ({text})") from None
@@ -125,13 +129,20 @@ class HttpProbe:
     def _request(
         self, method: str, url: str, headers: dict[str, str], body: bytes | None
     ) -> Answer:
+        deadline = time.monotonic() + TIMEOUT_SEC
         connection = self._connection(url)
         try:
             parts = urlsplit(url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request(method, path, body, headers)
             response = connection.getresponse()
-            return Answer(response.status, response.getheaders(), response.read(MAX_ANSWER_BYTES))
+            received = b""
+            # Each part may take its time, and all of them must not.
+            while len(received) < MAX_ANSWER_BYTES and (part := response.read1(65536)):
+                received += part
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            return Answer(response.status, response.getheaders(), received)
         finally:
             connection.close()
 

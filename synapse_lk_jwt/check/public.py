@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What clients see from outside: public names, the reverse proxy, TLS, CORS."""
 
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
+import attr
 from synapse.util.stringutils import parse_server_name
 
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
@@ -13,6 +14,7 @@ from synapse_lk_jwt.check.sfu import Sfu
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
 CORS = "Access-Control-Allow-Origin"
+ORIGIN = "https://call.example.com"
 MAX_REDIRECTS = 3
 
 TRANSPORTS = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
@@ -25,7 +27,8 @@ class Public:
     def __init__(self, probe: Probe, setup: Setup, running: Running, sfu: Sfu) -> None:
         self._probe = probe
         self._setup = setup
-        self._running = running
+        # Here certificates count.
+        self._running = attr.evolve(running, probe=probe)
         self._sfu = sfu
 
     async def check_homeserver(self, state: State) -> list[Finding]:
@@ -78,7 +81,7 @@ class Public:
     def _proxy_lines(self, path: str) -> tuple[str, ...]:
         return (
             f"location {path} {{",
-            f"    proxy_pass {self._running.url};",
+            f"    proxy_pass {self._running.proxied_url};",
             "    proxy_set_header X-Forwarded-For $remote_addr;",
             "    proxy_set_header X-Forwarded-Proto $scheme;",
             "    proxy_set_header Host $host;",
@@ -87,14 +90,21 @@ class Public:
 
     async def _preflight(self) -> Finding:
         url = f"{self._setup.service_url}/sfu/get"
-        headers = {"Origin": "https://call.example.com", "Access-Control-Request-Method": "POST"}
+        headers = {
+            "Origin": ORIGIN,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type",
+        }
         try:
             answer = await self._probe.request("OPTIONS", url, headers)
         except NoAnswer as e:
             return warning("preflight", f"of {url} cannot be told: {e}")
-        problem = _cors_problem(answer)
+        problem = _cors_problem(answer, ORIGIN)
+        allowed = ",".join(answer.all("Access-Control-Allow-Headers")).lower()
         if answer.status >= 300:
             problem = f"is answered {_describe(answer)}"
+        elif problem is None and "content-type" not in allowed and "*" not in allowed:
+            problem = "is answered without Access-Control-Allow-Headers: Content-Type"
         if problem is not None:
             text = f"a browser's OPTIONS {url} {problem}: it does not go on"
             return wrong("preflight", text, PROXY, *_CORS_LINES)
@@ -245,12 +255,17 @@ class Public:
         )
 
     def _no_websocket(self, text: str) -> Finding:
+        module = self._setup.module
+        url = module.livekit_internal_url
+        if urlsplit(url).netloc == urlsplit(module.livekit_url).netloc:
+            # Which is this proxy itself.
+            url = "http://127.0.0.1:7880"
         return wrong(
             "livekit_url",
             text,
             "the configuration of the proxy in front of LiveKit (nginx)",
             "location / {",
-            f"    proxy_pass {self._setup.module.livekit_internal_url};",
+            f"    proxy_pass {url};",
             "    proxy_http_version 1.1;",
             "    proxy_set_header Upgrade $http_upgrade;",
             '    proxy_set_header Connection "upgrade";',
@@ -275,10 +290,10 @@ def _describe(answer: Answer) -> str:
     return f"with {answer.status}"
 
 
-def _cors_problem(answer: Answer) -> str | None:
+def _cors_problem(answer: Answer, origin: str = "*") -> str | None:
     values = answer.all(CORS)
     if not values:
         return f"comes without {CORS}: a browser takes it for a dead network"
-    if values != ["*"]:
+    if values not in (["*"], [origin]):
         return f"comes with {CORS}: {', '.join(values)} instead of one *: browsers refuse it"
     return None

@@ -83,5 +83,4 @@ def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps(
         [{**attr.asdict(finding), "verdict": finding.verdict.value} for finding in findings],
         indent=2,
-        ensure_ascii=False,
     )

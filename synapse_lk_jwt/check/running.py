@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import unquote
 
 import attr
 from livekit.api import VideoGrants
@@ -60,9 +61,25 @@ class Running:
     @property
     def url(self) -> str | None:
         """Where the process of this configuration listens; None if it does not."""
-        urls = [listener.url for listener in self.setup.listeners]
-        # What is written into LiveKit's configuration and a proxy's should do without TLS.
-        return next((url for url in urls if not url.startswith("https:")), next(iter(urls), None))
+        # What is written into LiveKit's configuration and a proxy's should do without TLS, and be
+        # there for others.
+        listeners = sorted(
+            self.setup.listeners,
+            key=lambda at: ("client" not in at.resources, at.url.startswith("https:")),
+        )
+        return listeners[0].url if listeners else None
+
+    @property
+    def proxied_url(self) -> str:
+        """The same for a proxy, as nginx has it."""
+        url = self.url or "http://127.0.0.1:8008"
+        return f"http://unix:{unquote(url[len('http://') :])}" if "%2F" in url else url
+
+    @property
+    def webhook_url(self) -> str:
+        """Where LiveKit should send its webhooks."""
+        url = self.url if self.url and "%2F" not in self.url else "http://127.0.0.1:8008"
+        return f"{url}{self.setup.module.path_prefix}/sfu_webhook"
 
     async def ask(self, service_url: str, **question: str) -> State:
         """Asks a process how it sees itself, and about a user.
@@ -88,8 +105,9 @@ class Running:
         raise NoModuleThere(answer.status, health.status == 200 and health.json == {})
 
     async def ask_process(self, url: str, **question: str) -> State:
-        """As `ask`, at a listener of a process."""
-        return await self.ask(f"{url}{self.setup.module.path_prefix}", **question)
+        """As `ask`, at a listener of a process, which is `url` in the answer."""
+        state = await self.ask(f"{url}{self.setup.module.path_prefix}", **question)
+        return {**state, "url": url}
 
     async def check(self) -> tuple[list[Finding], State | None]:
         """All findings about the processes, and what the first one that answered has said."""
@@ -163,7 +181,8 @@ class Running:
         if cause.has_module:
             return wrong(
                 "processes",
-                f"{_called(name)} at {url} runs with another livekit_secret than is in these files",
+                f"{_called(name)} at {url} runs with another livekit_secret than is in these files,"
+                " or with an older version of the module",
                 "the command line",
                 "systemctl restart matrix-synapse    # or however you restart Synapse",
             )
@@ -215,53 +234,55 @@ MODULES = (
 
 
 async def check_webhooks(
-    sfu: Sfu, running: Running, visit: Callable[[str], Awaitable[Finding]]
+    sfu: Sfu, running: Running, state: State, visit: Callable[[str], Awaitable[Finding]]
 ) -> list[Finding]:
     """Makes a LiveKit room of no call, has somebody look into it, and waits for the webhook.
 
     Args:
         sfu: LiveKit, which must answer.
-        running: the homeserver, which must answer.
+        running: the homeserver.
+        state: what one of its processes has answered.
         visit: what else to try with the room, before it is deleted.
     """
-    url = running.url
-    assert url is not None
     livekit_room = f"{CHECK_ROOM}{secrets.token_hex(16)}"
-    began_ms = (await running.ask_process(url))["now_ms"]
     grants = VideoGrants(room_create=True)
+    findings = []
     try:
+        began_ms = (await running.ask_process(state["url"]))["now_ms"]
         request = CreateRoomRequest(name=livekit_room, empty_timeout=30, departure_timeout=1)
         answer = await sfu.call("CreateRoom", request, grants)
         if answer.status != 200:
             text = f"cannot be told: LiveKit answers {answer.status} to CreateRoom"
             return [warning("webhooks", text)]
-        visited = await visit(livekit_room)
+        findings.append(await visit(livekit_room))
         await sfu.call("DeleteRoom", DeleteRoomRequest(room=livekit_room), grants)
-        return [visited, await _wait_for_webhook(running, url, began_ms)]
+        findings.append(await _wait_for_webhook(running, state["url"], began_ms))
     except (NoAnswer, NoModuleThere) as e:
-        return [warning("webhooks", f"cannot be told: {e}")]
+        findings.append(warning("webhooks", f"cannot be told: {e}"))
+    return findings
 
 
 async def _wait_for_webhook(running: Running, url: str, began_ms: int) -> Finding:
-    setup = running.setup
-    key = setup.module.livekit_key
     lines = (
         "webhook:",
-        f"  api_key: {key}",
-        f'  urls: ["{url}{setup.module.path_prefix}/sfu_webhook"]',
+        f"  api_key: {running.setup.module.livekit_key}",
+        f'  urls: ["{running.webhook_url}"]',
     )
+    is_refused = False
     for _ in range(round(WEBHOOK_SEC / ASK_AGAIN_SEC)):
         processes = (await running.ask_process(url))["processes"]
         if any(process["webhook_ms"] >= began_ms for process in processes):
             return ok("webhooks", "of LiveKit arrive")
-        if any(process["refused_ms"] >= began_ms for process in processes):
-            return wrong(
-                "webhooks",
-                "arrive with the signature of another key, and are refused: leaves come late",
-                LIVEKIT_YAML,
-                *lines,
-            )
+        # It may be a stranger's.
+        is_refused = any(process["refused_ms"] >= began_ms for process in processes)
         await asyncio.sleep(ASK_AGAIN_SEC)
+    if is_refused:
+        return wrong(
+            "webhooks",
+            "arrive with the signature of another key, and are refused: leaves come late",
+            LIVEKIT_YAML,
+            *lines,
+        )
     return wrong(
         "webhooks",
         f"of LiveKit do not arrive: nothing came within {WEBHOOK_SEC} s of a room that was made"

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
-from synapse_lk_jwt.check.setup import FOCI, MODULE, Setup
+from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, Setup
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
 from synapse_lk_jwt.homeserver import overlap
 from synapse_lk_jwt.identifiers import is_server_name
@@ -272,16 +272,19 @@ def _federation(setup: Setup) -> Iterator[Finding]:
         ]
         if not setup.whitelist - {setup.server_name} or shut_out:
             is_well = False
+            whose = f"{', '.join(shut_out)}'s" if shut_out else who
             yield finding(
                 "federation",
-                f"is restricted by federation_domain_whitelist: {who} users are on the full-access"
-                " list and cannot be verified",
+                f"is restricted by federation_domain_whitelist: {whose} users are on the"
+                " full-access list and cannot be verified",
                 setup.file("federation_domain_whitelist"),
                 "federation_domain_whitelist:",
-                *(f"  - {entry}" for entry in shut_out or ["example.org"]),
+                *(f"  - {name}" for name in [*sorted(setup.whitelist), *shut_out]),
+                *([] if shut_out else ["  - example.org    # whose users may call yours"]),
             )
     resources = {name for listener in setup.listeners for name in listener.resources}
-    if "federation" not in resources and len(setup.workers) < 2:
+    # Workers, which may have them, need not be in `instance_map`.
+    if "federation" not in resources and setup.instance == MAIN and len(setup.workers) < 2:
         is_well = False
         missing = "federation" if "openid" in resources else "federation and openid"
         yield finding(

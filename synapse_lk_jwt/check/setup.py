@@ -12,7 +12,6 @@ import yaml
 from synapse.config._base import (
     ConfigError,
     find_config_files,
-    format_config_error,
     read_config_files,
 )
 from synapse.config.homeserver import HomeServerConfig
@@ -112,7 +111,7 @@ class Setup:
     @property
     def service_url(self) -> str:
         """Where clients are told that the service endpoints are."""
-        return self.module.service_url or f"{self.public_baseurl}{self.module.path_prefix}"
+        return self.module.service_url_at(self.public_baseurl)
 
     def file(self, key: str) -> str:
         """The file to write a top-level key to."""
@@ -147,7 +146,13 @@ def read(paths: Sequence[str]) -> Setup:
     except (CannotRun, NoModule):
         raise
     except ConfigError as e:
-        raise CannotRun("".join(format_config_error(e)).strip()) from None
+        # The text can quote the value, and that may be a secret.
+        if e.path:
+            raise CannotRun(
+                f"Synapse does not start with {'.'.join(map(str, e.path))}; what it prints when it"
+                " is started says more"
+            ) from None
+        raise CannotRun(e.msg) from None
     except PermissionError as e:
         raise CannotRun(
             f"{e.filename!r} cannot be read: run this as the user that Synapse runs as"
@@ -198,7 +203,11 @@ def from_synapse(
         instance=worker.instance_name,
         background=raw.get("run_background_tasks_on") or MAIN,
         listeners=tuple(filter(None, map(_listener, listeners))),
-        workers={name: _location(at) for name, at in worker.instance_map.items()},
+        # Synapse gives the main process its name in workers only.
+        workers={
+            MAIN if name == "main" else name: _location(at)
+            for name, at in worker.instance_map.items()
+        },
         whitelist=None if whitelist is None else frozenset(whitelist),
         claims=_claims(config),
         times_loaded=len(_blocks(raw)),

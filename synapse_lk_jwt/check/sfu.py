@@ -156,7 +156,7 @@ class Sfu:
             file: where to write a key of the module.
 
         Raises:
-            NoAnswer: if nobody answers.
+            NoAnswer: if nobody answers, or LiveKit refuses the key.
         """
         token = self.token_for(f"{CHECK_ROOM}{secrets.token_hex(16)}")
         answer = await self.validate(self.config.livekit_internal_url, token)
@@ -171,7 +171,11 @@ class Sfu:
                     "timedatectl set-ntp true",
                 )
             )
-        return [*findings, self._auto_create(answer, file)]
+        if answer.status != 401:
+            findings.append(self._auto_create(answer, file))
+        elif not findings:
+            raise NoAnswer("LiveKit refuses the key")
+        return findings
 
     def _auto_create(self, answer: Answer, file: str) -> Finding:
         servers = self.config.full_access_homeservers

@@ -16,7 +16,7 @@ from synapse_lk_jwt.issuer import Issuer, NotInRoom
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.store import Store
-from synapse_lk_jwt.web.endpoint import Endpoint
+from synapse_lk_jwt.web.endpoint import Endpoint, authorization
 from synapse_lk_jwt.web.requests import read_json_object
 
 # No homeserver has made this one: an answer to it tells that the homeserver can be asked.
@@ -49,9 +49,8 @@ class CheckResource(Endpoint):
         self._not_served = not_served
 
     async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
-        authorization = request.getHeader("Authorization") or ""
         now_ms = self._homeserver.clock.time_msec()
-        if not is_signed(self._issuer.signer.secret, authorization, now_ms):
+        if not is_signed(self._issuer.signer.secret, authorization(request), now_ms):
             # As for any path that there is not.
             raise UnrecognizedRequestError(code=404)
         return await super()._async_render(request)

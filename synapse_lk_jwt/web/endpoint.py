@@ -12,6 +12,12 @@ from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.web.answers import respond
 
 
+def authorization(request: SynapseRequest) -> str:
+    """The header of that name, or an empty string. Any bytes may stand there."""
+    # By a name in bytes, because by one in letters Twisted decodes it as UTF-8.
+    return (request.getHeader(b"Authorization") or b"").decode("latin-1")
+
+
 class Endpoint(DirectServeJsonResource):
     """One path with one verb."""
 

@@ -26,7 +26,7 @@ from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
 from synapse_lk_jwt.web.core import Core
-from synapse_lk_jwt.web.endpoint import Endpoint
+from synapse_lk_jwt.web.endpoint import Endpoint, authorization
 from synapse_lk_jwt.web.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
@@ -233,7 +233,7 @@ class SfuWebhookResource(Endpoint):
             rejected.labels("too_large").inc()
             raise
         try:
-            self._signer.verify_webhook(request.getHeader("Authorization") or "", body)
+            self._signer.verify_webhook(authorization(request), body)
         except InvalidSignature as e:
             rejected.labels(e.cause).inc()
             self._processes.refused()

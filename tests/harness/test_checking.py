@@ -25,7 +25,9 @@ class CheckTests(DelegationTestCase):
     def now_ms(self) -> int:
         return int(self.reactor.seconds() * 1000)
 
-    def ask(self, authorization: str | None, method: str = "POST", path: str = "/check") -> Any:
+    def ask(
+        self, authorization: str | bytes | None, method: str = "POST", path: str = "/check"
+    ) -> Any:
         headers = [] if authorization is None else [("Authorization", authorization)]
         return self.make_request(method, P + path, b"{}", shorthand=False, custom_headers=headers)
 
@@ -54,6 +56,7 @@ class CheckTests(DelegationTestCase):
             "Bearer ",
             "Bearer nonsense",
             "Bearer \xff",
+            b"Bearer \xff",
             f"Bearer {SECRET}",
             # A participant's, an application's, a user's.
             f"Bearer {self.token()}",

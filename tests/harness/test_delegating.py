@@ -329,6 +329,7 @@ class WebhookTests(DelegationTestCase):
             channels = [
                 self.post("/sfu_webhook", body),
                 self.post("/sfu_webhook", body, custom_headers=[("Authorization", "Bearer x")]),
+                self.post("/sfu_webhook", body, custom_headers=[(b"Authorization", b"\xff")]),
                 self.post_webhook(body, iss="another"),
                 self.post_webhook(body, sha256="x"),
             ]

@@ -3,6 +3,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from realparts import service
 from realparts.call import Participant
 from realparts.check import Checker, Report
+from realparts.livekit import LiveKit
 from realparts.matrix import User
-from realparts.sets import Homeservers
+from realparts.sets import Homeservers, running
 
 
 def way(homeservers: Homeservers, user_id: str, room_id: str, **module: Any) -> Report:
@@ -43,6 +45,17 @@ def test_a_member(homeservers: Homeservers) -> None:
     assert report.the("warning", "in the call").text == "not now; no others are there"
     # Looking has made no room.
     assert report.findings == way(homeservers, alice.user_id, room_id).findings
+
+
+def test_a_livekit_that_asks_its_nodes(homeservers: Homeservers, tmp_path: Path) -> None:
+    alice = homeservers.user_of_a()
+    room_id = alice.create_room()
+    a = homeservers.livekit_a
+    nodes = {"api": {"enable_psrpc_for_get_list_participants": True}}
+    livekit = LiveKit(tmp_path, key=a.key, secret=a.secret, extra_config=nodes)
+    with running(livekit):
+        report = way(homeservers, alice.user_id, room_id, livekit_internal_url=livekit.api_url)
+    assert report.the("warning", "in the call").text == "not now; no others are there"
 
 
 def test_who_is_not_a_member(homeservers: Homeservers) -> None:
@@ -100,12 +113,11 @@ def test_users_of_other_homeservers(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
     server = homeservers.b.server_name
-    text = end(homeservers, rita.user_id, room_id)
-    assert text.startswith("SFU: says that there is no such room: nobody with full access")
     report = way(homeservers, rita.user_id, room_id)
+    finding = report.the("warning", "SFU")
+    assert finding.text.startswith("says that there is no such room: nobody with full access")
     assert report.the("ok", "account").text == f"{server} can be asked who its users are"
     assert "restricted: may join a call that is running" in report.the("ok", "level").text
-    finding = report.the("wrong", "SFU")
     # What is to be written in there does it.
     report = way(homeservers, rita.user_id, room_id, **finding.pasted)
     assert report.the("ok", "level").text.startswith("full access")

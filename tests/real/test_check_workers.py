@@ -129,3 +129,13 @@ def test_a_main_process_without_the_module(partial: Partial) -> None:
     for check in ("rtc/transports", "MSC4195"):
         assert "the process that the proxy asks there has not" in report.the("wrong", check).text
     assert report.the("ok", "service")
+
+
+def test_a_main_process_that_does_not_run(partial: Partial) -> None:
+    partial.restart()
+    partial.synapse.main.stop()
+    report = partial.check("worker")
+    assert "the main process does not answer" in report.the("warning", "processes").text
+    # A worker tells what LiveKit sends to it.
+    assert report.the("ok", "webhooks")
+    assert report.the("wrong", "service")
