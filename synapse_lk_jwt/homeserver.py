@@ -575,16 +575,23 @@ class _FederationServlet:
             servlet.register(server)
 
 
+def livekits(entries: Any) -> list[Mapping[str, Any]]:
+    """The entries of type `livekit` in a list of transports or foci; none if it is no list."""
+    if not isinstance(entries, list):
+        return []
+    return [e for e in entries if isinstance(e, Mapping) and e.get("type") == "livekit"]
+
+
 def _livekit(service_url: str) -> dict[str, str]:
     return {"type": "livekit", "livekit_service_url": service_url}
 
 
 def _with_livekit(where: str, entries: list[Any], ours: dict[str, str]) -> list[Any]:
     """The entries and, unless one of them is a LiveKit, ours behind them."""
-    livekits = [e for e in entries if isinstance(e, Mapping) and e.get("type") == "livekit"]
-    if ours in livekits:
+    there = livekits(entries)
+    if ours in there:
         return entries
-    if livekits:
+    if there:
         logger.info("%s names a LiveKit that is set by hand, and stays as it is", where)
         return entries
     return [*entries, ours]

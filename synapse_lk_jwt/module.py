@@ -85,7 +85,7 @@ class LiveKitJwtModule:
                 not_served,
                 homeserver.check_command,
             )
-        check = CheckResource(homeserver, issuer, processes, store, not_served)
+        check = CheckResource(core, processes, store, not_served)
         service = ServiceResource(core, watch, processes, check)
         if not homeserver.register_web_resource(config.path_prefix, service):
             logger.error(

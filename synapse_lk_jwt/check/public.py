@@ -9,8 +9,9 @@ from synapse.util.stringutils import parse_server_name
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.running import MODULES, NoModuleThere, Running, State
-from synapse_lk_jwt.check.setup import FOCI, Setup
+from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.homeserver import livekits
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
 CORS = "Access-Control-Allow-Origin"
@@ -70,12 +71,7 @@ class Public:
 
     def _not_reached(self, text: str) -> Finding:
         if not self._setup.has_public_baseurl and self._setup.module.service_url is None:
-            return wrong(
-                "service",
-                text,
-                self._setup.file("public_baseurl"),
-                "public_baseurl: https://matrix.example.com/    # where clients reach Synapse",
-            )
+            return wrong("service", text, self._setup.file("public_baseurl"), PUBLIC_BASEURL)
         return wrong("service", text, PROXY, *self._proxy_lines(self._setup.module.path_prefix))
 
     def _proxy_lines(self, path: str) -> tuple[str, ...]:
@@ -165,13 +161,10 @@ class Public:
         problem = _cors_problem(answer)
         if problem is not None:
             return self._no_well_known(f"{url} {problem}")
-        foci = content.get(FOCI)
         named = [
             str(focus["livekit_service_url"]).rstrip("/")
-            for focus in (foci if isinstance(foci, list) else [])
-            if isinstance(focus, dict)
-            and focus.get("type") == "livekit"
-            and focus.get("livekit_service_url")
+            for focus in livekits(content.get(FOCI))
+            if focus.get("livekit_service_url")
         ]
         if not named:
             return self._no_well_known(f"{url} does not have {FOCI}")

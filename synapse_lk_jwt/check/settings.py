@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be told from the configuration alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 from urllib.parse import urlsplit
 
 from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
-from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, Setup
+from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
-from synapse_lk_jwt.homeserver import overlap
+from synapse_lk_jwt.homeserver import livekits, overlap
 from synapse_lk_jwt.identifiers import is_server_name
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
@@ -98,23 +97,18 @@ def _rates(setup: Setup) -> Iterator[Finding]:
 
 
 def _public_baseurl(setup: Setup) -> Iterator[Finding]:
+    file = setup.file("public_baseurl")
     if setup.has_public_baseurl:
         yield ok("public_baseurl", f"is {setup.public_baseurl}/")
     elif setup.module.service_url is None:
-        yield wrong(
-            "public_baseurl",
+        text = (
             f"is not set: clients are sent to {setup.service_url}, which is made up from the"
-            " server name, and Synapse serves no .well-known",
-            setup.file("public_baseurl"),
-            "public_baseurl: https://matrix.example.com/    # where clients reach Synapse",
+            " server name, and Synapse serves no .well-known"
         )
+        yield wrong("public_baseurl", text, file, PUBLIC_BASEURL)
     else:
-        yield warning(
-            "public_baseurl",
-            "is not set, so that Synapse serves no .well-known; service_url is",
-            setup.file("public_baseurl"),
-            "public_baseurl: https://matrix.example.com/    # where clients reach Synapse",
-        )
+        text = "is not set, so that Synapse serves no .well-known; service_url is"
+        yield warning("public_baseurl", text, file, PUBLIC_BASEURL)
 
 
 def _livekit_url(setup: Setup) -> Iterator[Finding]:
@@ -134,20 +128,13 @@ def _livekit_url(setup: Setup) -> Iterator[Finding]:
         yield warning("livekit_url", f"is {url}, without encryption", setup.block, line)
 
 
-def _livekits(entries: Any) -> list[Mapping[str, Any]]:
-    """The entries of a list that are of type `livekit`."""
-    if not isinstance(entries, list):
-        return []
-    return [e for e in entries if isinstance(e, Mapping) and e.get("type") == "livekit"]
-
-
 def _discovery(setup: Setup) -> Iterator[Finding]:
     ours = setup.service_url
     entry = [
         "- type: livekit",
         f"  livekit_service_url: {ours}",
     ]
-    by_hand = _livekits(setup.transports)
+    by_hand = livekits(setup.transports)
     named = [str(e.get("livekit_service_url", "")).rstrip("/") for e in by_hand]
     if not by_hand and not setup.module.advertise:
         yield wrong(
@@ -179,7 +166,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
     else:
         yield ok("rtc/transports", f"names {ours}")
     if setup.foci is not None:
-        foci = [str(e.get("livekit_service_url", "")).rstrip("/") for e in _livekits(setup.foci)]
+        foci = [str(e.get("livekit_service_url", "")).rstrip("/") for e in livekits(setup.foci)]
         # The module adds itself to a list that names no LiveKit.
         is_added_to = setup.module.advertise and isinstance(setup.foci, list) and not foci
         if ours not in foci and not is_added_to:

@@ -25,6 +25,8 @@ MODULE = "synapse_lk_jwt.LiveKitJwtModule"
 FOCI = "org.matrix.msc4143.rtc_foci"
 MAIN = "master"
 
+PUBLIC_BASEURL = "public_baseurl: https://matrix.example.com/    # where clients reach Synapse"
+
 _BLOCK = (
     "modules:",
     f"  - module: {MODULE}",

@@ -19,6 +19,9 @@ from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, TokenSigner
 # LiveKit tells its time in whole seconds, and the answer takes a while.
 TOLERATED_SKEW_SEC = 5
 
+# Where, and what to write.
+SET_CLOCKS = ("both machines, on the command line", "timedatectl set-ntp true")
+
 AUTO_CREATE_OFF = ("room:", "  auto_create: false")
 
 LIVEKIT_URL_HINT = "livekit_internal_url: http://127.0.0.1:7880    # LiveKit's own port"
@@ -114,8 +117,7 @@ class Sfu:
             return wrong(
                 "clocks",
                 f"LiveKit's is {_apart(skew)}, and it refuses every token",
-                "both machines, on the command line",
-                "timedatectl set-ntp true",
+                *SET_CLOCKS,
             )
         if answer.status == 401 and answer.body.startswith(b"invalid API key"):
             return wrong(
@@ -167,8 +169,7 @@ class Sfu:
                 warning(
                     "clocks",
                     f"LiveKit's is {_apart(skew)}; from {LEEWAY_SEC} s on it refuses tokens",
-                    "both machines, on the command line",
-                    "timedatectl set-ntp true",
+                    *SET_CLOCKS,
                 )
             )
         if answer.status != 401:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a running Synapse tells the check command, and nobody else."""
 
-import platform
 from importlib.metadata import version
 
 import attr
@@ -11,11 +10,11 @@ from synapse.types import JsonDict, get_domain_from_id
 
 from synapse_lk_jwt import openid
 from synapse_lk_jwt.check.signature import is_signed
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.issuer import Issuer, NotInRoom
+from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.web.core import Core
 from synapse_lk_jwt.web.endpoint import Endpoint, authorization
 from synapse_lk_jwt.web.requests import read_json_object
 
@@ -35,15 +34,10 @@ class CheckResource(Endpoint):
     """
 
     def __init__(
-        self,
-        homeserver: Homeserver,
-        issuer: Issuer,
-        processes: Processes,
-        store: Store,
-        not_served: str | None,
+        self, core: Core, processes: Processes, store: Store, not_served: str | None
     ) -> None:
-        super().__init__(homeserver)
-        self._issuer = issuer
+        super().__init__(core.homeserver)
+        self._issuer = core.issuer
         self._processes = processes
         self._store = store
         self._not_served = not_served
@@ -62,10 +56,7 @@ class CheckResource(Endpoint):
             "server_name": homeserver.server_name,
             "instance": homeserver.instance_name,
             "is_background": homeserver.runs_background_tasks,
-            "versions": {
-                name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse", "livekit-api")
-            }
-            | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse")},
             "now_ms": homeserver.clock.time_msec(),
             "processes": [attr.asdict(p) for p in await self._processes.present()],
             "transports": homeserver.transports,
