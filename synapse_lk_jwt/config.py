@@ -315,11 +315,11 @@ class _Parser:
         return ServerList(("*",))
 
     def _token_lifetime(self) -> int:
-        lifetime = self._value("token_lifetime", _token_lifetime, 3_600_000)
+        lifetime = self._value("token_lifetime", _token_lifetime, 900_000)
         if lifetime < 60_000:
             self._warnings.append(
                 f"token_lifetime is {lifetime / 1000:g} seconds: clients that take longer to"
-                " connect, or to connect again, are turned away. One hour, '1h', is the default."
+                " connect, or to reconnect, are rejected. The default is '15m'."
             )
         return lifetime
 
@@ -453,9 +453,9 @@ def _duration(value: Any, example: str) -> int:
 
 
 def _token_lifetime(value: Any) -> int:
-    duration = _duration(value, "1h")
+    duration = _duration(value, "15m")
     if duration < 1000:
-        raise _Wrong("must be at least one second; write '1h' (a bare number counts milliseconds)")
+        raise _Wrong("must be at least one second; write '15m' (a bare number counts milliseconds)")
     return duration
 
 
