@@ -105,6 +105,7 @@ class Issuer:
         token = self.signer.participant_token(
             identity,
             livekit_room,
+            may_create_room=has_full_access,
             can_publish=self.access.can_publish(server),
             can_update_own_metadata=self.can_update_own_metadata,
             attributes=self.sealer.seal(Owner(user_id, room_id, slot_id), identity),

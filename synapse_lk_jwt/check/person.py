@@ -168,6 +168,7 @@ class Person:
         token = self._sfu.signer.participant_token(
             identity,
             livekit_room,
+            may_create_room=self._access.has_full_access(server),
             can_publish=self._access.can_publish(server),
             can_update_own_metadata=self._setup.module.can_update_own_metadata,
             attributes=self._sealer.seal(owner, identity),

@@ -75,6 +75,7 @@ class Sfu:
         return self.signer.participant_token(
             "synapse-lk-jwt-check",
             livekit_room,
+            may_create_room=False,
             can_publish=False,
             can_update_own_metadata=False,
             attributes={},

@@ -26,6 +26,11 @@ API_TOKEN_LIFETIME_SEC = 60
 # How far LiveKit's clock may be from ours; livekit-api's own receiver allows as much.
 LEEWAY_SEC = 60
 
+# The claim `roomPreset` with a room configuration that no LiveKit has. LiveKit resolves the name
+# only where it would create the room, and fails there; into a room that exists it lets the holder.
+# Its own `auto_create: false` is no substitute: `/whip/v1` creates rooms regardless of it.
+MUST_NOT_CREATE = "synapse_lk_jwt.must_not_create"
+
 
 class InvalidSignature(Exception):
     """A webhook is not LiveKit's. The text says why, for the log alone."""
@@ -61,6 +66,7 @@ class TokenSigner:
         identity: str,
         livekit_room: str,
         *,
+        may_create_room: bool,
         can_publish: bool,
         can_update_own_metadata: bool,
         attributes: Mapping[str, str],
@@ -73,13 +79,17 @@ class TokenSigner:
         Args:
             identity: the participant identity (`sub`).
             livekit_room: the LiveKit room name.
+            may_create_room: whether LiveKit may create the room when the participant connects.
             can_publish: whether the participant may publish, data included.
             can_update_own_metadata: whether it may change its name, metadata and attributes.
             attributes: what LiveKit tells with everything that it tells of the participant.
             lifetime_ms: milliseconds until the token cannot be used any more.
         """
         video = {**_video_claim(can_publish, can_update_own_metadata), "room": livekit_room}
-        return self._sign({"video": video, "attributes": attributes}, lifetime_ms // 1000, identity)
+        claims: dict[str, Any] = {"video": video, "attributes": attributes}
+        if not may_create_room:
+            claims["roomPreset"] = MUST_NOT_CREATE
+        return self._sign(claims, lifetime_ms // 1000, identity)
 
     def api_token(self, grants: VideoGrants) -> str:
         """A token for one request to LiveKit's server API."""

@@ -22,6 +22,7 @@ from twisted.internet.error import ConnectionLost
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.http import BoundedPool
 from synapse_lk_jwt.sfu.names import member_identity
+from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
 
 PREFIXES = ("v1", "unstable/io.element.msc4195")
 JWT = "aGVhZA.Ym9keQ.c2ln"
@@ -187,6 +188,7 @@ class FederationTests(ModuleTestCase):
             assert list(channel.json_body) == ["jwt"]
             said = self.assert_token(channel)
             assert said["sub"] == member_identity(self.rita, "member")
+            assert said["roomPreset"] == MUST_NOT_CREATE
         # The server is restricted.
         assert self.sfu.requests == []
 
@@ -220,7 +222,8 @@ class FullAccessTests(ModuleTestCase):
 
     def test_servers_on_the_list_start_calls(self) -> None:
         self.join_remotely(self.rita)
-        self.assert_token(self.post_federation(self.homeserver_body(user_id=self.rita)))
+        channel = self.post_federation(self.homeserver_body(user_id=self.rita))
+        assert "roomPreset" not in self.assert_token(channel)
         assert len(self.sfu.requests) == 1
 
 

@@ -14,6 +14,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost, ConnectionRefusedError
 from twisted.web.http_headers import Headers
 
+from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
+
 NOT_VALID = "The OpenID token is not valid"
 
 
@@ -403,7 +405,8 @@ class RoomTests(ModuleTestCase):
     def test_restricted_users_do_not_touch_the_sfu(self) -> None:
         self.join_remotely(self.rita)
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita))
-        self.assert_token(self.post("/sfu/get", body))
+        claims = self.assert_token(self.post("/sfu/get", body))
+        assert claims["roomPreset"] == MUST_NOT_CREATE
         assert self.sfu.requests == []
 
     def test_one_database_read_for_each_token(self) -> None:
@@ -443,7 +446,8 @@ class FullAccessTests(ModuleTestCase):
     def test_servers_on_the_list_start_calls(self) -> None:
         self.join_remotely(self.rita)
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita))
-        self.assert_token(self.post("/sfu/get", body))
+        claims = self.assert_token(self.post("/sfu/get", body))
+        assert "roomPreset" not in claims
         assert len(self.sfu.requests) == 1
 
 

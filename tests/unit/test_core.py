@@ -68,6 +68,11 @@ def test_own_users_have_full_access_whatever_the_lists_say() -> None:
     ]  # fmt: skip
 
 
+def payload_of(token: str) -> bytes:
+    body = token.split(".")[1]
+    return urlsafe_b64decode(body + "=" * (-len(body) % 4))
+
+
 @pytest.mark.parametrize("can_publish", [True, False])
 def test_tokens(can_publish: bool) -> None:
     secret = "s" * 32
@@ -75,13 +80,13 @@ def test_tokens(can_publish: bool) -> None:
     token = signer.participant_token(
         "@älice:example.org:DEVICE",
         "room",
+        may_create_room=True,
         can_publish=can_publish,
         can_update_own_metadata=not can_publish,
         attributes={"key": "value"},
         lifetime_ms=60_500,
     )
-    body = token.split(".")[1]
-    payload = urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    payload = payload_of(token)
     assert payload.isascii()
     assert json.loads(payload) == {
         "iss": "APIkey",
@@ -103,6 +108,26 @@ def test_tokens(can_publish: bool) -> None:
     assert secret not in repr(signer)
 
 
+def test_token_of_a_user_who_must_not_create_rooms_names_a_missing_room_preset() -> None:
+    signer = TokenSigner("APIkey", "s" * 32, lambda: 2_000_000_000_999)
+
+    def claims(may_create_room: bool) -> dict[str, Any]:
+        token = signer.participant_token(
+            "me",
+            "room",
+            may_create_room=may_create_room,
+            can_publish=True,
+            can_update_own_metadata=False,
+            attributes={},
+            lifetime_ms=60_000,
+        )
+        said: dict[str, Any] = json.loads(payload_of(token))
+        return said
+
+    preset = {"roomPreset": "synapse_lk_jwt.must_not_create"}
+    assert claims(False) == {**claims(True), **preset}
+
+
 def test_livekit_takes_our_signature() -> None:
     import time
 
@@ -112,6 +137,7 @@ def test_livekit_takes_our_signature() -> None:
     token = signer.participant_token(
         "me",
         "room",
+        may_create_room=True,
         can_publish=True,
         can_update_own_metadata=False,
         attributes={},
