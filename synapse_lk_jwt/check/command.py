@@ -17,7 +17,7 @@ from synapse_lk_jwt.check.public import Public
 from synapse_lk_jwt.check.report import Finding, as_json, as_text, is_all_well, warning
 from synapse_lk_jwt.check.running import NoModuleThere, Running, check_webhooks
 from synapse_lk_jwt.check.setup import CannotRun, NoModule, Setup, read
-from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.check.sfu import ACCESS_RULE, Sfu
 from synapse_lk_jwt.identifiers import is_room_id, is_user_id
 
 _HOST = r"(\[[^\]]+\]|[^:\[\]]+)"
@@ -94,7 +94,7 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
     if state is None:
         return findings
     public = Public(probe, setup, running, sfu)
-    if is_all_well(f for f in of_sfu if f.check != "auto_create"):
+    if is_all_well(f for f in of_sfu if f.check != ACCESS_RULE):
         findings += await check_webhooks(sfu, running, state, public.visit)
     else:
         text = "and livekit_url cannot be told before LiveKit can be used"

@@ -216,17 +216,8 @@ class Public:
         """Opens a WebSocket to a room that is there, as a client does."""
         url = self._setup.module.livekit_url
         try:
-            answer = await self._probe.request(
-                "GET",
-                f"{url.rstrip('/').replace('ws', 'http', 1)}/rtc?protocol=15",
-                {
-                    "Authorization": f"Bearer {self._sfu.token_for(livekit_room)}",
-                    "Connection": "Upgrade",
-                    "Upgrade": "websocket",
-                    "Sec-WebSocket-Version": "13",
-                    "Sec-WebSocket-Key": "c3luYXBzZS1say1qd3QtIQ==",
-                },
-            )
+            api_url = url.rstrip("/").replace("ws", "http", 1)
+            answer = await self._sfu.connect(api_url, self._sfu.token_for(livekit_room))
         except NoAnswer as e:
             return self._no_websocket(f"{url} cannot be reached: {e}")
         if answer.status == 101:

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LiveKit says, without changing anything there."""
+"""What LiveKit answers, and whether it keeps restricted users from starting calls."""
 
 import secrets
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from livekit.api import VideoGrants
-from livekit.protocol.room import ListRoomsRequest
+from livekit.protocol.room import DeleteRoomRequest, ListRoomsRequest, ListRoomsResponse
 
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wrong
 from synapse_lk_jwt.config import LiveKitJwtConfig
 from synapse_lk_jwt.sfu.names import CHECK_ROOM
-from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, TokenSigner
+from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, MUST_NOT_CREATE, TokenSigner
 
 # LiveKit tells its time in whole seconds, and the answer takes a while.
 TOLERATED_SKEW_SEC = 5
@@ -23,6 +23,37 @@ TOLERATED_SKEW_SEC = 5
 SET_CLOCKS = ("both machines, on the command line", "timedatectl set-ntp true")
 
 AUTO_CREATE_OFF = ("room:", "  auto_create: false")
+
+ACCESS_RULE = "access rule"
+
+# LiveKit's own changes: 1.8.2 is the first that resolves the claim `roomPreset`.
+OLDEST_LIVEKIT = "1.8.2"
+
+# One name for all runs: a LiveKit with Redis stores a node for every name that is asked for at
+# /whip/v1, and does not forget it if the room is not created.
+ACCESS_RULE_ROOM = f"{CHECK_ROOM}access-rule"
+
+# The smallest offer that LiveKit accepts. No media ever follows.
+WHIP_OFFER = "\r\n".join(
+    (
+        "v=0",
+        "o=- 0 0 IN IP4 127.0.0.1",
+        "s=-",
+        "t=0 0",
+        "a=group:BUNDLE 0",
+        "m=audio 9 UDP/TLS/RTP/SAVPF 111",
+        "c=IN IP4 0.0.0.0",
+        "a=mid:0",
+        "a=sendonly",
+        "a=rtcp-mux",
+        "a=ice-ufrag:check",
+        "a=ice-pwd:synapse-lk-jwt-check-only",
+        f"a=fingerprint:sha-256 {':'.join(['00'] * 32)}",
+        "a=setup:actpass",
+        "a=rtpmap:111 opus/48000/2",
+        "",
+    )
+).encode("ascii")
 
 LIVEKIT_URL_HINT = "livekit_internal_url: http://127.0.0.1:7880    # LiveKit's own port"
 
@@ -70,8 +101,23 @@ class Sfu:
         headers = {"Authorization": f"Bearer {token}"}
         return await self._probe.request("GET", f"{api_url}/rtc/validate", headers)
 
+    async def connect(self, api_url: str, token: str) -> Answer:
+        """Opens a WebSocket as a client does, and closes it again.
+
+        Raises:
+            NoAnswer: if there is no answer. Twisted's client takes a 101 for none.
+        """
+        headers = {
+            "Authorization": f"Bearer {token}",
+            "Connection": "Upgrade",
+            "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13",
+            "Sec-WebSocket-Key": "c3luYXBzZS1say1qd3QtIQ==",
+        }
+        return await self._probe.request("GET", f"{api_url}/rtc?protocol=15", headers)
+
     def token_for(self, livekit_room: str) -> str:
-        """A token of nobody in particular, to listen in a room."""
+        """A token of no user, to listen in a room that exists."""
         return self.signer.participant_token(
             "synapse-lk-jwt-check",
             livekit_room,
@@ -151,15 +197,13 @@ class Sfu:
         return round(theirs - self._time_msec() / 1000)
 
     async def check_rooms(self, file: str) -> list[Finding]:
-        """Whether LiveKit makes rooms for whoever comes with a token, and what time it has.
-
-        LiveKit says whether somebody would be let into a room that nobody can have made.
+        """Who can make LiveKit create rooms, and whether its clock is right.
 
         Args:
-            file: where to write a key of the module.
+            file: where to write an option of the module.
 
         Raises:
-            NoAnswer: if nobody answers, or LiveKit refuses the key.
+            NoAnswer: if LiveKit does not answer, or rejects the key.
         """
         token = self.token_for(f"{CHECK_ROOM}{secrets.token_hex(16)}")
         answer = await self.validate(self.config.livekit_internal_url, token)
@@ -175,37 +219,97 @@ class Sfu:
             )
         if answer.status != 401:
             findings.append(self._auto_create(answer, file))
+            findings.append(await self._access_rule(file))
         elif not findings:
             raise NoAnswer("LiveKit refuses the key")
         return findings
 
     def _auto_create(self, answer: Answer, file: str) -> Finding:
-        servers = self.config.full_access_homeservers
         if answer.status == 200 and answer.body == b"success":
-            if servers.is_everyone:
-                return warning(
+            if self.config.full_access_homeservers.is_everyone:
+                return ok(
                     "auto_create",
-                    "is on: whoever has a token starts calls, as everybody has full access; but"
-                    " somebody who was removed can start an ended call again",
-                    LIVEKIT_YAML,
-                    *AUTO_CREATE_OFF,
+                    "is on, which makes no difference while full_access_homeservers is '*'",
                 )
-            return wrong(
+            return warning(
                 "auto_create",
-                "is on: LiveKit makes a room for whoever comes with a token, so that"
-                " full_access_homeservers is without effect",
+                "is on: restricted users who try to start a call see a connection error, and not"
+                " that they are not allowed to",
                 LIVEKIT_YAML,
                 *AUTO_CREATE_OFF,
             )
         if answer.status == 404 and b"room" in answer.body:
-            return ok("auto_create", "is off: the module makes the rooms")
+            return ok("auto_create", "is off: the module creates the rooms")
         return warning(
             "auto_create",
-            f"cannot be told: /rtc/validate answers {answer.status}; livekit_internal_url should be"
-            " LiveKit itself",
+            f"cannot be tested: /rtc/validate answers {answer.status}; livekit_internal_url should"
+            " be LiveKit itself",
             file,
             LIVEKIT_URL_HINT,
         )
+
+    async def _access_rule(self, file: str) -> Finding:
+        """Tries to start a call as a restricted user does, and deletes the room if that works.
+
+        /whip/v1 comes first, because it creates rooms whatever `auto_create` says. Older LiveKits
+        do not have it, and proxies may not forward it; then clients have /rtc alone.
+        """
+        url = self.config.livekit_internal_url
+        token = self.token_for(ACCESS_RULE_ROOM)
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/sdp"}
+        door = "/whip/v1"
+        try:
+            answer = await self._probe.request("POST", f"{url}{door}", headers, WHIP_OFFER)
+            is_enforced = b"unknown room configuration" in answer.body
+            if answer.status in (403, 404):
+                door = "/rtc"
+                answer = await self.connect(url, token)
+                is_enforced = not answer.is_html and (
+                    answer.status == 500 or (answer.status == 404 and b"room" in answer.body)
+                )
+            result = f"{door} answers {answer.status}"
+        except NoAnswer as e:
+            is_enforced, result = False, f"{door}: {e}"
+        if await self._exists(ACCESS_RULE_ROOM):
+            grants = VideoGrants(room_create=True)
+            await self.call("DeleteRoom", DeleteRoomRequest(room=ACCESS_RULE_ROOM), grants)
+            return self._not_enforced(door)
+        if is_enforced:
+            return ok(ACCESS_RULE, "is enforced: LiveKit creates no room for restricted users")
+        return warning(
+            ACCESS_RULE,
+            f"cannot be tested: {result}; livekit_internal_url should be LiveKit itself",
+            file,
+            LIVEKIT_URL_HINT,
+        )
+
+    def _not_enforced(self, door: str) -> Finding:
+        text = (
+            f"is not enforced: LiveKit created a room at {door} for a token that forbids it."
+            f" LiveKit {OLDEST_LIVEKIT} and newer enforce it, unless room_configurations has"
+            f" {MUST_NOT_CREATE}"
+        )
+        if self.config.full_access_homeservers.is_everyone:
+            return warning(ACCESS_RULE, f"{text}. Guests can start calls")
+        text = f"{text}. full_access_homeservers has no effect"
+        if door == "/rtc":
+            return wrong(ACCESS_RULE, text, LIVEKIT_YAML, *AUTO_CREATE_OFF)
+        return wrong(ACCESS_RULE, text)
+
+    async def _exists(self, livekit_room: str) -> bool:
+        """Whether LiveKit has a room.
+
+        Raises:
+            NoAnswer: if it does not say.
+        """
+        request = ListRoomsRequest(names=[livekit_room])
+        answer = await self.call("ListRooms", request, VideoGrants(room_list=True))
+        try:
+            if answer.status == 200:
+                return bool(ListRoomsResponse.FromString(answer.body).rooms)
+        except DecodeError:
+            pass
+        raise NoAnswer(f"LiveKit answers {answer.status} to ListRooms")
 
 
 def _apart(skew_sec: int) -> str:

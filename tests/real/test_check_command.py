@@ -30,6 +30,7 @@ ALL = {
     "full access",
     "LiveKit",
     "auto_create",
+    "access rule",
     "processes",
     "livekit_url",
     "webhooks",

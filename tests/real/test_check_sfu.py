@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of LiveKit: whether it is reached, knows the key, makes rooms, and tells of them."""
 
+import contextlib
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from realparts.skips import missing_tool
 from realparts.synapse import Synapse
 from synapse_lk_jwt.check import command, probe
 from synapse_lk_jwt.check import running as running_checks
+from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
 
 
 @dataclass(frozen=True)
@@ -172,26 +175,128 @@ def test_clocks_that_are_a_little_apart(
     assert report.status == 0
 
 
-# Who makes rooms
+# Who can make LiveKit create rooms
 
 
-def test_rooms_for_whoever_comes(public: Public, other: Other) -> None:
+def test_auto_create_on_restricting_list_is_a_warning(public: Public, other: Other) -> None:
     other.livekit.auto_create = True
     other.livekit.webhook_urls = public.livekit.webhook_urls
     other.restart({})
     report = public.check.run(module=other.named())
-    finding = report.the("wrong", "auto_create")
-    assert "full_access_homeservers is without effect" in finding.text
-    assert report.bad == {"auto_create": "wrong"}, str(report)
-    assert report.status == 1
+    finding = report.the("warning", "auto_create")
+    assert "see a connection error" in finding.text
+    assert report.the("ok", "access rule")
+    assert report.bad == {"auto_create": "warning"}, str(report)
+    assert report.status == 0
     assert other.livekit.rooms() == []
 
     report = public.check.run(module=other.named(full_access_homeservers=["*"]))
-    assert report.the("warning", "auto_create").lines == finding.lines
-    assert report.status == 0
+    assert report.the("ok", "auto_create")
+    assert report.the("ok", "access rule")
 
     other.restart(finding.pasted)
     assert public.check.run(module=other.named()).bad == {}
+
+
+# A LiveKit that resolves the preset behaves as an old one that does not know the claim.
+KNOWS_THE_PRESET = {"room_configurations": {MUST_NOT_CREATE: {}}}
+
+
+@pytest.mark.parametrize("auto_create", [False, True])
+def test_livekit_that_creates_rooms_for_restricted_users_is_wrong(
+    auto_create: bool, public: Public, other: Other
+) -> None:
+    other.livekit.webhook_urls = public.livekit.webhook_urls
+    other.restart({"room": {"auto_create": auto_create, **KNOWS_THE_PRESET}})
+    report = public.check.run(module=other.named())
+    finding = report.the("wrong", "access rule")
+    assert "LiveKit created a room at /whip/v1" in finding.text
+    assert "LiveKit 1.8.2 and newer enforce it" in finding.text
+    assert "full_access_homeservers has no effect" in finding.text
+    # Everything else is still checked.
+    assert report.the("ok", "webhooks")
+    assert report.status == 1
+    assert other.livekit.rooms() == []
+
+    report = public.check.run(module=other.named(full_access_homeservers="*"))
+    assert "Guests can start calls" in report.the("warning", "access rule").text
+    assert report.status == 0
+
+
+@pytest.mark.parametrize("refusal", ["return 404 'no page'", "return 403", "deny all"])
+def test_livekit_without_whip_is_tried_at_rtc(
+    refusal: str, public: Public, other: Other, tmp_path: Path
+) -> None:
+    (tmp_path / "front").mkdir()
+    block = proxy(other.livekit.api_url, "/", *UPGRADE) + f"location /whip {{ {refusal}; }}"
+    front = Servers(tmp_path / "front", {"livekit": block}, public.synapse.directory)
+    module = other.named(livekit_internal_url=front.url("livekit"))
+    other.livekit.webhook_urls = public.livekit.webhook_urls
+    with running(front):
+        for auto_create in (True, False):
+            other.restart({"room": {"auto_create": auto_create}})
+            assert public.check.run(module=module).the("ok", "access rule")
+
+        other.restart({"room": {"auto_create": True, **KNOWS_THE_PRESET}})
+        finding = public.check.run(module=module).the("wrong", "access rule")
+        assert "LiveKit created a room at /rtc" in finding.text
+        assert finding.pasted == {"room": {"auto_create": False}}
+        assert other.livekit.rooms() == []
+
+        other.restart({"room": {"auto_create": False, **KNOWS_THE_PRESET}})
+        assert public.check.run(module=module).the("ok", "access rule")
+
+
+ENDLESS = b"HTTP/1.1 200 OK\r\nContent-Type: application/sdp\r\n\r\n" + b"v=0\r\n" * 100_000
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\n", ENDLESS])
+def test_whip_that_hangs_or_answers_endlessly_ends_the_check_in_time(
+    answer: bytes,
+    public: Public,
+    other: Other,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probe, "TIMEOUT_SEC", 3)
+    other.livekit.webhook_urls = public.livekit.webhook_urls
+    other.restart({})
+    (tmp_path / "front").mkdir()
+    with hanging(answer) as url:
+        block = proxy(other.livekit.api_url, "/", *UPGRADE) + proxy(
+            url, "/whip", "proxy_buffering off;"
+        )
+        front = Servers(tmp_path / "front", {"livekit": block}, public.synapse.directory)
+        with running(front):
+            began = time.monotonic()
+            report = public.check.run(module=other.named(livekit_internal_url=front.url("livekit")))
+            took = time.monotonic() - began
+    finding = report.the("warning", "access rule")
+    assert "cannot be tested: /whip/v1" in finding.text
+    assert report.bad == {"access rule": "warning"}, str(report)
+    assert took < 10
+
+
+@contextlib.contextmanager
+def hanging(answer: bytes) -> Iterator[str]:
+    """A server that begins an answer, and neither ends it nor closes the connection."""
+    connections: list[socket.socket] = []
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                connections.append(connection)
+                connection.recv(65536)
+                for _ in range(100 if len(answer) > 1000 else 1):
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+    for connection in connections:
+        connection.close()
 
 
 # Who is told

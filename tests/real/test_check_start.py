@@ -13,12 +13,14 @@ from livekit import api
 
 from realparts.check import Checker
 from realparts.livekit import LiveKit
+from realparts.nginx import UPGRADE, Servers, proxy
 from realparts.process import MissingTool, wait_until
 from realparts.service import PREFIX
 from realparts.sets import module_config, running
 from realparts.skips import missing_tool
 from realparts.synapse import MODULE, Synapse
 from synapse_lk_jwt.check import running as running_checks
+from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
 
 # Another module that serves something at our path.
 SQUATTER = f"""
@@ -168,13 +170,47 @@ def test_livekit_makes_rooms_and_none_by_being_looked_at(synapse: Synapse, tmp_p
         synapse.start()
         synapse.wait_ready()
         wait_until(lambda: "auto_create: is on" in synapse.log_text(), "line in the log")
-        assert " - ERROR - " in line(synapse, "auto_create: is on")
+        assert " - WARNING - " in line(synapse, "auto_create: is on")
+        assert "access rule" not in synapse.log_text()
         assert open_to_all.rooms() == []
         # LiveKit tells of rooms at once, also of those that are gone.
         assert "sfu_webhook" not in synapse.log_text()
         open_to_all.ask("CreateRoom", {"name": "told"}, api.VideoGrants(room_create=True))
         wait_until(lambda: "sfu_webhook" in synapse.log_text(), "webhook")
         assert synapse.log_text().count('200 "POST /_synapse/client/livekit/jwt/sfu_webhook') == 1
+
+
+def test_livekit_that_does_not_enforce_the_list_is_logged_at_start(
+    synapse: Synapse, tmp_path: Path
+) -> None:
+    old = LiveKit(tmp_path, extra_config={"room": {"room_configurations": {MUST_NOT_CREATE: {}}}})
+    synapse.module_config = module_config(old)
+    with running(old):
+        synapse.start()
+        synapse.wait_ready()
+        wait_until(lambda: "access rule: is not enforced" in synapse.log_text(), "line in the log")
+        found = line(synapse, "access rule: is not enforced")
+        assert " - ERROR - " in found
+        assert "LiveKit 1.8.2 and newer" in found
+        assert "full_access_homeservers has no effect" in found
+        assert old.rooms() == []
+
+
+def test_livekit_that_does_not_enforce_the_list_at_rtc_is_logged_at_start(
+    synapse: Synapse, tmp_path: Path
+) -> None:
+    room = {"auto_create": True, "room_configurations": {MUST_NOT_CREATE: {}}}
+    old = LiveKit(tmp_path, extra_config={"room": room})
+    block = proxy(old.api_url, "/", *UPGRADE) + "location /whip { return 404; }"
+    front = Servers(tmp_path, {"livekit": block}, synapse.directory)
+    synapse.env["SSL_CERT_FILE"] = str(synapse.directory / "tls.crt")
+    synapse.module_config = module_config(old, livekit_internal_url=front.url("livekit"))
+    with running(old, front):
+        synapse.start()
+        synapse.wait_ready()
+        wait_until(lambda: "access rule: is not enforced" in synapse.log_text(), "line in the log")
+        assert "created a room at /rtc" in line(synapse, "access rule: is not enforced")
+        assert old.rooms() == []
 
 
 def test_livekit_that_hangs_holds_up_nothing(synapse: Synapse, livekit: LiveKit) -> None:
