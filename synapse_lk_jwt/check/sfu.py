@@ -260,8 +260,10 @@ class Sfu:
         door = "/whip/v1"
         try:
             answer = await self._probe.request("POST", f"{url}{door}", headers, WHIP_OFFER)
-            is_enforced = b"unknown room configuration" in answer.body
-            if answer.status in (403, 404):
+            # Its spelling has changed: "confguration" until 1.9.
+            is_enforced = b"unknown room conf" in answer.body
+            # LiveKit 1.9.0 wants a grant there that the module never gives.
+            if answer.status in (401, 403, 404):
                 door = "/rtc"
                 answer = await self.connect(url, token)
                 is_enforced = not answer.is_html and (
