@@ -17,7 +17,7 @@ from livekit.protocol.webhook import WebhookEvent
 from realparts import service
 from realparts.call import Participant
 from realparts.federation import authorization
-from realparts.http import Answer, http
+from realparts.http import Answer, WrongAnswer, http
 from realparts.matrix import User
 from realparts.member import MEMBER, POWER_LEVELS, Member, enter, is_kept_out
 from realparts.process import MissingTool, until
@@ -27,6 +27,7 @@ from realparts.skips import missing_tool
 from realparts.synapse import Synapse
 from synapse_lk_jwt.delegation import MOMENT_MS
 from synapse_lk_jwt.sfu.names import livekit_room_name
+from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
 
 HOUR_MS = 3_600_000
 # Below the time that a poll takes to find somebody gone.
@@ -319,6 +320,52 @@ def test_a_livekit_node_is_killed(servers: Scaled) -> None:
         assert [member.leaves_sent() for member in everybody] == [1] * 5
 
     asyncio.run(test())
+
+
+def test_restricted_user_alone_on_a_killed_node_is_back_after_two_polls(
+    servers: Scaled, other: Synapse
+) -> None:
+    alice, rita = servers.user("alice"), other.register("rita-alone")
+    room_id = room(servers, alice, node=0)
+    rita.join(room_id, via=[servers.synapse.server_name])
+    node1, node2 = servers.nodes
+
+    async def test() -> None:
+        alices = await enter(alice, room_id, node1, HOUR_MS)
+        body = service.get_token_body(rita, room_id)
+        jwt = service.post(servers.proxy_url, "/get_token", body).ok()["jwt"]
+        assert service.claims(jwt)["roomPreset"] == MUST_NOT_CREATE
+        ritas = await Participant.join(servers.livekit_url, jwt)
+
+        def is_rita_alone() -> bool:
+            try:
+                return identities(node2, alices) == {ritas.identity}
+            except WrongAnswer:
+                # No node has the room.
+                return False
+
+        await have_been_seen(servers, alices)
+        await alices.there.leave()
+        await until(is_rita_alone, "end of alice")
+        await polled(servers)
+        node1.process.kill()
+        began = time.monotonic()
+        await until(lambda: not is_rita_alone(), "end of rita's connection")
+        await until(is_rita_alone, "return of rita", 60)
+        print(f"rita was back after {time.monotonic() - began:.1f} s")
+        assert ritas.is_connected
+        await ritas.leave()
+        node1.start()
+        node1.wait_ready()
+
+    asyncio.run(test())
+
+
+async def polled(servers: Scaled) -> None:
+    """Wait for a poll that begins from now on."""
+    background = servers.synapse.workers["background"]
+    mark = background.log_size()
+    await until(lambda: background.log_text(mark).count("/ListRooms: 200") > 1, "poll")
 
 
 def identities(node: Node, member: Member) -> set[str]:
