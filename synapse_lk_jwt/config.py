@@ -295,8 +295,7 @@ class _Parser:
         if servers.is_everyone:
             self._warnings.append(
                 "full_access_homeservers is '*': users of every homeserver can start calls on your"
-                " SFU. To restrict it to your own users, write full_access_homeservers: [] and set"
-                " room: {auto_create: false} in LiveKit's configuration."
+                " SFU. To restrict it to your own users, write full_access_homeservers: []."
             )
         return servers
 

@@ -240,15 +240,15 @@ class Public:
 
     def _no_websocket(self, text: str) -> Finding:
         module = self._setup.module
-        url = module.livekit_internal_url
+        url, path = module.livekit_internal_url, "/rtc"
         if urlsplit(url).netloc == urlsplit(module.livekit_url).netloc:
-            # Which is this proxy itself.
-            url = "http://127.0.0.1:7880"
+            # Which is this proxy itself: Synapse needs LiveKit's API there.
+            url, path = "http://127.0.0.1:7880", "/"
         return wrong(
             "livekit_url",
             text,
             "the configuration of the proxy in front of LiveKit (nginx)",
-            "location / {",
+            f"location {path} {{",
             f"    proxy_pass {url};",
             "    proxy_http_version 1.1;",
             "    proxy_set_header Upgrade $http_upgrade;",

@@ -11,6 +11,7 @@ import pytest
 from realparts.browser import Person, Scene
 from realparts.matrix import User
 from realparts.process import wait_until
+from realparts.stage import BrowserStage
 
 MODES = ["compatibility", "matrix_2_0"]
 
@@ -49,6 +50,10 @@ def in_the_call(user: User, room_id: str) -> set[str]:
 def on_the_sfu(scene: Scene) -> int:
     livekit = scene.stage.livekit
     return sum(len(livekit.participants(room["name"])) for room in livekit.rooms())
+
+
+def livekit_rooms(scene: Scene) -> set[str]:
+    return {room["sid"] for room in scene.stage.livekit.rooms()}
 
 
 @contextlib.contextmanager
@@ -133,15 +138,35 @@ def test_a_kick_ends_the_call_of_a_page_that_does_not_hear_of_it(scene: Scene) -
         assert on_the_sfu(scene) == 1
 
 
-def test_a_restricted_user_can_join_and_not_start(scene: Scene) -> None:
+@pytest.fixture(params=[False, True], ids=["auto_create=false", "auto_create=true"])
+def auto_create(request: pytest.FixtureRequest, stage: BrowserStage) -> Iterator[bool]:
+    """LiveKit with either value of the setting."""
+    livekit = stage.livekit
+    if request.param != livekit.auto_create:
+        livekit.auto_create = request.param
+        livekit.restart()
+    yield request.param
+    if livekit.auto_create:
+        livekit.auto_create = False
+        livekit.restart()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_restricted_user_can_join_and_not_start(mode: str, auto_create: bool, scene: Scene) -> None:
     alice, rita = scene.of_a("alice"), scene.of_b("rita")
     room_id = scene.stage.room(alice, rita)
-    rita_there, alice_there = scene.person(rita), scene.person(alice)
+    rita_there, alice_there = (scene.person(u, matrix_rtc_mode=mode) for u in (rita, alice))
+
+    before = livekit_rooms(scene)
 
     rita_there.open(room_id)
     rita_there.join()
-    rita_there.wait_for_text("Call creation might be restricted to authorized users only.")
-    assert on_the_sfu(scene) == 0
+    rita_there.wait_for_text(
+        "Failed to connect to Livekit server"
+        if auto_create
+        else "Call creation might be restricted to authorized users only."
+    )
+    assert livekit_rooms(scene) <= before
 
     alice_there.open(room_id)
     alice_there.join()
