@@ -163,12 +163,13 @@ class Person:
     async def _token(self, livekit_room: str) -> Finding:
         """Whether LiveKit would take the token that this user gets."""
         server = get_domain_from_id(self._user_id)
+        has_full_access = self._access.has_full_access(server)
         identity = device_identity(self._user_id, f"CHECK{os.urandom(4).hex()}")
         owner = Owner(self._user_id, self._room_id, DEFAULT_SLOT)
         token = self._sfu.signer.participant_token(
             identity,
             livekit_room,
-            may_create_room=self._access.has_full_access(server),
+            may_create_room=has_full_access,
             can_publish=self._access.can_publish(server),
             can_update_own_metadata=self._setup.module.can_update_own_metadata,
             attributes=self._sealer.seal(owner, identity),
@@ -176,13 +177,15 @@ class Person:
         )
         try:
             answer = await self._sfu.validate(self._setup.module.livekit_internal_url, token)
+            # With `auto_create: true` LiveKit finds out only when it would create the room.
+            is_there = has_full_access or await self._sfu.exists(livekit_room)
         except NoAnswer as e:
             return wrong("SFU", f"cannot be used: {e}; see 'check' without --as")
-        if answer.status == 200:
+        if answer.status == 200 and is_there:
             return ok("SFU", "takes the token that this user gets")
-        if answer.status == 404 and self._access.has_full_access(server):
+        if answer.status == 404 and has_full_access:
             return ok("SFU", "takes the token; the room is made when this user asks for one")
-        if answer.status == 404:
+        if answer.status in (200, 404):
             servers = [*self._setup.module.full_access_homeservers.entries, server]
             return warning(
                 "SFU",

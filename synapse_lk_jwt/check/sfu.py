@@ -272,7 +272,7 @@ class Sfu:
             result = f"{door} answers {answer.status}"
         except NoAnswer as e:
             is_enforced, result = False, f"{door}: {e}"
-        if await self._exists(ACCESS_RULE_ROOM):
+        if await self.exists(ACCESS_RULE_ROOM):
             grants = VideoGrants(room_create=True)
             await self.call("DeleteRoom", DeleteRoomRequest(room=ACCESS_RULE_ROOM), grants)
             return self._not_enforced(door)
@@ -298,7 +298,7 @@ class Sfu:
             return wrong(ACCESS_RULE, text, LIVEKIT_YAML, *AUTO_CREATE_OFF)
         return wrong(ACCESS_RULE, text)
 
-    async def _exists(self, livekit_room: str) -> bool:
+    async def exists(self, livekit_room: str) -> bool:
         """Whether LiveKit has a room.
 
         Raises:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from livekit import api
 
 from realparts import service
 from realparts.call import Participant
@@ -14,6 +15,7 @@ from realparts.check import Checker, Report
 from realparts.livekit import LiveKit
 from realparts.matrix import User
 from realparts.sets import Homeservers, running
+from synapse_lk_jwt.sfu.names import livekit_room_name
 
 
 def way(homeservers: Homeservers, user_id: str, room_id: str, **module: Any) -> Report:
@@ -127,6 +129,23 @@ def test_users_of_other_homeservers(homeservers: Homeservers) -> None:
     report = way(homeservers, rita.user_id, room_id, remote_can_publish=[])
     assert report.the("ok", "level").text.endswith("is running, and listen only")
     assert report.the("ok", "SFU").text == "takes the token that this user gets"
+
+
+@pytest.mark.parametrize("auto_create", [False, True])
+def test_restricted_user_without_running_call_is_reported(
+    auto_create: bool, homeservers: Homeservers, tmp_path: Path
+) -> None:
+    alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
+    room_id = homeservers.room_of_both(alice, rita)
+    a = homeservers.livekit_a
+    livekit = LiveKit(tmp_path, auto_create=auto_create, key=a.key, secret=a.secret)
+    with running(livekit):
+        report = way(homeservers, rita.user_id, room_id, livekit_internal_url=livekit.api_url)
+        assert "there is no such room" in report.the("warning", "SFU").text
+        room = livekit_room_name(room_id, service.SLOT)
+        livekit.ask("CreateRoom", {"name": room}, api.VideoGrants(room_create=True))
+        report = way(homeservers, rita.user_id, room_id, livekit_internal_url=livekit.api_url)
+        assert report.the("ok", "SFU").text == "takes the token that this user gets"
 
 
 def test_a_server_that_cannot_be_asked(homeservers: Homeservers) -> None:
