@@ -257,27 +257,29 @@ class Sfu:
         url = self.config.livekit_internal_url
         token = self.token_for(ACCESS_RULE_ROOM)
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/sdp"}
-        door = "/whip/v1"
+        enforced = ok(ACCESS_RULE, "is enforced: LiveKit creates no room for restricted users")
+        door, is_refused = "/whip/v1", False
         try:
             answer = await self._probe.request("POST", f"{url}{door}", headers, WHIP_OFFER)
-            # Its spelling has changed: "confguration" until 1.9.
-            is_enforced = b"unknown room conf" in answer.body
+            # LiveKit spells it "confguration" before 1.9.9.
+            if b"unknown room conf" in answer.body:
+                return enforced
             # LiveKit 1.9.0 wants a grant there that the module never gives.
             if answer.status in (401, 403, 404):
                 door = "/rtc"
                 answer = await self.connect(url, token)
-                is_enforced = not answer.is_html and (
+                is_refused = not answer.is_html and (
                     answer.status == 500 or (answer.status == 404 and b"room" in answer.body)
                 )
             result = f"{door} answers {answer.status}"
         except NoAnswer as e:
-            is_enforced, result = False, f"{door}: {e}"
+            result = f"{door}: {e}"
         if await self.exists(ACCESS_RULE_ROOM):
             grants = VideoGrants(room_create=True)
             await self.call("DeleteRoom", DeleteRoomRequest(room=ACCESS_RULE_ROOM), grants)
             return self._not_enforced(door)
-        if is_enforced:
-            return ok(ACCESS_RULE, "is enforced: LiveKit creates no room for restricted users")
+        if is_refused:
+            return enforced
         return warning(
             ACCESS_RULE,
             f"cannot be tested: {result}; livekit_internal_url should be LiveKit itself",

@@ -80,6 +80,8 @@ class Sfu:
             assert uri.endswith("/rtc/validate"), uri
             return FakeResponse(code=404, body=b"requested room does not exist")
         assert headers is not None
+        if uri.endswith("/whip/v1"):
+            return response(503, b'{"error":"unknown room configuration in create room request"}')
         name = uri.rpartition("/")[2]
         if name != "CreateRoom":
             said = self._answer(name, data or b"")
