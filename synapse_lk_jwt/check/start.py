@@ -11,7 +11,7 @@ from synapse_lk_jwt.check import settings
 from synapse_lk_jwt.check.probe import MAX_ANSWER_BYTES, TIMEOUT_SEC, Answer, NoAnswer
 from synapse_lk_jwt.check.report import Finding, Verdict
 from synapse_lk_jwt.check.setup import Setup
-from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.check.sfu import ACCESS_RULE, Sfu
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.http import read_body, within
 
@@ -78,6 +78,9 @@ class StartChecks:
         self._sfu = Sfu(SynapseProbe(homeserver), setup.module, homeserver.clock.time_msec)
         # What was found at the last look at LiveKit. How far clocks are apart changes all the time.
         self._found: set[tuple[str, Verdict]] = set()
+        # Whether LiveKit is known to enforce the access rule. One try is enough: each is an error
+        # in its log.
+        self._is_enforced = False
         if homeserver.runs_background_tasks:
             homeserver.run_in_background("synapse_lk_jwt_check", self._check_settings)
             homeserver.repeat(LOOK_AGAIN_MS, "synapse_lk_jwt_check", self._check_sfu, at_once=True)
@@ -87,12 +90,13 @@ class StartChecks:
 
     async def _check_sfu(self) -> None:
         try:
-            findings = await self._sfu.check_rooms("")
+            findings = await self._sfu.check_rooms("", tries_access_rule=not self._is_enforced)
         except NoAnswer:
             # Whoever cannot use LiveKit at all says so.
             return
         self._log(f for f in findings if (f.check, f.verdict) not in self._found)
         self._found = {(f.check, f.verdict) for f in findings}
+        self._is_enforced |= (ACCESS_RULE, Verdict.OK) in self._found
 
     def _log(self, findings: Iterable[Finding]) -> None:
         for finding in findings:

@@ -108,6 +108,15 @@ class RunningTests(DelegationTestCase):
         told = [line for line in logs.output if "clocks" in line]
         assert ["7 s apart" in told[0], "9 s apart" in told[1]] == [True] * len(told)
 
+    def test_access_rule_once_found_enforced_is_not_tried_again(self) -> None:
+        # The first look, soon after the start.
+        self.advance_by(2)
+        with patch.object(Sfu, "_access_rule") as tried:
+            for _ in range(3):
+                self.reactor.advance(LOOK_AGAIN_MS / 1000)
+                self.pump()
+        tried.assert_not_called()
+
 
 class WebhookTests(DelegationTestCase):
     def join(self) -> Any:
