@@ -199,7 +199,7 @@ def test_auto_create_on_restricting_list_is_a_warning(public: Public, other: Oth
 
 
 # A LiveKit that resolves the preset behaves as an old one that does not know the claim.
-KNOWS_THE_PRESET = {"room_configurations": {MUST_NOT_CREATE: {}}}
+KNOWS_THE_PRESET: dict[str, Any] = {"room_configurations": {MUST_NOT_CREATE: {}}}
 
 
 @pytest.mark.parametrize("auto_create", [False, True])
