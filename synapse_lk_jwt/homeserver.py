@@ -7,7 +7,7 @@ against the oldest and the newest Synapse that is supported.
 
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from copy import copy
 from inspect import signature
@@ -29,10 +29,15 @@ from synapse.http.servlet import RestServlet
 from synapse.logging.context import make_deferred_yieldable
 from synapse.module_api import ModuleApi
 from synapse.storage._base import db_to_json
-from synapse.storage.database import LoggingDatabaseConnection, LoggingTransaction
+from synapse.storage.database import (
+    LoggingDatabaseConnection,
+    LoggingTransaction,
+    make_in_list_sql_clause,
+)
 from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id, get_localpart_from_id
 from synapse.util.async_helpers import Linearizer
 from synapse.util.caches.response_cache import ResponseCache
+from synapse.util.iterutils import batch_iter
 from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
 from twisted.web.client import HTTPConnectionPool
@@ -82,6 +87,7 @@ class Homeserver:
         reactor: Synapse's reactor, real or of a test harness.
         http_client: Synapse's client for requests that are no federation.
         get_user_by_req: Synapse's authentication of a client's request.
+        sleep: waits for some seconds.
         run_db_interaction: runs a function in a transaction, which is tried again where PostgreSQL
             says that another one was in its way.
         runs_background_tasks: whether this is the one process that does what must not be done by
@@ -102,6 +108,7 @@ class Homeserver:
         self.reactor: ISynapseReactor = self._hs.get_reactor()
         self.http_client: SimpleHttpClient = api.http_client
         self.get_user_by_req = api.get_user_by_req
+        self.sleep = api.sleep
         self.run_db_interaction = api.run_db_interaction
         self.runs_background_tasks: bool = api.should_run_background_tasks()
         self.config: Any = self._hs.config
@@ -150,6 +157,29 @@ class Homeserver:
             or await self._store.is_user_erased(user_id)
         )
 
+    async def inactive_users(self, user_ids: Collection[str]) -> set[str]:
+        """Those of many local users who are deactivated, locked or suspended.
+
+        In the database, and not from Synapse's caches: to look at thousands of users there would
+        hold up everything else.
+        """
+
+        def select(txn: LoggingTransaction) -> set[str]:
+            found: set[str] = set()
+            for batch in batch_iter(user_ids, 1000):
+                clause, args = make_in_list_sql_clause(txn.database_engine, "name", batch)
+                txn.execute(
+                    "SELECT name FROM users"
+                    f" WHERE (deactivated = 1 OR locked OR suspended) AND {clause}",
+                    args,
+                )
+                found.update(name for (name,) in txn)
+            return found
+
+        if not user_ids:
+            return set()
+        return await self.run_db_interaction("synapse_lk_jwt_inactive_users", select)
+
     async def is_exempt_from_limits(self, user_id: str) -> bool:
         """Whether a user belongs to an application service with `rate_limited: false`. Cached."""
         exempt = {
@@ -164,6 +194,13 @@ class Homeserver:
             return service.id in exempt
         user = await self._store.get_user_by_id(user_id)
         return user is not None and user.appservice_id in exempt
+
+    async def device_ids(self, user_id: str) -> Collection[str]:
+        """The devices of a local user; none of other servers' users. A database read."""
+        if not self.is_mine(user_id):
+            return ()
+        devices: Mapping[str, Any] = await self._store.get_devices_by_user(user_id)
+        return devices.keys()
 
     async def is_joined(self, user_id: str, room_id: str) -> bool:
         """Whether a user, of any server, is joined to a room that this homeserver is in. Cached."""
@@ -411,7 +448,7 @@ class Homeserver:
         """Lets one at a time do something, for each of any number of keys."""
         return Linearizer(name, self.clock)
 
-    def response_cache(self, name: str, remember_ms: int) -> ResponseCache[str]:
+    def response_cache(self, name: str, remember_ms: int) -> ResponseCache[Any]:
         """A cache of Synapse's for requests in flight, and for what they gave for a while."""
         if "timeout" in signature(ResponseCache).parameters:
             from synapse.util.duration import Duration

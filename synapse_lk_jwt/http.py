@@ -61,25 +61,45 @@ async def within(seconds: float, reactor: IReactorTime, call: Callable[[], Await
 async def read_body(response: IResponse, max_bytes: int) -> bytes:
     """Reads the body of a response and keeps no more of it than allowed.
 
-    Cancelling closes the connection, which neither Twisted's nor Synapse's reader does together
-    with a limit: an endless body would otherwise go on being received.
-
     Raises:
         BodyTooLarge: as soon as there are more than `max_bytes`; the connection is closed.
         twisted.web.client.ResponseFailed: if the connection broke.
     """
-    reader = _BodyReader(max_bytes)
+    body = bytearray()
+
+    def keep(data: bytes) -> None:
+        if len(body) + len(data) > max_bytes:
+            raise BodyTooLarge()
+        body.extend(data)
+
+    await stream_body(response, keep)
+    return bytes(body)
+
+
+async def stream_body(response: IResponse, receive: Callable[[bytes], None]) -> None:
+    """Hands over the body of a response piece by piece.
+
+    Cancelling closes the connection, which neither Twisted's nor Synapse's reader does together
+    with a limit: an endless body would otherwise go on being received.
+
+    Args:
+        response: the response, its body unread.
+        receive: called with each piece. What it raises ends the connection, and is raised here.
+
+    Raises:
+        twisted.web.client.ResponseFailed: if the connection broke.
+    """
+    reader = _BodyReader(receive)
     response.deliverBody(reader)
-    return await make_deferred_yieldable(reader.done)
+    await make_deferred_yieldable(reader.done)
 
 
 class _BodyReader(Protocol):
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._body = bytearray()
-        self.done: Deferred[bytes] = Deferred(self._cancel)
+    def __init__(self, receive: Callable[[bytes], None]) -> None:
+        self._receive = receive
+        self.done: Deferred[None] = Deferred(self._cancel)
 
-    def _cancel(self, _deferred: "Deferred[bytes]") -> None:
+    def _cancel(self, _deferred: "Deferred[None]") -> None:
         self._abort()
 
     def _abort(self) -> None:
@@ -95,13 +115,13 @@ class _BodyReader(Protocol):
     def dataReceived(self, data: bytes) -> None:
         if self.done.called:
             return
-        if len(self._body) + len(data) > self._max_bytes:
-            self._body.clear()
+        try:
+            self._receive(data)
+        except Exception:
+            # Twisted would log it and go on. The caller of `stream_body` gets it instead.
             with PreserveLoggingContext():
-                self.done.errback(BodyTooLarge())
+                self.done.errback(Failure())
             self._abort()
-            return
-        self._body += data
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self.done.called:
@@ -109,7 +129,7 @@ class _BodyReader(Protocol):
         with PreserveLoggingContext():
             # Without a length the end of the connection is the end of the body.
             if reason.check(ResponseDone, PotentialDataLoss):
-                self.done.callback(bytes(self._body))
+                self.done.callback(None)
             else:
                 self.done.errback(reason)
 

@@ -2,6 +2,7 @@
 """The core: who asks, for which slot of which room, as whom in the call -> LiveKit access token."""
 
 import attr
+from synapse.api.errors import LimitExceededError
 from synapse.types import get_domain_from_id
 
 from synapse_lk_jwt import metrics
@@ -11,6 +12,13 @@ from synapse_lk_jwt.sfu.names import livekit_room_name
 from synapse_lk_jwt.sfu.rooms import RoomService
 from synapse_lk_jwt.sfu.seal import Owner, Sealer
 from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.store import Store
+
+# LiveKit hands a connected client tokens of its own, which are good for this long.
+REFRESHED_TOKEN_MS = 600_000
+
+# The poll may see a participant only so often.
+UNSEEN_MS = 600_000
 
 
 class NotInRoom(Exception):
@@ -25,6 +33,7 @@ class Issuer:
         homeserver: knows who is in which room.
         access: the access rule.
         rooms: makes sure of LiveKit rooms.
+        store: notes whose an identity is, if its participant can change what LiveKit says of that.
         signer: signs the tokens.
         sealer: seals into them whose they are.
         require_room_membership: whether a token takes being joined to the Matrix room.
@@ -35,11 +44,19 @@ class Issuer:
     homeserver: Homeserver
     access: Access
     rooms: RoomService
+    store: Store
     signer: TokenSigner
     sealer: Sealer
     require_room_membership: bool
     token_lifetime_ms: int
     can_update_own_metadata: bool
+
+    @property
+    def owners_kept_ms(self) -> int | None:
+        """How long owners are noted after they were last seen; None if tokens alone name them."""
+        if not self.can_update_own_metadata:
+            return None
+        return max(self.token_lifetime_ms, REFRESHED_TOKEN_MS) + UNSEEN_MS
 
     async def check_membership(self, user_id: str, room_id: str, *, strict: bool = False) -> None:
         """Refuses those who cannot be in a call of a Matrix room.
@@ -96,9 +113,14 @@ class Issuer:
 
         Raises:
             SfuError: if the LiveKit room could not be made.
+            LimitExceededError: if the user has asked for too many identities of this call.
         """
         server = get_domain_from_id(user_id)
         livekit_room = livekit_room_name(room_id, slot_id)
+        if self.can_update_own_metadata and not await self.store.note_owner(
+            livekit_room, identity, user_id
+        ):
+            raise LimitExceededError("synapse_lk_jwt_owners", retry_after_ms=UNSEEN_MS)
         has_full_access = self.access.has_full_access(server)
         if has_full_access:
             await self.rooms.make_sure_of(livekit_room, room_id)

@@ -5,31 +5,46 @@ What to do when is decided in `delegation.py`, and kept in the database by `stor
 """
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from livekit.protocol.models import ParticipantInfo
 from synapse.api.errors import SynapseError
+from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.delegation import Action, Happened
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.sfu.rooms import Listing, RoomService, SfuError
+from synapse_lk_jwt.sfu.participants import CallParticipant, Listing
+from synapse_lk_jwt.sfu.rooms import RoomService, SfuError
 from synapse_lk_jwt.store import Store, Task, Tracked
+from synapse_lk_jwt.work import WorkByKey
 
 logger = logging.getLogger(__name__)
 
 CLOCK_MS = 1_000
 
+# Up to so many participants of one room are asked for one by one, which no other participant can
+# slow down. Beyond, one listing of the whole room is less work.
+MAX_ASKED_ONE_BY_ONE = 10
+
+# How many leaves are sent to one room at a time.
+CONCURRENT_SENDS = 10
+
 
 class DelayedLeaves:
-    """Looks after the delayed leaves that clients have handed over."""
+    """Looks after the delayed leaves that clients have handed over.
+
+    LiveKit is asked, and leaves are sent, room by room: one that hangs delays none of the others.
+    """
 
     def __init__(self, homeserver: Homeserver, store: Store, rooms: RoomService) -> None:
         self._homeserver = homeserver
         self._store = store
         self._rooms = rooms
-        # The delayed leaves that this process is sending.
+        self._questions: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_ask", self._ask)
+        # The delayed leaves that this process is sending, or about to.
         self._sending: set[str] = set()
+        self._sends: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_send", self._send_all)
         if homeserver.has_delayed_events:
             homeserver.repeat(CLOCK_MS, "synapse_lk_jwt_due", self._do_what_is_due)
 
@@ -64,19 +79,25 @@ class DelayedLeaves:
         return is_there
 
     def begin(self, tasks: Iterable[Task]) -> None:
-        """Does what is to be done, without anybody waiting for it."""
+        """Does what is to be done, in the background."""
         for task in tasks:
             if task.trigger is not None:
                 metrics.leaves.labels(task.trigger.value).inc()
-            do = self._send if task.action is Action.SEND else self._ask
-            self._homeserver.run_in_background("synapse_lk_jwt_delegation", do, task)
+            work = self._questions
+            if task.action is Action.SEND:
+                # While a room is slow the clock asks for the same leave again.
+                if task.delay_id in self._sending:
+                    continue
+                self._sending.add(task.delay_id)
+                work = self._sends
+            work.add(task.livekit_room, {task.delay_id: task})
 
     async def polled(self, delegations: Iterable[Tracked], listing: Listing) -> None:
         """Takes notice of what a poll has found.
 
         Args:
             delegations: those of one LiveKit room, as they were ahead of the poll.
-            listing: who is in that room.
+            listing: who is in that room. A participant that an incomplete one lacks may be there.
         """
         listed = {p.identity: p for p in listing.participants}
         for delegation in delegations:
@@ -87,7 +108,7 @@ class DelayedLeaves:
             )
             delay_id, asked_ms = delegation.delay_id, listing.asked_ms
             if not sids:
-                if delegation.is_connected:
+                if delegation.is_connected and listing.is_complete:
                     happened = Happened.ABSENT_AT_POLL
                     self.begin(await self._store.happened(delay_id, happened, asked_ms))
             elif not delegation.is_settled or not (sids.items() <= delegation.identities.items()):
@@ -101,28 +122,43 @@ class DelayedLeaves:
             tasks, is_all = await self._store.due()
             self.begin(tasks)
 
-    async def _ask(self, task: Task) -> None:
+    async def _ask(self, livekit_room: str, tasks: Mapping[str, Task]) -> None:
+        """Asks LiveKit about the participants of one room, and applies what it answers."""
+        identities = {identity for task in tasks.values() for identity in task.identities}
         try:
-            listing = await self._rooms.list_participants(task.livekit_room)
+            listing = await self.look_for(livekit_room, identities)
         except SfuError:
-            # It has been logged, and tells nothing of anybody. The clock asks again.
+            # It has been logged, and says nothing about the participants. The clock asks again.
             return
-        sids = connected(listing.participants, task.identities, is_known=task.is_connected)
-        if sids:
-            await self._store.seen(task.delay_id, task.livekit_room, sids, listing.asked_ms)
-        else:
-            self.begin(await self._store.happened(task.delay_id, Happened.ABSENT, listing.asked_ms))
+        for delay_id, task in tasks.items():
+            sids = connected(listing.participants, task.identities, is_known=task.is_connected)
+            if sids:
+                await self._store.seen(delay_id, livekit_room, sids, listing.asked_ms)
+            elif listing.is_complete:
+                self.begin(await self._store.happened(delay_id, Happened.ABSENT, listing.asked_ms))
+
+    async def look_for(self, livekit_room: str, identities: Collection[str]) -> Listing:
+        """Which of some participants are in a room, by the cheapest question.
+
+        Raises:
+            SfuError: if LiveKit refuses, or does not answer in time.
+        """
+        if len(identities) > MAX_ASKED_ONE_BY_ONE:
+            listing = await self._rooms.list_participants(livekit_room)
+            if listing.is_complete:
+                return listing
+        asked_ms = self._homeserver.clock.time_msec()
+        found = [await self._rooms.get_participant(livekit_room, i) for i in identities]
+        return Listing(asked_ms, [participant for participant in found if participant])
+
+    async def _send_all(self, _: str, tasks: Mapping[str, Task]) -> None:
+        try:
+            await concurrently_execute(self._send, tasks.values(), CONCURRENT_SENDS)
+        finally:
+            self._sending.difference_update(tasks)
 
     async def _send(self, task: Task) -> None:
-        # A slow room is not asked again by the clock meanwhile.
-        if task.delay_id in self._sending:
-            return
-        self._sending.add(task.delay_id)
-        try:
-            happened = await self._try_to_send(task)
-        finally:
-            self._sending.discard(task.delay_id)
-        await self._store.happened(task.delay_id, happened)
+        await self._store.happened(task.delay_id, await self._try_to_send(task))
 
     async def _try_to_send(self, task: Task) -> Happened:
         assert task.leave is not None
@@ -147,13 +183,13 @@ class DelayedLeaves:
 
 
 def connected(
-    participants: Iterable[ParticipantInfo], identities: Collection[str], *, is_known: bool
+    participants: Iterable[CallParticipant], identities: Collection[str], *, is_known: bool
 ) -> dict[str, str]:
     """Which of the identities are connected, with their sessions.
 
     Args:
         participants: as the SFU lists them.
-        identities: participant identities; `#` twins of them do not count.
+        identities: participant identities; duplicate connections of them do not count.
         is_known: whether they have been connected before. One who never was is only on its way
             until it is ACTIVE, and may still break off.
     """

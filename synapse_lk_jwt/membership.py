@@ -1,129 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Participants follow the Matrix room: who is not in the room any more is removed from its calls.
+"""Removes participants from calls when their users leave the Matrix room.
 
-Driven by the stream of state changes, from a stored position on, so that nothing is missed while
-the homeserver is down. A self-hosted LiveKit does not revoke tokens, so that everybody who joins is
-looked at again.
+The stream of state changes drives this, from a stored position on, so that nothing is missed while
+the homeserver is down. A self-hosted LiveKit does not revoke tokens. So the module checks every
+participant that joins. For as long as tokens live after a removal it also lists the rooms every two
+seconds: LiveKit sends no webhook for a participant that brings up no media.
 """
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 
-from livekit.protocol.models import ParticipantInfo
+import attr
 from synapse.api.constants import EventTypes
 from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
-from synapse_lk_jwt.sfu.names import livekit_room_name, twin_of, user_of_device_identity
+from synapse_lk_jwt.sfu.names import (
+    device_identity,
+    hash_of_identity,
+    possible_bases,
+    user_of_device_identity,
+)
+from synapse_lk_jwt.sfu.participants import CallParticipant, Listing
 from synapse_lk_jwt.sfu.rooms import RoomService, SfuError
-from synapse_lk_jwt.sfu.seal import Owner, Sealer
 from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.work import NotDone, WorkByKey
 
 logger = logging.getLogger(__name__)
 
-# How many rooms are dealt with at a time.
-CONCURRENT_ROOMS = 10
+# How many requests to LiveKit are made at a time for one Matrix room.
+CONCURRENT_REQUESTS = 10
 
-# How often to try again what could not be done, and to store how far the stream was followed.
-TRY_AGAIN_MS = 5_000
+# How often to store how far the stream was followed.
+STORE_MS = 5_000
+
+# How often to retry what could not be done, and to list the calls of a Matrix room for as long as
+# tokens live after a removal.
+RECHECK_MS = 2_000
+
+# A room that has more participants, or longer names, than one listing can hold is listed so often.
+MAX_LISTINGS = 5
 
 # Stands for all users of a room.
-EVERYBODY = "*"
+ALL_USERS = "*"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Change:
+    """Why a user is looked for in the calls of a Matrix room.
+
+    Attributes:
+        since_ms: when that was noticed, in milliseconds since the epoch.
+        position: up to where the stream was followed before.
+    """
+
+    since_ms: int
+    position: int
 
 
 class Membership:
-    """Removes participants who must not be in a call any more."""
+    """Removes participants who must not be in a call any more.
+
+    Attributes, all private:
+        _position: up to where the stream has been read.
+        _stored: what of that is stored.
+        _is_following: whether the stream is being read.
+        _changes: the users to look for, by Matrix room.
+        _joined: the participants to check, by LiveKit room.
+        _recheck_until_ms: the Matrix rooms to list every other second, and until when.
+    """
 
     def __init__(
-        self,
-        homeserver: Homeserver,
-        store: Store,
-        rooms: RoomService,
-        issuer: Issuer,
-        sealer: Sealer,
+        self, homeserver: Homeserver, store: Store, rooms: RoomService, issuer: Issuer
     ) -> None:
         self._homeserver = homeserver
         self._store = store
         self._rooms = rooms
         self._issuer = issuer
-        self._sealer = sealer
-        # Up to where the stream has been dealt with, and what of that is stored.
         self._position: int | None = None
         self._stored: int | None = None
         self._is_following = False
-        # Who is still to be looked for because the SFU did not do as it was told, by Matrix room,
-        # and since when.
-        self._left_over: dict[str, dict[str, int]] = {}
+        self._changes: WorkByKey[_Change] = WorkByKey(
+            homeserver, "synapse_lk_jwt_remove", self._process_room, postpone_failures=True
+        )
+        self._joined: WorkByKey[tuple[CallParticipant, int]] = WorkByKey(
+            homeserver, "synapse_lk_jwt_joined", self._check_joined
+        )
+        self._rechecks: WorkByKey[int] = WorkByKey(
+            homeserver, "synapse_lk_jwt_recheck", self._recheck_room
+        )
+        self._recheck_until_ms: dict[str, int] = {}
         if homeserver.runs_background_tasks:
             homeserver.on_new_data(self._on_new_data)
             # What happened while this process was down.
             homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
-            homeserver.repeat(TRY_AGAIN_MS, "synapse_lk_jwt_follow", self._follow_and_store)
+            homeserver.repeat(STORE_MS, "synapse_lk_jwt_follow", self._follow_and_store)
+            homeserver.repeat(RECHECK_MS, "synapse_lk_jwt_recheck", self._recheck)
 
-    def owner(self, livekit_room: str, participant: ParticipantInfo) -> Owner | None:
-        """Whose participant it is, as the token says; None if it is not one of ours."""
-        owner = self._sealer.open(participant.attributes, participant.identity)
-        if owner is None or livekit_room_name(owner.room_id, owner.slot_id) != livekit_room:
-            return None
-        return owner
-
-    async def joined(self, livekit_room: str, participant: ParticipantInfo) -> None:
-        """Looks at somebody who has just joined: their token may be older than their leave."""
+    def joined(self, livekit_room: str, participant: CallParticipant) -> None:
+        """Checks a participant that has just joined: its token may be older than its leave."""
         now_ms = self._homeserver.clock.time_msec()
-        owner = self.owner(livekit_room, participant)
-        room_id = owner.room_id if owner else await self._store.room_of(livekit_room)
+        self._joined.add(livekit_room, {participant.identity: (participant, now_ms)})
+
+    async def _check_joined(
+        self, livekit_room: str, joined: dict[str, tuple[CallParticipant, int]]
+    ) -> None:
+        owners = (participant.owner for participant, _ in joined.values())
+        room_id = next((owner.room_id for owner in owners if owner), None)
+        if room_id is None:
+            room_id = await self._store.room_of(livekit_room)
         if room_id is None:
             return
-        # That has been logged, and the poll looks again.
+        listing = Listing(
+            min(since_ms for _, since_ms in joined.values()),
+            [participant for participant, _ in joined.values()],
+        )
+        # That has been logged, and the poll checks again.
         with suppress(SfuError):
-            await self.look(livekit_room, room_id, [participant], "joined", now_ms)
+            await self.check(livekit_room, room_id, listing, "joined")
 
-    async def look(
+    async def check(
         self,
         livekit_room: str,
         room_id: str,
-        participants: Collection[ParticipantInfo],
+        listing: Listing,
         cause: metrics.RemovalCause,
-        since_ms: int,
     ) -> None:
-        """Removes those of the participants who would not get a token any more.
+        """Removes those of the participants whose users would not get a token any more.
 
         Args:
             livekit_room: the LiveKit room.
             room_id: the Matrix room.
-            participants: as the SFU lists them.
-            cause: why they are looked at.
-            since_ms: since when there was a reason to, milliseconds since the epoch.
+            listing: the participants.
+            cause: why they are checked.
 
         Raises:
-            SfuError: if the SFU could not be told.
+            SfuError: if LiveKit did not remove one of them.
+        """
+        may_stay: dict[str, bool] = {}
+        unwanted = []
+        for participant, user_id in await self._users(livekit_room, listing.participants):
+            if user_id not in may_stay:
+                may_stay[user_id] = await self._may_be_in(user_id, room_id)
+            if not may_stay[user_id]:
+                unwanted.append((participant.identity, user_id, listing.asked_ms))
+        await self._remove(livekit_room, room_id, unwanted, cause)
+        await self.remove_too_long(livekit_room, room_id, listing)
+
+    async def remove_too_long(self, livekit_room: str, room_id: str, listing: Listing) -> None:
+        """Removes participants with a longer identity than any client has, whoever they are.
+
+        Raises:
+            SfuError: if LiveKit did not remove one of them.
         """
         unwanted = [
-            (participant, user_id, since_ms)
-            for participant, user_id in await self._users(livekit_room, participants)
-            if not await self._may_be_in(user_id, room_id)
+            (identity, "a participant with too long an identity", listing.asked_ms)
+            for identity in listing.too_long
         ]
-        await self._remove(livekit_room, room_id, unwanted, cause)
+        await self._remove(livekit_room, room_id, unwanted, "identity_too_long")
 
     async def _users(
-        self, livekit_room: str, participants: Iterable[ParticipantInfo]
-    ) -> list[tuple[ParticipantInfo, str]]:
+        self, livekit_room: str, participants: Iterable[CallParticipant]
+    ) -> list[tuple[CallParticipant, str]]:
         """The participants whose users are known, with these."""
         noted: Mapping[str, str] = {}
         if self._issuer.can_update_own_metadata:
-            # What was sealed when they joined counts, and not what they have made of it.
+            # LiveKit lets participants replace their attributes before the first webhook.
             noted = await self._store.owners(livekit_room)
         found = []
         for participant in participants:
-            user_id = next(
-                (noted[name] for name in twin_of(participant.identity) if name in noted), None
-            )
+            user_id = None
+            if noted:
+                hashes = map(hash_of_identity, possible_bases(participant.identity))
+                user_id = next((noted[h] for h in hashes if h in noted), None)
             if user_id is None:
-                owner = self.owner(livekit_room, participant)
-                # Tokens of older versions of this module have nothing sealed in them.
+                owner = participant.owner
+                # Tokens of the stand-alone service have nothing sealed in them.
                 user_id = owner.user_id if owner else user_of_device_identity(participant.identity)
             if user_id is not None:
                 found.append((participant, user_id))
@@ -143,44 +198,60 @@ class Membership:
         self,
         livekit_room: str,
         room_id: str,
-        unwanted: Iterable[tuple[ParticipantInfo, str, int]],
+        unwanted: Collection[tuple[str, str, int]],
         cause: metrics.RemovalCause,
     ) -> None:
-        """Removes participants: all that can be, whatever one of them does.
+        """Removes participants: all that can be, even if LiveKit does not remove one of them.
 
         Args:
             livekit_room: the LiveKit room.
             room_id: the Matrix room.
-            unwanted: the participants, each with its user, and since when there is a reason.
+            unwanted: identities, each with its user, and since when there is a reason.
             cause: what that is.
 
         Raises:
             SfuError: if one of them could not be removed.
         """
-        failure = None
-        for participant, user_id, since_ms in unwanted:
+        failures = []
+        # A participant can have hundreds of duplicate connections: one line for all of them.
+        removed: dict[str, int] = {}
+
+        async def remove(one: tuple[str, str, int]) -> None:
+            identity, user_id, since_ms = one
             try:
-                if await self._rooms.remove_participant(livekit_room, participant.identity):
-                    logger.info("Removed %s from a call of %s", user_id, room_id)
-                    taken_ms = self._homeserver.clock.time_msec() - since_ms
-                    metrics.removal_seconds.labels(cause).observe(max(0, taken_ms) / 1000)
+                was_there = await self._rooms.remove_participant(livekit_room, identity)
             except SfuError as e:
-                failure = e
-        if failure is not None:
-            raise failure
+                failures.append(e)
+                return
+            if was_there:
+                removed[user_id] = removed.get(user_id, 0) + 1
+                taken_ms = self._homeserver.clock.time_msec() - since_ms
+                metrics.removal_seconds.labels(cause).observe(max(0, taken_ms) / 1000)
+
+        await concurrently_execute(remove, unwanted, CONCURRENT_REQUESTS)
+        for user_id, number in removed.items():
+            times = f" ({number} connections)" if number > 1 else ""
+            logger.info("Removed %s from a call of %s%s", user_id, room_id, times)
+        if failures:
+            raise failures[0]
 
     def _on_new_data(self) -> None:
         # Called for every event there is, so that nothing may be done here for most of them.
         if self._is_following or self._position is None:
             return
-        newest = self._homeserver.stream_position()
-        if self._homeserver.has_state_changed(self._position):
-            self._homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
-        else:
-            self._position = max(self._position, newest)
+        try:
+            newest = self._homeserver.stream_position()
+            if self._homeserver.has_state_changed(self._position):
+                self._homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
+            else:
+                self._position = max(self._position, newest)
+        except Exception:
+            # Synapse calls this in a loop with callbacks of its own, which must not suffer if a
+            # newer Synapse has other internals. `_follow_and_store` goes on without being woken.
+            logger.exception("Could not find out whether the state of a room has changed")
 
     async def _follow(self) -> None:
-        """Deals with all changes of state since the position that was reached last."""
+        """Reads all changes of state since the position that was reached last."""
         if self._is_following:
             return
         self._is_following = True
@@ -198,54 +269,49 @@ class Membership:
                 self._position = newest
         while self._position < newest:
             reached, changes = await self._homeserver.state_changes(self._position, newest)
-            now_ms = self._homeserver.clock.time_msec()
-            changed: dict[str, dict[str, int]] = {}
+            change = _Change(self._homeserver.clock.time_msec(), self._position)
+            changed: dict[str, dict[str, _Change]] = {}
             for room_id, event_type, state_key in changes:
                 if event_type == EventTypes.Member:
-                    changed.setdefault(room_id, {})[state_key] = now_ms
+                    changed.setdefault(room_id, {})[state_key] = change
                 elif event_type == EventTypes.ServerACL:
-                    changed.setdefault(room_id, {})[EVERYBODY] = now_ms
-            await self._deal_with(changed)
+                    changed.setdefault(room_id, {})[ALL_USERS] = change
+            # Most rooms have no call, and no work.
+            for room_id in await self._store.calls_in(changed.keys()):
+                self._changes.add(room_id, changed[room_id])
             self._position = reached
             newest = self._homeserver.stream_position()
 
     async def _follow_and_store(self) -> None:
-        """As `_follow`. To look at a change twice does no harm, so not every step is stored."""
+        """As `_follow`. Work that is repeated does no harm, so not every step is stored."""
         await self._follow()
-        left_over, self._left_over = self._left_over, {}
-        await self._deal_with(left_over)
-        # What is left over still would be forgotten with this process.
-        if self._position not in (None, self._stored) and not self._left_over:
-            assert self._position is not None
-            await self._store.set_position(self._position)
-            self._stored = self._position
+        if self._position is None:
+            return
+        # What is not done yet would be forgotten with this process.
+        begun = (change.position for change in self._changes.unfinished())
+        done = min(begun, default=self._position)
+        if done != self._stored:
+            await self._store.set_position(done)
+            self._stored = done
 
-    async def _deal_with(self, changed: Mapping[str, Mapping[str, int]]) -> None:
-        """Removes who is not in Matrix rooms any more, of those in which something has changed.
-
-        What cannot be done now is done later: one call, or one node of the SFU, that does not do as
-        it is told must not hold up all others.
+    async def _process_room(self, room_id: str, changed: Mapping[str, _Change]) -> None:
+        """Removes users who are not in a Matrix room any more from its calls.
 
         Args:
-            changed: users, or EVERYBODY, by Matrix room, and since when.
+            room_id: the Matrix room.
+            changed: users, or ALL_USERS, and why.
+
+        Raises:
+            NotDone: if LiveKit did not do all of it. The work is retried later.
         """
-        calls = await self._store.calls_in(changed.keys())
+        try:
+            await self._process_room_or_fail(room_id, changed)
+        except SfuError:
+            raise NotDone() from None
 
-        async def deal_with(room_id: str) -> None:
-            try:
-                await self._deal_with_room(room_id, calls[room_id], changed[room_id])
-            except SfuError:
-                # It has been logged.
-                # What has been left for longer keeps its time.
-                left_over = self._left_over.get(room_id, {})
-                self._left_over[room_id] = {**changed[room_id], **left_over}
-
-        await concurrently_execute(deal_with, calls, CONCURRENT_ROOMS)
-
-    async def _deal_with_room(
-        self, room_id: str, livekit_rooms: Collection[str], changed: Mapping[str, int]
-    ) -> None:
+    async def _process_room_or_fail(self, room_id: str, changed: Mapping[str, _Change]) -> None:
         homeserver = self._homeserver
+        livekit_rooms = (await self._store.calls_in([room_id])).get(room_id, [])
         if not await homeserver.is_in_room(homeserver.server_name, room_id):
             for livekit_room in livekit_rooms:
                 await self._rooms.delete_room(livekit_room)
@@ -253,33 +319,97 @@ class Membership:
             await self._store.forget_calls(livekit_rooms)
             return
         gone = {user for user in changed if await self._is_gone(user, room_id)}
-        if not gone and EVERYBODY not in changed:
+        if not gone and ALL_USERS not in changed:
             return
-        failure = None
-        for livekit_room in livekit_rooms:
+        until_ms = homeserver.clock.time_msec() + self._issuer.token_lifetime_ms
+        self._recheck_until_ms[room_id] = until_ms
+        failures: list[SfuError] = []
+
+        async def process(livekit_room: str) -> None:
             try:
-                listing = await self._rooms.list_participants(livekit_room)
-                unwanted = [
-                    (participant, user_id, changed[user_id])
-                    for participant, user_id in await self._users(
-                        livekit_room, listing.participants
-                    )
-                    if user_id in gone
-                ]
-                await self._remove(livekit_room, room_id, unwanted, "left")
-                if EVERYBODY in changed:
-                    since_ms = changed[EVERYBODY]
-                    await self.look(
-                        livekit_room, room_id, listing.participants, "server_acl", since_ms
-                    )
+                await self._remove_gone(livekit_room, room_id, gone, changed)
             except SfuError as e:
-                failure = e
-        if failure is not None:
-            raise failure
+                failures.append(e)
+
+        await concurrently_execute(process, livekit_rooms, CONCURRENT_REQUESTS)
+        if failures:
+            raise failures[0]
+
+    async def _remove_gone(
+        self,
+        livekit_room: str,
+        room_id: str,
+        gone: Collection[str],
+        changed: Mapping[str, _Change],
+    ) -> None:
+        """Removes users from one call of a Matrix room, however large its listing is."""
+        for _ in range(MAX_LISTINGS):
+            listing = await self._rooms.list_participants(livekit_room)
+            unwanted = [
+                (participant.identity, user_id, changed[user_id].since_ms)
+                for participant, user_id in await self._users(livekit_room, listing.participants)
+                if user_id in gone
+            ]
+            await self._remove(livekit_room, room_id, unwanted, "left")
+            if ALL_USERS in changed:
+                since = attr.evolve(listing, asked_ms=changed[ALL_USERS].since_ms)
+                await self.check(livekit_room, room_id, since, "server_acl")
+            else:
+                await self.remove_too_long(livekit_room, room_id, listing)
+            if listing.is_complete:
+                return
+            if not unwanted and not listing.too_long:
+                break
+        await self._remove_unlisted(livekit_room, room_id, gone)
+
+    async def _remove_unlisted(
+        self, livekit_room: str, room_id: str, gone: Collection[str]
+    ) -> None:
+        """Removes users from a call that cannot be listed as a whole.
+
+        First by the identities that are known without a listing. If the rest of the call still
+        cannot be listed, the call ends: a call that a user cannot be removed from must not go on.
+        """
+        for user_id in gone:
+            known = set(await self._store.identities_of(livekit_room, user_id))
+            for device_id in await self._homeserver.device_ids(user_id):
+                known.add(device_identity(user_id, device_id))
+            now_ms = self._homeserver.clock.time_msec()
+            unwanted = [(identity, user_id, now_ms) for identity in known]
+            await self._remove(livekit_room, room_id, unwanted, "left")
+        listing = await self._rooms.list_participants(livekit_room)
+        await self.remove_too_long(livekit_room, room_id, listing)
+        if not listing.is_complete and not listing.too_long:
+            await self._rooms.delete_room(livekit_room)
+            logger.warning(
+                "Ended a call of %s: LiveKit's list of its participants is too long to find those"
+                " who have left the room",
+                room_id,
+            )
 
     async def _is_gone(self, user_id: str, room_id: str) -> bool:
-        """Whether a user has left a room; somebody who was invited to it has not."""
-        if user_id == EVERYBODY or await self._homeserver.is_joined(user_id, room_id):
+        """Whether a user has left a room. A user who is only invited to it has not."""
+        if user_id == ALL_USERS or await self._homeserver.is_joined(user_id, room_id):
             return False
         membership = await self._homeserver.membership(user_id, room_id)
         return membership not in ("invite", "knock")
+
+    async def _recheck(self) -> None:
+        """Lists the calls that a removed user may still have a token for."""
+        self._changes.retry()
+        now_ms = self._homeserver.clock.time_msec()
+        for room_id, until_ms in list(self._recheck_until_ms.items()):
+            if until_ms <= now_ms:
+                del self._recheck_until_ms[room_id]
+        calls = await self._store.calls_in(self._recheck_until_ms.keys())
+        for room_id, livekit_rooms in calls.items():
+            # The removal itself lists them, too.
+            if room_id not in self._changes:
+                self._rechecks.add(room_id, dict.fromkeys(livekit_rooms, now_ms))
+
+    async def _recheck_room(self, room_id: str, livekit_rooms: Collection[str]) -> None:
+        for livekit_room in livekit_rooms:
+            # That has been logged, and the next round tries again.
+            with suppress(SfuError):
+                listing = await self._rooms.list_participants(livekit_room)
+                await self.check(livekit_room, room_id, listing, "recheck")

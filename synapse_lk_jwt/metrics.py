@@ -41,15 +41,14 @@ OpenIdCause = Literal[
     "unknown", "inactive_user", "other_user", "unreachable", "refused", "bad_answer"
 ]
 SfuCause = Literal["no_connection", "timeout", "unauthorized", "not_livekit", "refused"]
-WebhookCause = Literal[
-    "bad_signature", "wrong_time", "wrong_body", "too_large", "unreadable", "not_noted"
-]
-RemovalCause = Literal["left", "server_acl", "joined", "poll"]
+WebhookCause = Literal["bad_signature", "wrong_time", "wrong_body", "unreadable", "not_noted"]
+RemovalCause = Literal["left", "server_acl", "joined", "poll", "recheck", "identity_too_long"]
 
 SFU_METHODS = (
     "CreateRoom",
     "ListRooms",
     "ListParticipants",
+    "GetParticipant",
     "RemoveParticipant",
     "DeleteRoom",
 )

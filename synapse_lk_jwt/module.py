@@ -50,14 +50,17 @@ class LiveKitJwtModule:
             )
         signer = TokenSigner(config.livekit_key, config.livekit_secret, homeserver.clock.time_msec)
         store = Store(homeserver)
-        rooms = RoomService(homeserver, config.livekit_internal_url, signer, store.note_call)
         sealer = Sealer(config.livekit_secret)
+        rooms = RoomService(
+            homeserver, config.livekit_internal_url, signer, sealer, store.note_call
+        )
         issuer = Issuer(
             homeserver=homeserver,
             access=Access(
                 homeserver.server_name, config.full_access_homeservers, config.remote_can_publish
             ),
             rooms=rooms,
+            store=store,
             signer=signer,
             sealer=sealer,
             require_room_membership=config.require_room_membership,
@@ -72,10 +75,10 @@ class LiveKitJwtModule:
             store,
             rooms,
             leaves,
-            Membership(homeserver, store, rooms, issuer, sealer),
+            Membership(homeserver, store, rooms, issuer),
             processes,
             config.sanity_check_interval_ms,
-            note_owners=config.can_update_own_metadata,
+            issuer.owners_kept_ms,
         )
         core = Core(homeserver, issuer, limits, leaves, config.livekit_url)
         not_served = _serve_homeserver_endpoints(core)
@@ -86,7 +89,7 @@ class LiveKitJwtModule:
                 homeserver.check_command,
             )
         check = CheckResource(core, processes, store, not_served)
-        service = ServiceResource(core, watch, processes, check)
+        service = ServiceResource(core, watch, processes, check, sealer)
         if not homeserver.register_web_resource(config.path_prefix, service):
             logger.error(
                 "Another module serves %s, or this one is listed twice: it is of no use here. %s",

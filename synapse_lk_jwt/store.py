@@ -28,7 +28,7 @@ from synapse_lk_jwt.delegation import (
     trigger,
 )
 from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
-from synapse_lk_jwt.sfu.seal import Owner
+from synapse_lk_jwt.sfu.names import hash_of_identity
 
 T = TypeVar("T")
 
@@ -98,10 +98,27 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
     ),
+    (
+        # Identities can be longer than PostgreSQL's indexes take, so it has a hash of them. Nobody
+        # needs the rows of before: those who are in a call get a new one with their next token.
+        "DROP TABLE synapse_lk_jwt_owners",
+        """
+        CREATE TABLE synapse_lk_jwt_owners (
+            livekit_room TEXT NOT NULL,
+            identity_hash TEXT NOT NULL,
+            user_id TEXT NOT NULL,
+            seen_ms BIGINT NOT NULL,
+            PRIMARY KEY (livekit_room, identity_hash)
+        )
+        """,
+    ),
 )
 
 # How many delegations one transaction deals with.
 BATCH = 100
+
+# How many identities of one user in one call are noted.
+MAX_OWNED = 100
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -246,48 +263,91 @@ class Store:
             "DELETE FROM synapse_lk_jwt_calls WHERE livekit_room = ? AND seen_ms <= ?",
             (livekit_room, self._homeserver.clock.time_msec() - unseen_for_ms),
         )
-        if txn.rowcount > 0:
-            txn.execute("DELETE FROM synapse_lk_jwt_owners WHERE livekit_room = ?", (livekit_room,))
 
-    # Whose participants they are, where they can change what the SFU says of it
+    # Whose participants they are, where they can change what LiveKit says of it
 
     async def owners(self, livekit_room: str) -> dict[str, str]:
-        """The users of those identities in a LiveKit room that were noted with `joined`."""
+        """The users of those identities in a LiveKit room that were noted, by the hashes of these.
+
+        The hashes are those of `names.hash_of_identity`.
+        """
 
         def owners(txn: LoggingTransaction) -> dict[str, str]:
             txn.execute(
-                "SELECT identity, user_id FROM synapse_lk_jwt_owners WHERE livekit_room = ?",
+                "SELECT identity_hash, user_id FROM synapse_lk_jwt_owners WHERE livekit_room = ?",
                 (livekit_room,),
             )
             return dict(txn.fetchall())
 
         return await self._run("owners", owners)
 
+    async def note_owner(self, livekit_room: str, identity: str, user_id: str) -> bool:
+        """Notes whose an identity is, ahead of handing out a token for it.
+
+        Returns:
+            False if the user has as many identities in that LiveKit room as one may have.
+        """
+        row = (livekit_room, hash_of_identity(identity), user_id)
+
+        def note_owner(txn: LoggingTransaction) -> bool:
+            txn.execute(
+                "SELECT COUNT(*) FROM synapse_lk_jwt_owners"
+                " WHERE livekit_room = ? AND identity_hash <> ? AND user_id = ?",
+                row,
+            )
+            (number,) = txn.fetchone() or (0,)
+            if number >= MAX_OWNED:
+                return False
+            txn.execute(
+                "INSERT INTO synapse_lk_jwt_owners (livekit_room, identity_hash, user_id, seen_ms)"
+                " VALUES (?, ?, ?, ?) ON CONFLICT (livekit_room, identity_hash)"
+                " DO UPDATE SET seen_ms = EXCLUDED.seen_ms",
+                (*row, self._homeserver.clock.time_msec()),
+            )
+            return True
+
+        return await self._run("note_owner", note_owner)
+
+    async def keep_owners(self, livekit_room: str, identities: Iterable[str]) -> None:
+        """Notes that identities are in a LiveKit room, so that `forget_owners` keeps them."""
+        hashes = [hash_of_identity(identity) for identity in identities]
+
+        def keep_owners(txn: LoggingTransaction) -> None:
+            clause, args = make_in_list_sql_clause(txn.database_engine, "identity_hash", hashes)
+            txn.execute(
+                f"UPDATE synapse_lk_jwt_owners SET seen_ms = ? WHERE livekit_room = ? AND {clause}",
+                (self._homeserver.clock.time_msec(), livekit_room, *args),
+            )
+
+        if hashes:
+            await self._run("keep_owners", keep_owners)
+
+    async def forget_owners(self, unseen_for_ms: int) -> None:
+        """Forgets those identities that were neither issued nor in a call for some milliseconds."""
+
+        def forget_owners(txn: LoggingTransaction) -> None:
+            txn.execute(
+                "DELETE FROM synapse_lk_jwt_owners WHERE seen_ms < ?",
+                (self._homeserver.clock.time_msec() - unseen_for_ms,),
+            )
+
+        await self._run("forget_owners", forget_owners)
+
     # What the SFU says
 
-    async def joined(
-        self, livekit_room: str, identity: str, sid: str, owner: Owner | None, *, note_owner: bool
-    ) -> None:
+    async def joined(self, livekit_room: str, identity: str, sid: str, room_id: str | None) -> None:
         """Notes that a participant has joined.
 
         Args:
             livekit_room: the LiveKit room.
             identity: the participant identity.
             sid: LiveKit's name for this session of it.
-            owner: whose it is, if that is known.
-            note_owner: whether to remember that for `owners`.
+            room_id: the Matrix room, if that is known.
         """
 
         def joined(txn: LoggingTransaction) -> None:
-            if owner is not None:
-                self._note_call(txn, livekit_room, owner.room_id)
-                if note_owner:
-                    txn.execute(
-                        "INSERT INTO synapse_lk_jwt_owners (livekit_room, identity, user_id)"
-                        " VALUES (?, ?, ?) ON CONFLICT (livekit_room, identity)"
-                        " DO UPDATE SET user_id = EXCLUDED.user_id",
-                        (livekit_room, identity, owner.user_id),
-                    )
+            if room_id is not None:
+                self._note_call(txn, livekit_room, room_id)
             now_ms = self._homeserver.clock.time_msec()
             self._note_sid(txn, livekit_room, identity, sid, now_ms)
             self._advance(txn, _OF_IDENTITY, (livekit_room, identity), Happened.SEEN)
@@ -330,6 +390,10 @@ class Store:
         return await self._run(
             "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), Happened.LEFT
         )
+
+    async def suspect(self, livekit_room: str) -> list[Task]:
+        """Notes that any participant of a LiveKit room may have left."""
+        return await self._run("suspect", self._advance, _OF_ROOM, (livekit_room,), Happened.LEFT)
 
     async def finished(self, livekit_room: str) -> list[Task]:
         """Notes that a LiveKit room is gone."""
@@ -447,6 +511,20 @@ class Store:
                 self._homeserver.remove_delayed_event(txn, delay_id, user_id)
             if is_same_state or older_member == member:
                 self._delete(txn, delay_id)
+
+    async def identities_of(self, livekit_room: str, user_id: str) -> list[str]:
+        """The identities in a LiveKit room that a user's delegations follow."""
+
+        def identities_of(txn: LoggingTransaction) -> list[str]:
+            txn.execute(
+                "SELECT DISTINCT identity FROM synapse_lk_jwt_identities"
+                " JOIN synapse_lk_jwt_delegations AS d USING (delay_id)"
+                " WHERE d.livekit_room = ? AND d.user_id = ?",
+                (livekit_room, user_id),
+            )
+            return [identity for (identity,) in txn]
+
+        return await self._run("identities_of", identities_of)
 
     async def happened(
         self, delay_id: str, happened: Happened, asked_ms: int | None = None

@@ -7,21 +7,23 @@ somebody is gone. The poll finds out what no webhook has told.
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from contextlib import suppress
 
+import attr
 from livekit.protocol.models import DisconnectReason
-from livekit.protocol.webhook import WebhookEvent
 from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.identifiers import is_clean
 from synapse_lk_jwt.leaves import DelayedLeaves
 from synapse_lk_jwt.membership import Membership
 from synapse_lk_jwt.processes import Processes
-from synapse_lk_jwt.sfu.rooms import Listing, NoNode, RoomService, SfuError
+from synapse_lk_jwt.sfu.names import possible_bases
+from synapse_lk_jwt.sfu.participants import CallParticipant, Listing
+from synapse_lk_jwt.sfu.rooms import NoNode, RoomService, SfuError
 from synapse_lk_jwt.store import Store, Tracked
+from synapse_lk_jwt.work import WorkByKey
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,18 @@ SAFETY_MS = 300_000
 # Calls that nobody has noted for so long, and that the SFU does not know, are forgotten.
 FORGET_CALLS_MS = 600_000
 
+# A room in which nothing changes is listed so often. The polls share these listings among them.
+SWEEP_MS = 300_000
+
+# One request costs as much as this many participants in a listing.
+PARTICIPANTS_FOR_A_REQUEST = 20
+
+PARTICIPANT_EVENTS = (
+    "participant_joined",
+    "participant_left",
+    "participant_connection_aborted",
+)
+
 # A participant who goes for one of these reasons comes back: on a reconnect LiveKit ends the old
 # session ahead of the new one, and when it is shut down its people have not left.
 NO_LEAVE = frozenset(
@@ -46,8 +60,72 @@ NO_LEAVE = frozenset(
 )
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Webhook:
+    """What a webhook of LiveKit says.
+
+    Attributes:
+        event: its name.
+        livekit_room: the LiveKit room.
+        participant: the participant. None if it is about none, or if this one is not readable: its
+            identity is too long, or the webhook is too large to be read as a whole.
+    """
+
+    event: str
+    livekit_room: str
+    participant: CallParticipant | None
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Seen:
+    """When a room was listed, and what ListRooms said of it then.
+
+    Attributes:
+        listed_ms: when it was listed, in milliseconds since the epoch.
+        participants: how many participants it had.
+        users: the users of this homeserver among their owners.
+    """
+
+    listed_ms: int
+    participants: int
+    users: frozenset[str]
+
+
+@attr.s(auto_attribs=True, slots=True)
+class _Poll:
+    """What one poll knows and finds out.
+
+    Attributes:
+        asked_ms: when it began, in milliseconds since the epoch.
+        there: the LiveKit rooms there are, with the number of their participants.
+        calls: the Matrix room of each LiveKit room that was noted.
+        tracked: the delegations of each LiveKit room.
+        joined_sec: when the participants joined that were listed.
+        without_node: rooms that no node of LiveKit answers for.
+        unknown: rooms whose participants LiveKit did not name.
+        has_failed: whether the check of a room has failed for another reason.
+    """
+
+    asked_ms: int
+    there: Mapping[str, int]
+    calls: Mapping[str, str]
+    tracked: Mapping[str, list[Tracked]]
+    joined_sec: list[int] = attr.Factory(list)
+    without_node: set[str] = attr.Factory(set)
+    unknown: set[str] = attr.Factory(set)
+    has_failed: bool = False
+
+
 class Watch:
-    """Follows what happens on the SFU."""
+    """Follows what happens on the SFU.
+
+    Attributes, all private:
+        _seen: the rooms that have been listed, while ListRooms names them with participants.
+        _occupied: our rooms with participants at the last poll.
+        _without_node: those that no node of LiveKit answered for at the last poll.
+        _is_polling: whether a poll is under way.
+        _unreadable: the rooms of webhooks that could not be read as a whole.
+    """
 
     def __init__(
         self,
@@ -58,19 +136,19 @@ class Watch:
         membership: Membership,
         processes: Processes,
         interval_ms: int,
-        *,
-        note_owners: bool,
+        owners_kept_ms: int | None,
     ) -> None:
         """
         Args:
             homeserver: runs the polls.
             store: where what is learnt is noted.
             rooms: the SFU.
-            leaves: told who has come and gone.
-            membership: told who has come.
-            processes: told when those who are in calls have joined.
+            leaves: follows who joins and leaves.
+            membership: checks who joins.
+            processes: finds out whether webhooks arrive.
             interval_ms: milliseconds between two polls, 0 for none.
-            note_owners: whether participants can change what the SFU says of them.
+            owners_kept_ms: how long the owner of an identity is noted after it was last seen, in
+                milliseconds; None if owners are not noted.
         """
         self._homeserver = homeserver
         self._store = store
@@ -78,55 +156,66 @@ class Watch:
         self._leaves = leaves
         self._membership = membership
         self._processes = processes
-        self._note_owners = note_owners
-        # LiveKit rooms with somebody in them at the last poll.
+        self._owners_kept_ms = owners_kept_ms
+        self._seen: dict[str, _Seen] = {}
         self._occupied: set[str] = set()
-        # Those that no node of the SFU answered for at the last poll.
         self._without_node: set[str] = set()
         self._is_off = interval_ms == 0
+        self._interval_ms = interval_ms or SAFETY_MS
         self._is_polling = False
+        self._unreadable: WorkByKey[str] = WorkByKey(
+            homeserver, "synapse_lk_jwt_unreadable", self._check_after_unreadable
+        )
         homeserver.repeat(
-            interval_ms or SAFETY_MS, "synapse_lk_jwt_poll", self.poll, at_once=interval_ms > 0
+            self._interval_ms, "synapse_lk_jwt_poll", self.poll, at_once=interval_ms > 0
         )
 
-    async def webhook(self, event: WebhookEvent) -> None:
+    async def webhook(self, webhook: Webhook) -> None:
         """Notes what a webhook says; what follows from it is done afterwards.
 
         It must be verified.
         """
-        livekit_room, participant = event.room.name, event.participant
-        identity, sid = participant.identity, participant.sid
-        if event.event == "participant_joined":
-            if is_clean(identity):
-                owner = self._membership.owner(livekit_room, participant)
+        livekit_room, participant = webhook.livekit_room, webhook.participant
+        if webhook.event == "room_finished":
+            self._rooms.forget(livekit_room)
+            self._leaves.begin(await self._store.finished(livekit_room))
+        elif webhook.event not in PARTICIPANT_EVENTS:
+            return
+        elif participant is None:
+            self._unreadable.add(livekit_room, {livekit_room: webhook.event})
+        elif webhook.event == "participant_joined":
+            if participant.can_be_stored:
+                room_id = participant.owner.room_id if participant.owner else None
                 await self._store.joined(
-                    livekit_room, identity, sid, owner, note_owner=self._note_owners
+                    livekit_room, participant.identity, participant.sid, room_id
                 )
-            # Whoever has a token can put anything behind a '#' in the identity, and is looked at
-            # whatever it is.
-            self._homeserver.run_in_background(
-                "synapse_lk_jwt_joined", self._membership.joined, livekit_room, participant
-            )
-        elif event.event in ("participant_left", "participant_connection_aborted"):
-            if not is_clean(identity):
-                return
+            # A duplicate connection can have any name, and is checked in any case.
+            self._membership.joined(livekit_room, participant)
+        elif participant.can_be_stored:
+            identity, sid = participant.identity, participant.sid
             if participant.disconnect_reason in NO_LEAVE:
                 await self._store.evicted(livekit_room, identity, sid)
             else:
                 self._leaves.begin(await self._store.left(livekit_room, identity, sid))
-        elif event.event == "room_finished":
-            self._rooms.forget(livekit_room)
-            self._leaves.begin(await self._store.finished(livekit_room))
+
+    async def _check_after_unreadable(self, livekit_room: str, _: Mapping[str, str]) -> None:
+        """Finds out what a webhook said that names the room and nothing else."""
+        self._leaves.begin(await self._store.suspect(livekit_room))
+        room_id = await self._store.room_of(livekit_room)
+        if room_id is not None:
+            with suppress(SfuError):
+                listing = await self._rooms.list_participants(livekit_room)
+                await self._membership.check(livekit_room, room_id, listing, "joined")
 
     async def poll(self) -> None:
-        """Looks at the whole SFU once, unless somebody is at it."""
+        """Checks the whole SFU once, unless a poll is under way."""
         if self._is_polling:
             return
         self._is_polling = True
         try:
             await self._poll()
         except SfuError:
-            # That has been logged, and tells nothing of anybody.
+            # That has been logged, and says nothing about the participants.
             metrics.nobody_knows()
         finally:
             self._is_polling = False
@@ -134,6 +223,8 @@ class Watch:
     async def _poll(self) -> None:
         for phase, number in (await self._store.count_delegations()).items():
             metrics.delegations.labels(phase.value).set(number)
+        if self._owners_kept_ms is not None:
+            await self._store.forget_owners(self._owners_kept_ms)
         tracked: dict[str, list[Tracked]] = {}
         for delegation in await self._store.tracked():
             tracked.setdefault(delegation.livekit_room, []).append(delegation)
@@ -141,100 +232,145 @@ class Watch:
             self._note({})
             return
         asked_ms = self._homeserver.clock.time_msec()
-        there = {room.name: room.num_participants > 0 for room in await self._rooms.list_rooms()}
+        there = await self._rooms.list_rooms()
         # Afterwards, so that a room that has just been closed is not in here and was lost.
-        calls = await self._store.calls()
+        poll = _Poll(asked_ms, there, await self._store.calls(), tracked)
 
-        await self._make_again(calls, tracked, there)
-
-        # LiveKit tells the number of participants late, so that it is no word on those who were
-        # there a moment ago.
-        looked_at = {name for name, is_occupied in there.items() if is_occupied or name in tracked}
-        occupied = set()
-        joined_sec: list[int] = []
-        # How many participants there are in our own rooms.
-        numbers: dict[str, float] = {}
-        without_node = set()
-
-        async def look(livekit_room: str) -> None:
-            try:
-                listing = await self._rooms.list_participants(livekit_room)
-            except SfuError as e:
-                if isinstance(e, NoNode):
-                    without_node.add(livekit_room)
-                occupied.update(self._occupied & {livekit_room})
-                numbers[livekit_room] = math.nan
-                return
-            await self._leaves.polled(tracked.get(livekit_room, ()), listing)
-            if listing.participants:
-                occupied.add(livekit_room)
-                joined_sec.extend(participant.joined_at for participant in listing.participants)
-                if livekit_room in calls:
-                    numbers[livekit_room] = len(listing.participants)
-                with suppress(SfuError):
-                    await self._look(livekit_room, calls.get(livekit_room), listing)
-
-        await concurrently_execute(look, looked_at, CONCURRENT_ROOMS)
+        await self._recreate_lost_rooms(poll)
+        await self._check_rooms(poll)
+        gone = Listing(asked_ms, ())
         for livekit_room in tracked.keys() - there.keys():
-            await self._leaves.polled(tracked[livekit_room], Listing(asked_ms, ()))
-        # Whoever comes back takes the room to another node. Where nobody does, nobody can tell who
-        # is in it until that is done here; not at once, because an empty room may be closed.
-        await concurrently_execute(
-            lambda livekit_room: self._make_one_again(livekit_room, calls[livekit_room]),
-            without_node & self._without_node & calls.keys(),
-            CONCURRENT_ROOMS,
-        )
-        self._occupied, self._without_node = occupied, without_node
-        await self._processes.look(joined_sec)
-        await self._store.forget_calls(calls.keys() - there.keys(), FORGET_CALLS_MS)
-        self._note(numbers)
+            await self._leaves.polled(tracked[livekit_room], gone)
+        # A participant who comes back takes the room to another node. Until that is done here,
+        # LiveKit cannot name its participants. Not at once, because an empty room may be closed.
+        await self._recreate(poll, poll.without_node & self._without_node)
+
+        ours = {name: number for name, number in there.items() if number and name in poll.calls}
+        self._occupied, self._without_node = set(ours), poll.without_node
+        await self._processes.look(poll.joined_sec)
+        await self._store.forget_calls(poll.calls.keys() - there.keys(), FORGET_CALLS_MS)
+        self._note({**ours, **dict.fromkeys(poll.unknown & poll.calls.keys(), math.nan)})
 
     def _note(self, numbers: Mapping[str, float]) -> None:
-        """Tells the metrics how many participants a poll has found in each room."""
+        """Sets the metrics to how many participants a poll has found in each room."""
         metrics.rooms.set(len(numbers))
         metrics.participants.set(sum(numbers.values()))
         metrics.last_poll.set(self._homeserver.clock.time())
 
-    async def _make_again(
-        self,
-        calls: Mapping[str, str],
-        tracked: Mapping[str, Iterable[Tracked]],
-        there: Collection[str],
-    ) -> None:
-        """Makes the rooms again that LiveKit has lost with people in them, as on a restart.
+    async def _check_rooms(self, poll: _Poll) -> None:
+        """Checks the rooms in which something may have changed, and some of the others."""
+        self._seen = {name: seen for name, seen in self._seen.items() if poll.there.get(name)}
+        users = {user_id for seen in self._seen.values() for user_id in seen.users}
+        inactive = await self._homeserver.inactive_users(users)
+        to_list = self._rooms_to_list(poll, inactive)
 
-        They are trying to come back, and while it has `auto_create: false` they are told that there
-        is no such room.
-        """
-        for livekit_room in calls.keys() - there:
-            if livekit_room in self._occupied or any(
-                delegation.is_settled for delegation in tracked.get(livekit_room, ())
-            ):
-                await self._make_one_again(livekit_room, calls[livekit_room])
+        async def check(livekit_room: str) -> None:
+            try:
+                if livekit_room in to_list:
+                    await self._check_room(livekit_room, poll)
+                else:
+                    await self._check_delegations(livekit_room, poll)
+            except SfuError as e:
+                # It has been logged. The next poll tries again.
+                self._seen.pop(livekit_room, None)
+                poll.unknown.add(livekit_room)
+                if isinstance(e, NoNode):
+                    poll.without_node.add(livekit_room)
+            except Exception:
+                # A failure in one room must not keep the poll from the others. One traceback is
+                # enough where the database fails for all of them.
+                self._seen.pop(livekit_room, None)
+                if not poll.has_failed:
+                    logger.exception("Could not check the LiveKit room %r", livekit_room)
+                poll.has_failed = True
 
-    async def _make_one_again(self, livekit_room: str, room_id: str) -> None:
-        self._rooms.forget(livekit_room)
-        with suppress(SfuError):
-            await self._rooms.make_sure_of(livekit_room, room_id)
-            logger.info("LiveKit has lost a call of %s: made it again", room_id)
+        names = to_list | (poll.tracked.keys() & poll.there.keys())
+        await concurrently_execute(check, names, CONCURRENT_ROOMS)
 
-    async def _look(self, livekit_room: str, room_id: str | None, listing: Listing) -> None:
-        """Looks at those who are in one room, and notes who joined without a webhook."""
-        noted = await self._store.owners(livekit_room) if self._note_owners else {}
-        for participant in listing.participants:
-            is_new = self._note_owners and participant.identity not in noted
-            if (room_id is None or is_new) and is_clean(participant.identity):
-                owner = self._membership.owner(livekit_room, participant)
-                if owner is not None:
-                    room_id = owner.room_id
-                    await self._store.joined(
-                        livekit_room,
-                        participant.identity,
-                        participant.sid,
-                        owner,
-                        note_owner=self._note_owners,
-                    )
+    def _rooms_to_list(self, poll: _Poll, inactive: Set[str]) -> set[str]:
+        to_list = set()
+        quiet = []
+        for name, number in poll.there.items():
+            seen = self._seen.get(name)
+            if seen is None:
+                has_changed = number > 0
+            else:
+                has_changed = number != seen.participants or not inactive.isdisjoint(seen.users)
+            if has_changed or self._is_listing_cheaper(poll.tracked.get(name, ()), number):
+                to_list.add(name)
+            elif seen is not None:
+                quiet.append((seen.listed_ms, name))
+        # Those that were listed longest ago, so many at each poll that all have their turn in time.
+        quiet.sort()
+        share = len(quiet) * self._interval_ms // SWEEP_MS
+        overdue_ms = poll.asked_ms + self._interval_ms - SWEEP_MS
+        to_list.update(name for _, name in quiet[:share])
+        to_list.update(name for listed_ms, name in quiet[share:] if listed_ms <= overdue_ms)
+        return to_list
+
+    @staticmethod
+    def _is_listing_cheaper(delegations: Collection[Tracked], participants: int) -> bool:
+        """Whether a listing is a cheaper way to find the participants of delegations."""
+        requests = sum(len(delegation.identities) for delegation in delegations)
+        return requests > 1 and requests * PARTICIPANTS_FOR_A_REQUEST >= participants
+
+    async def _check_delegations(self, livekit_room: str, poll: _Poll) -> None:
+        """Asks for the participants of delegations alone, in a room that is otherwise quiet."""
+        delegations = poll.tracked[livekit_room]
+        identities = {i for delegation in delegations for i in delegation.identities}
+        listing = await self._leaves.look_for(livekit_room, identities)
+        await self._leaves.polled(delegations, listing)
+
+    async def _check_room(self, livekit_room: str, poll: _Poll) -> None:
+        """Lists one room, and applies what that says to delegations and membership."""
+        listing = await self._rooms.list_participants(livekit_room)
+        await self._leaves.polled(poll.tracked.get(livekit_room, ()), listing)
+        poll.joined_sec.extend(participant.joined_at for participant in listing.participants)
+        if self._owners_kept_ms is not None:
+            bases = {base for p in listing.participants for base in possible_bases(p.identity)}
+            await self._store.keep_owners(livekit_room, bases)
+        room_id = poll.calls.get(livekit_room)
+        if room_id is None:
+            owners = (participant.owner for participant in listing.participants)
+            room_id = next((owner.room_id for owner in owners if owner), None)
+            if room_id is not None:
+                await self._store.note_call(livekit_room, room_id)
         if room_id is not None:
-            await self._membership.look(
-                livekit_room, room_id, listing.participants, "poll", listing.asked_ms
+            try:
+                await self._membership.check(livekit_room, room_id, listing, "poll")
+            except SfuError:
+                # It has been logged, and says nothing about the number of participants.
+                self._seen.pop(livekit_room, None)
+                return
+        if listing.is_complete:
+            users = {p.owner.user_id for p in listing.participants if p.owner}
+            self._seen[livekit_room] = _Seen(
+                poll.asked_ms,
+                poll.there[livekit_room],
+                frozenset(filter(self._homeserver.is_mine, users)),
             )
+
+    async def _recreate_lost_rooms(self, poll: _Poll) -> None:
+        """Recreates the rooms that LiveKit has lost with participants in them, as on a restart.
+
+        Their clients are reconnecting, and while LiveKit has `auto_create: false` it answers that
+        there is no such room.
+        """
+        lost = {
+            livekit_room
+            for livekit_room in poll.calls.keys() - poll.there.keys()
+            if livekit_room in self._occupied
+            or any(delegation.is_settled for delegation in poll.tracked.get(livekit_room, ()))
+        }
+        await self._recreate(poll, lost)
+
+    async def _recreate(self, poll: _Poll, livekit_rooms: Iterable[str]) -> None:
+        async def recreate(livekit_room: str) -> None:
+            room_id = poll.calls[livekit_room]
+            self._rooms.forget(livekit_room)
+            with suppress(SfuError):
+                await self._rooms.make_sure_of(livekit_room, room_id)
+                logger.info("LiveKit lost the room of a call of %r; recreated it", room_id)
+
+        ours = [name for name in livekit_rooms if name in poll.calls]
+        await concurrently_execute(recreate, ours, CONCURRENT_ROOMS)

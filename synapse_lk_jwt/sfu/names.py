@@ -43,19 +43,33 @@ def device_identity(user_id: str, device_id: str) -> str:
 
 
 def user_of_device_identity(identity: str) -> str | None:
-    """The user of an identity that `device_identity` made, or of a twin of it; else None."""
+    """The user of an identity that `device_identity` made, or of a duplicate connection of it."""
     match = _DEVICE_IDENTITY.fullmatch(identity)
     return match and match[1]
 
 
-def twin_of(identity: str) -> Iterator[str]:
-    """The identities whose token its holder may have used to connect, itself among them.
+def is_connection_of(identity: str, base: str) -> bool:
+    """Whether an identity is `base`, or a duplicate connection of its holder.
 
-    Whoever holds a token can also connect as `identity#anything` (LiveKit's `?publish=`).
+    The holder of a token can also connect as `identity#anything` (LiveKit's `?publish=`).
+    """
+    return identity == base or identity.startswith(f"{base}#")
+
+
+def possible_bases(identity: str) -> Iterator[str]:
+    """The identities whose token the holder of this connection may have used, itself among them.
+
+    Args:
+        identity: of `MAX_WHOLE_IDENTITY_BYTES` at most, as the work grows with the square of it.
     """
     yield identity
     for match in re.finditer("#", identity):
         yield identity[: match.start()]
+
+
+def hash_of_identity(identity: str) -> str:
+    """What the owner of an identity is noted by: PostgreSQL's indexes take no long strings."""
+    return _hash(identity)
 
 
 def device_member_identity(user_id: str, device_id: str, member_id: str) -> str:

@@ -7,11 +7,11 @@ messages are livekit-api's (https://docs.livekit.io/reference/other/roomservice-
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
-import attr
 from google.protobuf.message import DecodeError, Message
 from livekit.api import VideoGrants
 from livekit.protocol.models import ParticipantInfo, Room
@@ -20,7 +20,6 @@ from livekit.protocol.room import (
     DeleteRoomRequest,
     DeleteRoomResponse,
     ListParticipantsRequest,
-    ListParticipantsResponse,
     ListRoomsRequest,
     ListRoomsResponse,
     RemoveParticipantResponse,
@@ -29,20 +28,57 @@ from livekit.protocol.room import (
 from synapse.util.caches.response_cache import ResponseCacheContext
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.http_headers import Headers
+from twisted.web.iweb import IResponse
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import BodyTooLarge, TimedOut, read_body, within
+from synapse_lk_jwt.http import BodyTooLarge, TimedOut, read_body, stream_body, within
+from synapse_lk_jwt.sfu.participants import (
+    CallParticipant,
+    Listing,
+    call_participant,
+    is_too_long,
+)
+from synapse_lk_jwt.sfu.questions import SharedQuestions
+from synapse_lk_jwt.sfu.seal import Sealer
+from synapse_lk_jwt.sfu.stream import FieldReader, ItemsReader, Unreadable
 from synapse_lk_jwt.sfu.tokens import TokenSigner
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 TIMEOUT_SEC = 10
+# An answer about one participant is small, and its absence delays a leave.
+PARTICIPANT_TIMEOUT_SEC = 5
 MAX_ANSWER_BYTES = 1024 * 1024
-# A list of rooms has about 300 bytes for each, and one of participants 2,000.
-MAX_LIST_BYTES = 16 * 1024 * 1024
+
+# Listings are limited by time and number, and not by bytes: their participants decide about those.
+MAX_PARTICIPANTS = 10_000
+
+# A duplicate connection can have a megabyte of name, which is needed to remove it. LiveKit takes
+# 1 MiB of request headers, so that a longer name cannot come from a URL.
+MAX_REMOVABLE_IDENTITY_BYTES = 2 * 1024 * 1024
+MAX_TOO_LONG_BYTES = 16 * 1024 * 1024
+
+# What is copied of a participant, with the largest size of each field. Small ones are copied whole.
+_PARTICIPANT_FIELDS = {
+    ParticipantInfo.SID_FIELD_NUMBER: 64,
+    ParticipantInfo.IDENTITY_FIELD_NUMBER: MAX_REMOVABLE_IDENTITY_BYTES,
+    ParticipantInfo.STATE_FIELD_NUMBER: 0,
+    ParticipantInfo.JOINED_AT_FIELD_NUMBER: 0,
+    ParticipantInfo.ATTRIBUTES_FIELD_NUMBER: 16 * 1024,
+    ParticipantInfo.DISCONNECT_REASON_FIELD_NUMBER: 0,
+}
+_ROOM_FIELDS = {
+    Room.NAME_FIELD_NUMBER: 512,
+    Room.NUM_PARTICIPANTS_FIELD_NUMBER: 0,
+}
+
+# A failure that comes and goes is logged once in this time.
+LOG_AGAIN_SEC = 60
+MAX_LOGGED = 100
 
 # LiveKit closes a room that nobody joined after the first, and one that everybody left after the
 # second of these.
@@ -62,10 +98,15 @@ class SfuError(Exception):
 
 
 class Refused(SfuError):
-    """It is LiveKit, and it does not do this one thing."""
+    """It is LiveKit, and it does not do this one thing.
 
-    def __init__(self, text: str = "") -> None:
+    Attributes:
+        code: LiveKit's error code.
+    """
+
+    def __init__(self, text: str = "", code: str = "") -> None:
         super().__init__(text, "refused")
+        self.code = code
 
 
 class NotFound(Refused):
@@ -74,19 +115,6 @@ class NotFound(Refused):
 
 class NoNode(Refused):
     """No node of LiveKit answers for a room."""
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Listing:
-    """Who was in a room.
-
-    Attributes:
-        asked_ms: when the SFU was asked, milliseconds since the epoch.
-        participants: whom it named.
-    """
-
-    asked_ms: int
-    participants: Sequence[ParticipantInfo]
 
 
 class RoomService:
@@ -100,6 +128,7 @@ class RoomService:
         homeserver: Homeserver,
         api_url: str,
         signer: TokenSigner,
+        sealer: Sealer,
         note_call: Callable[[str, str], Awaitable[None]],
     ) -> None:
         """
@@ -107,20 +136,26 @@ class RoomService:
             homeserver: whose HTTP client and clock to use.
             api_url: where LiveKit's API is, `http(s)://`, without a slash at the end.
             signer: the SFU's API key.
+            sealer: opens the owners of participants.
             note_call: told the LiveKit room and the Matrix room of every room that is asked for.
         """
         self._homeserver = homeserver
         self._api_url = api_url
         self._signer = signer
+        self._sealer = sealer
         self._note_call = note_call
         self._rooms = homeserver.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
-        self._listing = homeserver.linearizer("synapse_lk_jwt_listing")
-        # The last answers, for those who were waiting meanwhile.
-        self._listed: dict[str, Listing] = {}
-        self._trouble: str | None = None
+        self._listings: SharedQuestions[str, Listing] = SharedQuestions()
+        self._removals: SharedQuestions[tuple[str, str], bool] = SharedQuestions()
+        self._participants: SharedQuestions[tuple[str, str], CallParticipant | None] = (
+            SharedQuestions()
+        )
+        # Why LiveKit cannot be used, as it was logged, and when failures were logged last.
+        self._logged: set[str] = set()
+        self._logged_sec: dict[str, float] = {}
         # The LiveKit rooms that are being asked for.
         self._creating: set[str] = set()
-        # Why the SFU did not do something lately, by method.
+        # LiveKit's error code for what it did not do lately, by method.
         self._refused: dict[str, str] = {}
 
     async def make_sure_of(self, livekit_room: str, room_id: str) -> None:
@@ -155,69 +190,112 @@ class RoomService:
         """Forgets that a LiveKit room exists, because somebody has seen it go."""
         self._rooms.unset(livekit_room)
 
-    async def list_rooms(self) -> Sequence[Room]:
-        """All rooms of the SFU. LiveKit updates their number of participants with a delay.
+    async def list_rooms(self) -> dict[str, int]:
+        """All rooms of the SFU, each with the number of its participants.
+
+        LiveKit updates that number with a delay. Rooms with names that no call has are left out.
 
         Raises:
             SfuError: if LiveKit refuses, or does not answer within ten seconds; so do the others.
         """
-        answer = await self._call(
-            "ListRooms",
-            ListRoomsRequest(),
-            VideoGrants(room_list=True),
-            ListRoomsResponse,
-            MAX_LIST_BYTES,
-        )
-        return answer.rooms
+        rooms: dict[str, int] = {}
+
+        async def read(response: IResponse) -> dict[str, int]:
+            def receive(item: bytes, too_long: frozenset[int]) -> None:
+                if not too_long:
+                    room = Room.FromString(item)
+                    rooms[room.name] = room.num_participants
+
+            # The first attempt may have failed half way.
+            rooms.clear()
+            await _read_items(response, ItemsReader(_ROOM_FIELDS, receive))
+            return rooms
+
+        return await self._call("ListRooms", ListRoomsRequest(), VideoGrants(room_list=True), read)
 
     async def list_participants(self, livekit_room: str) -> Listing:
         """Who is in a room at some time from now on; nobody is in one that does not exist.
 
-        One request for a room is made at a time, and its answer is shared by all who were waiting
-        for their turn: when a large call ends everybody in it is asked for at once.
+        One request for a room is made at a time. All that wait share its answer, or its failure:
+        when a large call ends, everything in it is asked for at once.
 
         Raises:
             NoNode: if the room exists, and the node that had it does not answer.
             SfuError: if LiveKit refuses for another reason, or does not answer in ten seconds.
         """
-        now_ms = self._homeserver.clock.time_msec
-        wanted_ms = now_ms()
-        async with self._listing.queue(livekit_room):
-            listed = self._listed.get(livekit_room)
-            if listed is None or listed.asked_ms <= wanted_ms:
-                listed = Listing(now_ms(), await self._list_participants(livekit_room))
-            if self._listing.is_queued(livekit_room):
-                self._listed[livekit_room] = listed
-            else:
-                self._listed.pop(livekit_room, None)
-            return listed
 
-    async def _list_participants(self, livekit_room: str) -> Sequence[ParticipantInfo]:
+        async def ask() -> Listing:
+            return await self._list_participants(livekit_room)
+
+        return await self._listings.ask(livekit_room, ask)
+
+    async def get_participant(self, livekit_room: str, identity: str) -> CallParticipant | None:
+        """A participant of a room at some time from now on, None if it is not there.
+
+        Unlike a listing, the answer's size does not depend on other participants. Requests are
+        shared as those of `list_participants`.
+
+        Raises:
+            NoNode: if the room exists, and the node that had it does not answer.
+            SfuError: if LiveKit refuses for another reason, or does not answer in five seconds.
+        """
+
+        async def ask() -> CallParticipant | None:
+            return await self._get_participant(livekit_room, identity)
+
+        return await self._participants.ask((livekit_room, identity), ask)
+
+    async def _list_participants(self, livekit_room: str) -> Listing:
+        reader = _ListingReader(livekit_room, self._sealer, self._homeserver.clock.time_msec())
         try:
-            answer = await self._call(
+            return await self._call(
                 "ListParticipants",
                 ListParticipantsRequest(room=livekit_room),
                 VideoGrants(room_admin=True, room=livekit_room),
-                ListParticipantsResponse,
-                MAX_LIST_BYTES,
+                reader.read,
                 expected=(NotFound, NoNode),
+                if_silent=reader.what_is_read,
             )
         except NotFound:
-            return ()
+            return reader.empty()
         except NoNode:
             # With `enable_psrpc_for_get_list_participants` nobody answers for one that is not there
             # either.
             if await self._exists(livekit_room):
                 raise
-            return ()
-        return answer.participants
+            return reader.empty()
+
+    async def _get_participant(self, livekit_room: str, identity: str) -> CallParticipant | None:
+        async def read(response: IResponse) -> CallParticipant:
+            reader = FieldReader(_PARTICIPANT_FIELDS)
+            await stream_body(response, reader.write)
+            info = ParticipantInfo.FromString(reader.finish())
+            # The identity is the one that was asked for; what is not asked for is not believed.
+            info.identity = identity
+            return call_participant(info, livekit_room, self._sealer)
+
+        try:
+            return await self._call(
+                "GetParticipant",
+                RoomParticipantIdentity(room=livekit_room, identity=identity),
+                VideoGrants(room_admin=True, room=livekit_room),
+                read,
+                expected=(NotFound, NoNode),
+                timeout_sec=PARTICIPANT_TIMEOUT_SEC,
+            )
+        except NotFound:
+            return None
+        except NoNode:
+            if await self._exists(livekit_room):
+                raise
+            return None
 
     async def _exists(self, livekit_room: str) -> bool:
         answer = await self._call(
             "ListRooms",
             ListRoomsRequest(names=[livekit_room]),
             VideoGrants(room_list=True),
-            ListRoomsResponse,
+            _message(ListRoomsResponse),
         )
         return bool(answer.rooms)
 
@@ -226,13 +304,29 @@ class RoomService:
 
         Returns:
             Whether they were there.
+
+        Raises:
+            SfuError: if LiveKit refuses, or does not answer in ten seconds while they are there.
         """
+
+        async def ask() -> bool:
+            return await self._remove_participant(livekit_room, identity)
+
+        return await self._removals.ask((livekit_room, identity), ask)
+
+    async def _remove_participant(self, livekit_room: str, identity: str) -> bool:
+        async def is_gone() -> RemoveParticipantResponse | None:
+            # LiveKit waits in vain for a participant that is leaving by itself.
+            is_there = await self._get_participant(livekit_room, identity)
+            return None if is_there else RemoveParticipantResponse()
+
         try:
             await self._call(
                 "RemoveParticipant",
                 RoomParticipantIdentity(room=livekit_room, identity=identity),
                 VideoGrants(room_admin=True, room=livekit_room),
-                RemoveParticipantResponse,
+                _message(RemoveParticipantResponse),
+                if_silent=is_gone,
             )
         except NotFound:
             return False
@@ -245,7 +339,7 @@ class RoomService:
                 "DeleteRoom",
                 DeleteRoomRequest(room=livekit_room),
                 VideoGrants(room_create=True),
-                DeleteRoomResponse,
+                _message(DeleteRoomResponse),
             )
         self.forget(livekit_room)
 
@@ -264,7 +358,7 @@ class RoomService:
                 max_participants=0,
             ),
             VideoGrants(room_create=True),
-            Room,
+            _message(Room),
         )
         age_ms = self._homeserver.clock.time_msec() - room.creation_time * 1000
         # LiveKit counts whole seconds. A room from the future tells that the clocks differ, and
@@ -277,28 +371,46 @@ class RoomService:
         method: str,
         request: Message,
         grants: VideoGrants,
-        answer: type[M],
-        max_bytes: int = MAX_ANSWER_BYTES,
+        read: Callable[[IResponse], Awaitable[T]],
         expected: tuple[type[Refused], ...] = (NotFound,),
-    ) -> M:
+        timeout_sec: float = TIMEOUT_SEC,
+        if_silent: Callable[[], Awaitable[T | None]] | None = None,
+    ) -> T:
+        """Sends a request, and once more if the connection breaks.
+
+        Args:
+            method: the name of it.
+            request: its body.
+            grants: what the token for it allows.
+            read: reads the body of a successful answer.
+            expected: refusals that are not worth a line in the log.
+            timeout_sec: how long all of it may take, in seconds.
+            if_silent: called when that time is over, or when a node of LiveKit does not answer.
+                What it returns takes the place of the answer, unless it is None.
+        """
         token = self._signer.api_token(grants)
         headers = {
             "Authorization": [f"Bearer {token}"],
             "Content-Type": ["application/protobuf"],
         }
 
-        async def post() -> M:
+        async def post() -> T:
             uri = f"{self._api_url}/twirp/livekit.RoomService/{method}"
             response = await self._homeserver.http_client.request(
                 "POST", uri, request.SerializeToString(), Headers(headers)
             )
-            body = await read_body(response, max_bytes)
             content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]
-            return _decode(response.code, content_type, body, answer, token)
+            if response.code != 200 or not content_type.startswith("application/protobuf"):
+                body = await read_body(response, MAX_ANSWER_BYTES)
+                raise _failure(response.code, content_type, body, token)
+            try:
+                return await read(response)
+            except (DecodeError, Unreadable):
+                raise SfuError("its answer cannot be read; is this LiveKit's API?") from None
 
-        deadline = self._homeserver.reactor.seconds() + TIMEOUT_SEC
+        deadline = self._homeserver.reactor.seconds() + timeout_sec
 
-        async def post_twice() -> M:
+        async def post_twice() -> T:
             try:
                 return await post()
             except (SfuError, BodyTooLarge):
@@ -316,14 +428,18 @@ class RoomService:
             with metrics.timing(
                 metrics.sfu_request_seconds.labels(method), self._homeserver.reactor
             ):
-                result = await within(TIMEOUT_SEC, self._homeserver.reactor, post_twice)
+                result = await within(timeout_sec, self._homeserver.reactor, post_twice)
         except expected:
             self._succeeded(method)
             raise
         except Refused as e:
+            if isinstance(e, NoNode) and if_silent is not None:
+                instead = await if_silent()
+                if instead is not None:
+                    return instead
             metrics.sfu_failures.labels(method, e.cause).inc()
-            if self._refused.get(method) != str(e):
-                self._refused[method] = str(e)
+            # The text can name a room, and one bad room among good ones is logged once, too.
+            if self._refused.get(method) != e.code and self._is_log_due(f"{method} {e.code}"):
                 logger.error(
                     "LiveKit at %s does not do %s: %s. %s",
                     self._api_url,
@@ -331,11 +447,15 @@ class RoomService:
                     e,
                     self._homeserver.check_command,
                 )
+            self._refused[method] = e.code
             raise
         except SfuError as e:
             raise self._failed(method, e.cause, str(e)) from None
         except TimedOut:
-            text = f"no answer within {TIMEOUT_SEC} s"
+            instead = None if if_silent is None else await if_silent()
+            if instead is not None:
+                return instead
+            text = f"no answer within {timeout_sec} s"
             raise self._failed(method, "timeout", text) from None
         except BodyTooLarge:
             text = "its answer is endless; is this LiveKit's API?"
@@ -350,8 +470,8 @@ class RoomService:
 
     def _failed(self, method: str, cause: metrics.SfuCause, text: str) -> SfuError:
         metrics.sfu_failures.labels(method, cause).inc()
-        if text != self._trouble:
-            self._trouble = text
+        if text not in self._logged and self._is_log_due(text):
+            self._logged.add(text)
             logger.error(
                 "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
                 self._api_url,
@@ -360,40 +480,117 @@ class RoomService:
             )
         return SfuError(text, cause)
 
+    def _is_log_due(self, failure: str) -> bool:
+        """Whether a failure was not logged for a while: some stop and start all the time."""
+        now_sec = self._homeserver.reactor.seconds()
+        if now_sec < self._logged_sec.get(failure, -math.inf) + LOG_AGAIN_SEC:
+            return False
+        if len(self._logged_sec) >= MAX_LOGGED:
+            self._logged_sec.clear()
+        self._logged_sec[failure] = now_sec
+        return True
+
     def _succeeded(self, method: str) -> None:
         self._refused.pop(method, None)
-        if self._trouble is not None:
-            self._trouble = None
+        if self._logged:
+            self._logged.clear()
             logger.info("LiveKit at %s can be used again", self._api_url)
 
 
-def _decode(status: int, content_type: str, body: bytes, answer: type[M], token: str) -> M:
-    """Turns an HTTP response of the SFU, or of whatever answers there, into a message.
+class _ListingReader:
+    """Reads an answer to ListParticipants, of any size."""
 
-    Raises:
-        SfuError: unless it is LiveKit and did what was asked.
-    """
-    is_protobuf = content_type.startswith("application/protobuf")
-    if status == 200 and is_protobuf:
+    def __init__(self, livekit_room: str, sealer: Sealer, asked_ms: int) -> None:
+        self._livekit_room = livekit_room
+        self._sealer = sealer
+        self._asked_ms = asked_ms
+        self._begin()
+
+    def _begin(self) -> None:
+        self._participants: list[CallParticipant] = []
+        self._too_long: list[str] = []
+        self._too_long_bytes = 0
+        self._is_complete = True
+        self._has_begun = False
+
+    async def read(self, response: IResponse) -> Listing:
+        # The first attempt may have failed half way.
+        self._begin()
+        await _read_items(response, ItemsReader(_PARTICIPANT_FIELDS, self._receive))
+        return self._listing(self._is_complete)
+
+    async def what_is_read(self) -> Listing | None:
+        """The participants that have been read of an answer that is not at its end yet.
+
+        How long it is, and so how long it takes, is up to the participants.
+        """
+        return self._listing(is_complete=False) if self._has_begun else None
+
+    def empty(self) -> Listing:
+        """The listing of a room that does not exist."""
+        return Listing(self._asked_ms, ())
+
+    def _listing(self, is_complete: bool) -> Listing:
+        return Listing(
+            self._asked_ms, tuple(self._participants), tuple(self._too_long), is_complete
+        )
+
+    def _receive(self, item: bytes, too_long: frozenset[int]) -> None:
+        self._has_begun = True
         try:
-            return answer.FromString(body)
+            info = ParticipantInfo.FromString(item)
         except DecodeError:
-            raise SfuError("its answer cannot be read; is this LiveKit's API?") from None
+            # One participant must not hide the others.
+            self._is_complete = False
+            return
+        identity = info.identity
+        if (
+            ParticipantInfo.IDENTITY_FIELD_NUMBER in too_long
+            or len(self._participants) >= MAX_PARTICIPANTS
+        ):
+            self._is_complete = False
+        elif not is_too_long(identity):
+            self._participants.append(call_participant(info, self._livekit_room, self._sealer))
+        elif self._too_long_bytes + len(identity) <= MAX_TOO_LONG_BYTES:
+            self._too_long_bytes += len(identity)
+            self._too_long.append(identity)
+        else:
+            self._is_complete = False
+
+
+async def _read_items(response: IResponse, reader: ItemsReader) -> None:
+    await stream_body(response, reader.write)
+    reader.finish()
+
+
+def _message(answer: type[M]) -> Callable[[IResponse], Awaitable[M]]:
+    """Reads an answer that is one small message."""
+
+    async def read(response: IResponse) -> M:
+        return answer.FromString(await read_body(response, MAX_ANSWER_BYTES))
+
+    return read
+
+
+def _failure(status: int, content_type: str, body: bytes, token: str) -> SfuError:
+    """What an HTTP response that is no success says, of the SFU or of another server there."""
     if status in (401, 403):
         # LiveKit's text quotes the token.
-        raise SfuError(
+        return SfuError(
             f"it refuses livekit_key and livekit_secret ({status}): are they LiveKit's?",
             "unauthorized",
         )
     if content_type.startswith("text/html"):
-        raise SfuError(f"a web page ({status}) answers; does a proxy stand in front of it?")
+        return SfuError(f"a web page ({status}) answers; does a proxy stand in front of it?")
     try:
         # Twirp's errors are JSON whatever was asked for.
         error = json.loads(body)
         code, message = str(error["code"]), str(error.get("msg", ""))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise SfuError(f"it answers {status}; is this LiveKit's API?") from None
+        return SfuError(f"it answers {status}; is this LiveKit's API?")
     if status == 404 and code == "not_found":
-        raise NotFound()
+        return NotFound()
     refused = NoNode if code == "unavailable" else Refused
-    raise refused(f"it answers {status} {code!r}: {message.replace(token, '…')[:200]!r}")
+    return refused(
+        f"it answers {status} {code[:40]!r}: {message.replace(token, '…')[:200]!r}", code[:40]
+    )

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from synapse_lk_jwt.http import parse_json
-from synapse_lk_jwt.sfu.names import twin_of
+from synapse_lk_jwt.sfu.names import is_connection_of
 
 ATTRIBUTE = "synapse_lk_jwt"
 
@@ -66,8 +66,8 @@ class Sealer:
         """The owner of a participant, from its attributes.
 
         Returns:
-            None if this homeserver did not seal it, or not for this identity or one whose twin it
-            is.
+            None if this homeserver did not seal it, or not for this identity or one that this is a
+            duplicate connection of.
         """
         sealed = attributes.get(ATTRIBUTE)
         if sealed is None:
@@ -76,6 +76,6 @@ class Sealer:
             data = urlsafe_b64decode(sealed)
             text = self._cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], None)
             sealed_for, *owner = parse_json(text)
-            return Owner(*owner) if sealed_for in twin_of(identity) else None
+            return Owner(*owner) if is_connection_of(identity, sealed_for) else None
         except (ValueError, TypeError, InvalidTag):
             return None

@@ -5,7 +5,6 @@ The claims are livekit-api's. Its `AccessToken` class is left out because it rea
 clock, while all of this follows Synapse's.
 """
 
-import hashlib
 import hmac
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable, Mapping
@@ -95,18 +94,20 @@ class TokenSigner:
         """A token for one request to LiveKit's server API."""
         return self._sign(Claims(video=grants).asdict(), API_TOKEN_LIFETIME_SEC, identity="")
 
-    def verify_webhook(self, authorization: str, body: bytes) -> None:
-        """Checks that LiveKit has sent this body, and lately.
+    def verify_webhook(self, authorization: str) -> str:
+        """Checks that LiveKit has signed a webhook, and lately.
 
         The rules are livekit-api's `WebhookReceiver`, which reads the machine's clock
         (https://docs.livekit.io/home/server/webhooks/).
 
         Args:
             authorization: the header of that name, a JWT.
-            body: the body as it came.
+
+        Returns:
+            What LiveKit has signed of the body, for `verify_webhook_body`.
 
         Raises:
-            InvalidSignature: unless both belong together and are LiveKit's.
+            InvalidSignature: unless it is LiveKit's.
         """
         try:
             claims = jwt.decode(
@@ -132,16 +133,26 @@ class TokenSigner:
             is_current = False
         if not is_current:
             raise InvalidSignature("wrong_time", "it is too old, or the clocks are apart")
-        digest = b64encode(hashlib.sha256(body).digest())
-        if not hmac.compare_digest(
-            str(claims.get("sha256", "")).encode("utf-8", "replace"), digest
-        ):
-            raise InvalidSignature("wrong_body", "it is for another body")
+        return str(claims.get("sha256", ""))
 
     def _sign(self, claims: dict[str, Any], lifetime_sec: int, identity: str) -> str:
         now = self.time_msec() // 1000
         claims.update(sub=identity, iss=self.key, nbf=now, exp=now + lifetime_sec)
         return jwt.encode(claims, self._jwk)
+
+
+def verify_webhook_body(signed: str, sha256: bytes) -> None:
+    """Checks that a webhook has the body that LiveKit has signed.
+
+    Args:
+        signed: what `TokenSigner.verify_webhook` returned.
+        sha256: the hash of the body as it came.
+
+    Raises:
+        InvalidSignature: if it is for another body.
+    """
+    if not hmac.compare_digest(signed.encode("utf-8", "replace"), b64encode(sha256)):
+        raise InvalidSignature("wrong_body", "it is for another body")
 
 
 @lru_cache

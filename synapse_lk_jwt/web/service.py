@@ -4,8 +4,6 @@
 import logging
 from collections.abc import Sequence
 
-from google.protobuf.json_format import Parse, ParseError
-from livekit.protocol.webhook import WebhookEvent
 from synapse.api.errors import Codes, SynapseError
 from synapse.http.server import UnrecognizedRequestResource
 from synapse.http.site import SynapseRequest
@@ -13,7 +11,6 @@ from synapse.types import JsonDict
 from twisted.web.resource import Resource
 
 from synapse_lk_jwt import metrics, openid
-from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.names import (
@@ -22,22 +19,19 @@ from synapse_lk_jwt.sfu.names import (
     device_member_identity,
     livekit_room_name,
 )
-from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner
+from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
 from synapse_lk_jwt.web.core import Core
-from synapse_lk_jwt.web.endpoint import Endpoint, authorization
+from synapse_lk_jwt.web.endpoint import Endpoint
 from synapse_lk_jwt.web.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
     SfuGetRequest,
     bad_json,
-    read_body,
     read_json_object,
 )
-
-# LiveKit tells all of a participant, up to 64 KiB each of metadata and attributes among it.
-MAX_WEBHOOK_BYTES = 1024 * 1024
+from synapse_lk_jwt.web.webhook import SfuWebhookResource
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +40,12 @@ class ServiceResource(UnrecognizedRequestResource):
     """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
 
     def __init__(
-        self, core: Core, watch: Watch, processes: Processes, check: CheckResource
+        self,
+        core: Core,
+        watch: Watch,
+        processes: Processes,
+        check: CheckResource,
+        sealer: Sealer,
     ) -> None:
         Resource.__init__(self)
         homeserver = core.homeserver
@@ -58,7 +57,8 @@ class ServiceResource(UnrecognizedRequestResource):
             # Clients take any answer but 404 as a promise.
             self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(core))
         self.putChild(
-            b"sfu_webhook", SfuWebhookResource(homeserver, core.issuer.signer, watch, processes)
+            b"sfu_webhook",
+            SfuWebhookResource(homeserver, core.issuer.signer, sealer, watch, processes),
         )
         self.putChild(b"check", check)
         self.putChild(b"healthz", HealthResource(homeserver))
@@ -203,67 +203,6 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
         ]
         if not await self._delegate(user_id, body.room_id, body.slot_id, identities, body.delay_id):
             raise no_such_delayed_event()
-        return 200, {}
-
-
-class SfuWebhookResource(Endpoint):
-    """LiveKit tells who has come and gone.
-
-    POST /_synapse/client/livekit/jwt/sfu_webhook HTTP/1.1
-    Authorization: …
-
-    {"event": "participant_left", "room": {…}, "participant": {…}, …}
-    """
-
-    def __init__(
-        self, homeserver: Homeserver, signer: TokenSigner, watch: Watch, processes: Processes
-    ) -> None:
-        super().__init__(homeserver)
-        self._signer = signer
-        self._watch = watch
-        self._processes = processes
-        # Why webhooks were refused since the last one was taken.
-        self._refused: set[str] = set()
-
-    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        rejected = metrics.webhooks_rejected
-        try:
-            body = read_body(request, MAX_WEBHOOK_BYTES)
-        except SynapseError:
-            rejected.labels("too_large").inc()
-            raise
-        try:
-            self._signer.verify_webhook(authorization(request), body)
-        except InvalidSignature as e:
-            rejected.labels(e.cause).inc()
-            self._processes.refused()
-            if str(e) not in self._refused:
-                self._refused.add(str(e))
-                logger.warning(
-                    "Refused a webhook that is not signed with livekit_key and livekit_secret: %s."
-                    " %s",
-                    e,
-                    self._homeserver.check_command,
-                )
-            raise SynapseError(401, "The webhook is not signed", Codes.UNAUTHORIZED) from None
-        try:
-            event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
-        except (ParseError, ValueError):
-            # It is LiveKit's, but nothing that this version knows.
-            rejected.labels("unreadable").inc()
-            logger.warning("A webhook of LiveKit cannot be read")
-            return 200, {}
-        self._refused.clear()
-        self._processes.webhook(event.room.name)
-        try:
-            await self._watch.webhook(event)
-        except Exception as e:
-            # LiveKit tries again.
-            rejected.labels("not_noted").inc()
-            logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
-            raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
-        name = event.event if event.event in metrics.WEBHOOK_EVENTS else "other"
-        metrics.webhooks.labels(name).inc()
         return 200, {}
 
 

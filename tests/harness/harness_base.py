@@ -122,6 +122,14 @@ class Sfu:
             if self.has_nodes and (room not in self.people or room in self.without_node):
                 return response(503, b'{"code": "unavailable", "msg": "no response from servers"}')
             answer = ListParticipantsResponse(participants=self.people.get(room, {}).values())
+        elif name == "GetParticipant":
+            who = RoomParticipantIdentity.FromString(data)
+            self.asked.append((name, who.room))
+            if self.has_nodes and (who.room not in self.people or who.room in self.without_node):
+                return response(503, b'{"code": "unavailable", "msg": "no response from servers"}')
+            answer = self.people.get(who.room, {}).get(who.identity)
+            if answer is None:
+                return missing
         elif name == "RemoveParticipant":
             who = RoomParticipantIdentity.FromString(data)
             self.asked.append((name, who.room))

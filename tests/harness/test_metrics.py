@@ -229,7 +229,6 @@ class WebhooksTests(DelegationTestCase):
             "bad_signature": lambda: self.post("/sfu_webhook", body),
             "wrong_time": lambda: self.post_webhook(body, nbf=2**40),
             "wrong_body": lambda: self.post_webhook(body, sha256="x"),
-            "too_large": lambda: self.post_webhook(b"x" * 1_100_000),
             "unreadable": lambda: self.post_webhook(b"{"),
             "not_noted": not_noted,
         }.items():
@@ -312,7 +311,7 @@ class LeavesTests(DelegationTestCase):
         with counting(*self.NAMES, "leave_seconds_sum") as counted:
             self.advance_by(6)
         assert not self.is_in_call()
-        assert 3 <= counted.pop("leave_seconds_sum") < 6
+        assert 2.9 < counted.pop("leave_seconds_sum") < 6
         assert counted == {"leave_seconds_count": 1}
 
     def test_delegations_now(self) -> None:

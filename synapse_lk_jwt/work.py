@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that belongs to rooms: one room's work never waits for another's, and is bounded."""
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from typing import Generic, TypeVar
+
+from synapse_lk_jwt.homeserver import Homeserver
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How many keys are worked on at a time, and how many of these may have begun only a moment ago.
+MAX_RUNNING = 50
+MAX_QUICK = 20
+
+# Work that takes longer than this waits for a server that hangs, and not for this process.
+QUICK_SEC = 0.1
+
+
+class NotDone(Exception):
+    """Work has failed for a reason that is logged already."""
+
+
+class WorkByKey(Generic[T]):
+    """Does work in the background, one piece at a time for each key.
+
+    What is added for a key while its work runs is done afterwards, together. Work that hangs makes
+    way for that of other keys. If all places are taken by such work, the key that was added last
+    is next: a backlog of hanging rooms does not delay a room that has nothing to do with them.
+
+    Attributes, all private:
+        _waiting: the items of keys that wait for their turn, by key.
+        _running: the items of keys that are being worked on.
+        _postponed: the items of work that failed, until `retry` is called.
+        _quick: the keys whose work began a moment ago.
+        _is_starting: whether `_start` is at it, which work that ends at once calls again.
+    """
+
+    def __init__(
+        self,
+        homeserver: Homeserver,
+        desc: str,
+        work: Callable[[str, dict[str, T]], Awaitable[None]],
+        *,
+        postpone_failures: bool = False,
+    ) -> None:
+        """
+        Args:
+            homeserver: runs the work.
+            desc: a name for Synapse's metrics and log.
+            work: does the work for a key, given its items by name. It may raise `NotDone`. Other
+                exceptions are logged.
+            postpone_failures: whether items are kept when `work` raises, until `retry` is called.
+        """
+        self._homeserver = homeserver
+        self._desc = desc
+        self._work = work
+        self._postpone_failures = postpone_failures
+        self._waiting: dict[str, dict[str, T]] = {}
+        self._running: dict[str, dict[str, T]] = {}
+        self._postponed: dict[str, dict[str, T]] = {}
+        self._quick: set[str] = set()
+        self._is_starting = False
+
+    def add(self, key: str, items: dict[str, T]) -> None:
+        """Adds work for a key. An item that waits already stays as it is."""
+        waiting = self._waiting.pop(key, {})
+        # Last in, first out.
+        self._waiting[key] = {**items, **waiting}
+        self._start()
+
+    def retry(self) -> None:
+        """Adds all work that has failed once more."""
+        postponed, self._postponed = self._postponed, {}
+        for key, items in postponed.items():
+            self.add(key, items)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is work for a key that is not done."""
+        return any(key in state for state in (self._waiting, self._running, self._postponed))
+
+    def unfinished(self) -> Iterator[T]:
+        """All items whose work is not done."""
+        for state in (self._waiting, self._running, self._postponed):
+            for items in state.values():
+                yield from items.values()
+
+    def _start(self) -> None:
+        if self._is_starting:
+            return
+        self._is_starting = True
+        try:
+            while len(self._quick) < MAX_QUICK and len(self._running) < MAX_RUNNING:
+                key = next((k for k in reversed(self._waiting) if k not in self._running), None)
+                if key is None:
+                    return
+                self._running[key] = self._waiting.pop(key)
+                self._quick.add(key)
+                self._homeserver.run_in_background(self._desc, self._run, key)
+        finally:
+            self._is_starting = False
+
+    async def _run(self, key: str) -> None:
+        timer = self._homeserver.reactor.callLater(QUICK_SEC, self._is_slow, key)
+        is_done = False
+        try:
+            # That has been logged.
+            with suppress(NotDone):
+                await self._work(key, self._running[key])
+                is_done = True
+        finally:
+            items = self._running.pop(key)
+            self._quick.discard(key)
+            if timer.active():
+                timer.cancel()
+            if not is_done and self._postpone_failures:
+                # An item that was postponed before keeps its time.
+                self._postponed[key] = {**items, **self._postponed.get(key, {})}
+            self._start()
+
+    def _is_slow(self, key: str) -> None:
+        self._quick.discard(key)
+        self._start()

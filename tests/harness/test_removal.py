@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Removal from calls, against participants that try not to be removed."""
+
+import json
+from typing import Any
+from unittest.mock import patch
+
+from harness_base import SLOT, claims, protobuf
+from livekit.protocol.models import ParticipantInfo, Room, TrackInfo
+from livekit.protocol.room import ListRoomsResponse
+from parameterized import parameterized
+from test_following import FollowingTestCase
+
+from synapse_lk_jwt import store
+from synapse_lk_jwt.sfu import rooms
+from synapse_lk_jwt.sfu.names import livekit_room_name
+
+
+class AttackTestCase(FollowingTestCase):
+    def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
+        super().prepare(reactor, clock, hs)
+        # What the others have done in their calls is over.
+        for name in self.sfu.people:
+            self.sfu.people[name] = {}
+        self.alices_identity = claims(self.tokens["alice"])["sub"]
+
+    def connect(self, name: str, twin: str = "") -> ParticipantInfo:
+        participant: ParticipantInfo = self.sfu.join(self.tokens[name], twin)
+        return participant
+
+    def identities(self) -> list[str]:
+        return [i for people in self.sfu.people.values() for i in people]
+
+
+class LongIdentityTests(AttackTestCase):
+    @parameterized.expand([(321,), (5_000,), (300_000,)])
+    def test_poll_removes_identities_that_no_client_has(self, length: int) -> None:
+        twin = self.connect("bob on one device")
+        twin.identity = twin.identity.ljust(length, "#")
+        self.sfu.people[self.room] = {twin.identity: twin}
+        self.connect("alice")
+        self.advance_by(31)
+        assert self.identities() == [self.alices_identity]
+
+    def test_poll_identity_of_a_client_stays(self) -> None:
+        twin = self.connect("bob on one device", "#" + "x" * 60)
+        self.advance_by(31)
+        assert self.identities() == [twin.identity]
+
+    def test_webhook_of_a_long_identity_removes_it(self) -> None:
+        twin = self.connect("bob on one device", "#" * 5_000)
+        assert self.webhook("participant_joined", twin, room=self.room).code == 200
+        self.pump()
+        assert self.identities() == []
+
+    def test_rooms_of_other_tools_keep_their_participants(self) -> None:
+        self.sfu.people["recordings"] = {"r" * 1_000: ParticipantInfo(identity="r" * 1_000)}
+        self.advance_by(61)
+        assert self.identities() == ["r" * 1_000]
+
+
+class LargeListingTests(AttackTestCase):
+    def test_ban_with_megabytes_of_track_names_removes_the_user(self) -> None:
+        for name in ("bob on one device", "bob on another"):
+            self.connect(name).tracks.extend([TrackInfo(name="n" * 6_000_000)] * 2)
+        self.connect("alice")
+        self.join_remotely(self.bob, "ban")
+        self.pump()
+        assert self.identities() == [self.alices_identity]
+
+    def test_ban_with_more_participants_than_a_listing_holds_removes_the_user(self) -> None:
+        for number in range(5):
+            self.connect("rita", f"#{number}")
+        self.connect("bob on one device")
+        with patch.object(rooms, "MAX_PARTICIPANTS", 3):
+            self.join_remotely(self.rita, "ban")
+            self.pump()
+        assert self.identities() == [f"{self.bob}:DEVICE"]
+
+    def test_ban_from_a_call_that_cannot_be_listed_ends_it(self) -> None:
+        for number in range(5):
+            self.connect("alice", f"#{number}")
+        self.connect("rita")
+        with (
+            patch.object(rooms, "MAX_PARTICIPANTS", 3),
+            self.assertLogs("synapse_lk_jwt.membership", "WARNING") as logs,
+        ):
+            self.join_remotely(self.rita, "ban")
+            self.pump()
+        assert self.room not in self.sfu.people
+        assert "too long to find those who have left" in logs.output[0]
+
+    def test_ban_known_identity_beyond_the_listing_is_removed_by_name(self) -> None:
+        self.sfu.people[self.room] = {
+            f"x{n}": ParticipantInfo(identity=f"x{n}", sid="PA_x") for n in range(3)
+        }
+        self.connect("bob on one device").identity = f"{self.bob}:{self.device_of_bob()}"
+        (bob,) = (p for p in self.sfu.people[self.room].values() if p.identity[0] == "@")
+        self.sfu.people[self.room].pop(f"{self.bob}:DEVICE")
+        self.sfu.people[self.room][bob.identity] = bob
+        with patch.object(rooms, "MAX_PARTICIPANTS", 3):
+            self.join_remotely(self.bob, "ban")
+            self.pump()
+        assert bob.identity not in self.identities()
+        assert self.room in self.sfu.people
+
+    def device_of_bob(self) -> str:
+        (device_id,) = self.get_success(self.store.get_devices_by_user(self.bob))
+        assert isinstance(device_id, str)
+        return device_id
+
+
+class SilentParticipantTests(AttackTestCase):
+    module_config = {"sanity_check_interval": 0}
+
+    def test_banned_user_without_a_webhook_is_removed_for_as_long_as_tokens_live(self) -> None:
+        self.connect("alice")
+        self.join_remotely(self.bob, "ban")
+        for _ in range(3):
+            self.connect("bob on one device")
+            self.advance_by(3)
+            assert self.identities() == [self.alices_identity]
+            self.advance_by(250)
+
+    def test_after_tokens_have_expired_nothing_is_asked(self) -> None:
+        self.connect("alice")
+        self.join_remotely(self.bob, "ban")
+        self.advance_by(3_601)
+        asked = len(self.sfu.asked)
+        self.advance_by(60)
+        assert len(self.sfu.asked) == asked
+
+
+class UnansweredRemovalTests(AttackTestCase):
+    def test_participant_that_leaves_by_itself_meanwhile_is_no_failure(self) -> None:
+        self.connect("bob on one device")
+        answer = self.sfu._answer
+
+        def leave_first(name: str, data: bytes) -> Any:
+            if name == "RemoveParticipant":
+                self.sfu.people[self.room].clear()
+                self.sfu.has_nodes = True
+                self.sfu.without_node.clear()
+                return answer("ListParticipants", b"\x0a\x01x")
+            self.sfu.has_nodes = False
+            return answer(name, data)
+
+        with (
+            patch.object(self.sfu, "_answer", leave_first),
+            self.assertNoLogs("synapse_lk_jwt.sfu", "WARNING"),
+        ):
+            self.join_remotely(self.bob, "leave")
+            self.pump()
+        assert self.identities() == []
+
+
+class PostponedTests(AttackTestCase):
+    def test_database_error_keeps_the_removals_that_were_postponed(self) -> None:
+        self.connect("bob on one device")
+        self.connect("rita")
+        self.sfu.is_down = True
+        self.join_remotely(self.bob, "leave")
+        self.advance_by(1)
+        error = self.store.database_engine.module.OperationalError("database is away")
+        with patch.object(store.Store, "calls_in", side_effect=error):
+            self.advance_by(6)
+        self.sfu.is_down = False
+        # Only the postponed work knows of it.
+        with patch.object(store.Store, "tracked", side_effect=error):
+            self.advance_by(6)
+        assert self.identities() == [next(iter(self.sfu.people[self.room]))]
+        assert self.bob not in self.users_there()
+
+
+class LostCallTests(AttackTestCase):
+    def test_one_room_that_fails_in_the_poll_does_not_keep_it_from_the_others(self) -> None:
+        other = livekit_room_name(self.room_id, "other")
+        self.connect("bob in another slot")
+        self.connect("bob on one device")
+        self.get_success(self.store.set_user_locked_status(self.bob, True))
+        check = type(self.watch())._check_room
+
+        async def fail_once(watch: Any, livekit_room: str, poll: Any) -> None:
+            if livekit_room == other:
+                raise ValueError("a bug")
+            await check(watch, livekit_room, poll)
+
+        with (
+            patch.object(type(self.watch()), "_check_room", fail_once),
+            self.assertLogs("synapse_lk_jwt.watch", "ERROR") as logs,
+        ):
+            self.advance_by(31)
+        # One for each poll, the first one at the start.
+        assert len(logs.output) == 2
+        assert all("a bug" in line for line in logs.output)
+        assert list(self.sfu.people[other]) != []
+        assert list(self.sfu.people[self.room]) == []
+
+    def watch(self) -> Any:
+        from synapse_lk_jwt import watch
+
+        return watch.Watch.__new__(watch.Watch)
+
+
+class LargeWebhookTests(AttackTestCase):
+    def large(self, event: str, participant: ParticipantInfo) -> bytes:
+        """As LiveKit writes it, with its varying blanks."""
+        beginning = {"event": event, "room": {"sid": "RM_x", "name": self.room}}
+        body = json.dumps(beginning, separators=(",", ": "))[:-1]
+        tracks = [{"name": "n" * 6_000_000}] * 2
+        rest = json.dumps({"participant": {"identity": participant.identity, "tracks": tracks}})
+        return f"{body}, {rest[1:]}".encode()
+
+    def test_webhook_of_12_megabytes_that_a_banned_user_joined_removes_them(self) -> None:
+        self.join_remotely(self.bob, "ban")
+        self.pump()
+        bob = self.connect("bob on one device")
+        assert self.post_webhook(self.large("participant_joined", bob)).code == 200
+        self.pump()
+        assert self.identities() == []
+
+    def test_webhook_of_12_megabytes_with_another_body_is_rejected(self) -> None:
+        body = self.large("participant_left", ParticipantInfo())
+        channel = self.post_webhook(body, sha256="another")
+        assert channel.code == 401
+
+    def test_webhook_of_12_megabytes_that_a_participant_left_sends_the_leave(self) -> None:
+        token = self.ask(self.alice, self.alices_token)
+        alice = self.sfu.join(token)
+        self.assert_token(self.post("/get_token", self.get_token_body()))
+        delay_id = self.delayed()
+        assert self.post("/sfu/get", self.sfu_get_body(delay_id=delay_id, delay_timeout=1)).code
+        self.webhook("participant_joined", alice, room=self.room)
+        self.helper.send_state(
+            self.room_id,
+            "org.matrix.msc3401.call.member",
+            {"in": "the call"},
+            tok=self.alices_token,
+            state_key=self.key,
+        )
+        assert self.is_in_call()
+        self.sfu.people[self.room].clear()
+        assert self.post_webhook(self.large("participant_left", alice)).code == 200
+        self.advance_by(2)
+        assert not self.is_in_call()
+
+
+class OwnMetadataTests(AttackTestCase):
+    module_config = {"can_update_own_metadata": True}
+
+    @parameterized.expand([("",), ("#twin",), ("###",)])
+    def test_ban_attributes_replaced_at_join_without_a_webhook_removes_the_user(
+        self, twin: str
+    ) -> None:
+        hidden = self.connect("bob, MSC4195", twin)
+        hidden.attributes["synapse_lk_jwt"] = "x"
+        self.join_remotely(self.bob, "ban")
+        self.pump()
+        assert self.identities() == []
+
+    def test_issue_more_identities_than_a_client_needs_is_rate_limited(self) -> None:
+        with patch.object(store, "MAX_OWNED", 3):
+            for number in range(10):
+                body = self.homeserver_body(member_id=f"member {number}")
+                channel = self.post_homeserver(body)
+                if channel.code != 200:
+                    break
+        self.assert_error(channel, 429, "M_LIMIT_EXCEEDED")
+        # One that is noted is good for more than one token.
+        assert self.post_homeserver(self.homeserver_body(member_id="member 0")).code == 200
+
+    def test_poll_forgets_identities_whose_tokens_have_expired(self) -> None:
+        self.connect("bob, MSC4195")
+        self.advance_by(2 * 3_600)
+        users = {row[2] for row in self.rows("owners")}
+        assert users == {self.bob}
+        self.sfu.people.clear()
+        self.advance_by(2 * 3_600)
+        assert self.rows("owners") == []
+
+
+class QuietRoomTests(AttackTestCase):
+    def listings(self, seconds: float) -> int:
+        asked = len(self.sfu.asked)
+        self.advance_by(seconds)
+        return [name for name, _ in self.sfu.asked[asked:]].count("ListParticipants")
+
+    def test_poll_lists_a_quiet_room_every_five_minutes(self) -> None:
+        self.connect("alice")
+        self.advance_by(31)
+        assert self.listings(600) in (2, 3)
+
+    def test_poll_lists_a_room_whose_number_of_participants_changes(self) -> None:
+        self.connect("alice")
+        self.advance_by(61)
+        self.connect("rita")
+        assert self.listings(31) == 1
+
+    def test_poll_lists_a_quiet_room_of_a_user_who_was_locked(self) -> None:
+        self.connect("alice")
+        self.connect("bob on one device")
+        self.advance_by(61)
+        self.get_success(self.store.set_user_locked_status(self.bob, True))
+        self.advance_by(31)
+        assert self.identities() == [self.alices_identity]
+
+    def test_poll_reads_a_list_of_rooms_above_16_megabytes(self) -> None:
+        self.connect("bob on one device")
+        self.get_success(self.store.set_user_locked_status(self.bob, True))
+        others = [
+            Room(name=f"{number:0>43}", metadata="m" * 1_000, num_participants=0)
+            for number in range(20_000)
+        ]
+        answer = self.sfu._answer
+
+        def many(name: str, data: bytes) -> Any:
+            said = answer(name, data)
+            if name == "ListRooms":
+                listed = ListRoomsResponse.FromString(said.body)
+                listed.rooms.extend(others)
+                return protobuf(listed.SerializeToString())
+            return said
+
+        with patch.object(self.sfu, "_answer", many):
+            self.advance_by(31)
+        assert self.identities() == []
+
+
+class SlotTests(AttackTestCase):
+    def test_leave_removes_the_user_from_all_slots(self) -> None:
+        for name in ("bob on one device", "bob in another slot", "rita"):
+            self.connect(name)
+        self.join_remotely(self.bob, "leave")
+        self.pump()
+        assert self.users_there() == {self.rita}
+        assert self.room == livekit_room_name(self.room_id, SLOT)
