@@ -9,9 +9,38 @@ Nothing in here knows of Twisted, HTTP or databases: `step` takes what is known 
 what has happened, and tells what is known afterwards and what is to be done.
 """
 
+import json
+from collections.abc import Mapping
 from enum import Enum, auto
+from typing import Any
 
 import attr
+
+from synapse_lk_jwt.identifiers import is_clean
+
+# The types of a membership of a call: MSC3401's, and MSC4143's, each with its stable name.
+MEMBERSHIP_TYPES = frozenset(
+    {
+        "org.matrix.msc3401.call.member",
+        "m.call.member",
+        "org.matrix.msc4143.rtc.member",
+        "m.rtc.member",
+    }
+)
+
+# MSC4143 requires memberships to be encrypted in encrypted rooms.
+ENCRYPTED_TYPE = "m.room.encrypted"
+
+# How many delegations a user has at most, and how many encrypted ones of these in one room: nobody
+# can see whether an encrypted event is a leave.
+MAX_DELEGATIONS = 100
+MAX_ENCRYPTED = 5
+
+# How many participant identities one delegation follows at most. Clients have two.
+MAX_IDENTITIES = 10
+
+# The content of a leave with its reason takes a few hundred bytes.
+MAX_LEAVE_BYTES = 4096
 
 # A participant who does not come up at all is given up after the delay, and after this at most.
 MAX_WAIT_MS = 3_600_000
@@ -123,6 +152,49 @@ class Delegation:
         return self.taken_ms + min(self.delay_ms, MAX_WAIT_MS)
 
 
+def can_be_delegated(event_type: str, content: Mapping[str, Any]) -> bool:
+    """Whether an event may be sent on behalf of its sender: a leave, or what may be one.
+
+    The leaves of matrix-js-sdk are `{}` as state, and as sticky events the sticky key with or
+    without the slot ID. MSC4143 adds `member.membership` and `leave_reason`; its earlier drafts had
+    `membership` and `disconnect_reason`.
+
+    Args:
+        event_type: the type of the event.
+        content: its content.
+    """
+    if event_type == ENCRYPTED_TYPE:
+        return True
+    return (
+        event_type in MEMBERSHIP_TYPES
+        and all(_belongs_to_a_leave(key, value) for key, value in content.items())
+        and len(json.dumps(content)) <= MAX_LEAVE_BYTES
+    )
+
+
+def _belongs_to_a_leave(key: str, value: Any) -> bool:
+    match key:
+        case "slot_id" | "sticky_key" | "msc4354_sticky_key":
+            return isinstance(value, str) and is_clean(value)
+        case "membership":
+            return bool(value == "leave")
+        case "member":
+            return _has_only_texts(value) and value.get("membership") == "leave"
+        case "leave_reason" | "disconnect_reason":
+            return isinstance(value, str) or _has_only_texts(value)
+    return False
+
+
+def _has_only_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def sticky_key(content: Mapping[str, Any]) -> str | None:
+    """The key by which a sticky event (MSC4354) replaces older ones of its sender and type."""
+    key = content.get("sticky_key", content.get("msc4354_sticky_key"))
+    return key if isinstance(key, str) else None
+
+
 def take_on(delay_ms: int, several: bool, now_ms: int) -> Delegation:
     """A new delegation. Whoever takes it on asks the SFU at once: those who are connected already
     cause no webhook.
@@ -133,6 +205,15 @@ def take_on(delay_ms: int, several: bool, now_ms: int) -> Delegation:
         several=several,
         next_ms=now_ms + FIRST_LOOK_AGAIN_MS,
     )
+
+
+def follow_more(d: Delegation, now_ms: int) -> Delegation:
+    """The delegation after it was handed over again, with identities that are new.
+
+    Who is waited for is looked for at once, and as often as at first.
+    """
+    d = attr.evolve(d, several=True)
+    return attr.evolve(d, next_ms=now_ms, tries=0) if d.phase is Phase.WAITING else d
 
 
 def step(

@@ -34,7 +34,13 @@ from synapse.storage.database import (
     LoggingTransaction,
     make_in_list_sql_clause,
 )
-from synapse.types import ISynapseReactor, JsonDict, get_domain_from_id, get_localpart_from_id
+from synapse.types import (
+    ISynapseReactor,
+    JsonDict,
+    create_requester,
+    get_domain_from_id,
+    get_localpart_from_id,
+)
 from synapse.util.async_helpers import Linearizer
 from synapse.util.caches.response_cache import ResponseCache
 from synapse.util.iterutils import batch_iter
@@ -45,6 +51,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 from twisted.web.resource import Resource
 
+from synapse_lk_jwt.delegation import ENCRYPTED_TYPE, MEMBERSHIP_TYPES, sticky_key
 from synapse_lk_jwt.http import BoundedPool
 
 logger = logging.getLogger(__name__)
@@ -56,6 +63,10 @@ _SERVLETS = "_synapse_lk_jwt_servlets"
 
 # With headers. Bodies, and those of a `.well-known/matrix/server`, have narrower limits.
 MAX_FEDERATION_ANSWER_BYTES = 256 * 1024
+
+# How many of a sender's newest events are compared with one that may have been sent already. A user
+# within Synapse's default rate limit sends 70 between two attempts.
+MAX_COMPARED_EVENTS = 100
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -90,6 +101,7 @@ class Homeserver:
         sleep: waits for some seconds.
         run_db_interaction: runs a function in a transaction, which is tried again where PostgreSQL
             says that another one was in its way.
+        database_error: the base class of what the database's driver raises.
         runs_background_tasks: whether this is the one process that does what must not be done by
             several.
         has_delayed_events: whether users may schedule delayed events (`max_event_delay_duration`).
@@ -110,12 +122,15 @@ class Homeserver:
         self.get_user_by_req = api.get_user_by_req
         self.sleep = api.sleep
         self.run_db_interaction = api.run_db_interaction
+        self.database_error: type[Exception] = self._store.database_engine.module.Error
         self.runs_background_tasks: bool = api.should_run_background_tasks()
         self.config: Any = self._hs.config
         self.has_delayed_events = has_delayed_events(self.config)
         files = "".join(f" -c {quote(name)}" for name in self.config.config_files)
         self.check_command = f"Run '{sys.executable} -m synapse_lk_jwt check{files}'"
         self._pool = BoundedPool(self.reactor, MAX_FEDERATION_ANSWER_BYTES)
+        # Whether `delayed_events` keeps finalised events; None until that has been looked up.
+        self._keeps_finalised: bool | None = None
 
     def is_mine(self, user_id: str) -> bool:
         """Whether a user is one of this homeserver."""
@@ -323,7 +338,7 @@ class Homeserver:
         """Lets a database that is away for a while be a line in the log, and no traceback."""
         try:
             await func(*args)
-        except self._store.database_engine.module.Error as e:
+        except self.database_error as e:
             logger.error("%s failed: %s: %s", desc, type(e).__name__, e)
 
     def on_new_data(self, callback: Callable[[], None]) -> None:
@@ -355,12 +370,11 @@ class Homeserver:
     ) -> DelayedEvent | None:
         """A delayed event of a local user, unless it has been sent, or is about to be.
 
-        This and the next two work on Synapse's own table, because what is done to a delayed event
+        This and the next three work on Synapse's own table, because what is done to a delayed event
         and what is noted of it must happen together or not at all.
         """
         txn.execute(
-            "SELECT * FROM delayed_events"
-            " WHERE delay_id = ? AND user_localpart = ? AND NOT is_processed",
+            f"SELECT * FROM delayed_events WHERE {self._is_pending(txn)}",
             (delay_id, get_localpart_from_id(user_id)),
         )
         values = txn.fetchone()
@@ -369,11 +383,16 @@ class Homeserver:
         assert txn.description is not None
         # Newer Synapses have more columns.
         row = dict(zip((column[0] for column in txn.description), values, strict=True))
+        try:
+            content = db_to_json(row["content"])
+        except (ValueError, RecursionError):
+            # Synapse cannot send it either.
+            return None
         event: JsonDict = {
             "type": row["event_type"],
             "room_id": row["room_id"],
             "sender": user_id,
-            "content": db_to_json(row["content"]),
+            "content": content,
         }
         if row["state_key"] is not None:
             event["state_key"] = row["state_key"]
@@ -392,20 +411,48 @@ class Homeserver:
         anew.
         """
         txn.execute(
-            "UPDATE delayed_events SET send_ts = delay + ?"
-            " WHERE delay_id = ? AND user_localpart = ? AND NOT is_processed",
+            f"UPDATE delayed_events SET send_ts = delay + ? WHERE {self._is_pending(txn)}",
             (self.clock.time_msec(), delay_id, get_localpart_from_id(user_id)),
         )
         return txn.rowcount > 0
 
-    def remove_delayed_event(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> bool:
-        """Takes a delayed event away from Synapse; returns whether it was still there."""
+    def cancel_delayed_event(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> None:
+        """Cancels a delayed event as Synapse does, which may keep it as finalised."""
+        if not self._has_finalised(txn):
+            self.remove_delayed_event(txn, delay_id, user_id)
+            return
         txn.execute(
-            "DELETE FROM delayed_events"
-            " WHERE delay_id = ? AND user_localpart = ? AND NOT is_processed",
+            f"UPDATE delayed_events SET finalised_ts = ? WHERE {self._is_pending(txn)}",
+            (self.clock.time_msec(), delay_id, get_localpart_from_id(user_id)),
+        )
+
+    def remove_delayed_event(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> bool:
+        """Takes a delayed event away from Synapse, to send it; returns whether it was still there.
+
+        Nothing of it is kept as finalised: without an event ID it would count as cancelled, and
+        Synapse would answer a client that sends it as well with a conflict.
+        """
+        txn.execute(
+            f"DELETE FROM delayed_events WHERE {self._is_pending(txn)}",
             (delay_id, get_localpart_from_id(user_id)),
         )
         return txn.rowcount > 0
+
+    def _is_pending(self, txn: LoggingTransaction) -> str:
+        """A condition on `delayed_events` with two gaps: the delay ID, the user's local part."""
+        condition = "delay_id = ? AND user_localpart = ? AND NOT is_processed"
+        return f"{condition} AND finalised_ts IS NULL" if self._has_finalised(txn) else condition
+
+    def _has_finalised(self, txn: LoggingTransaction) -> bool:
+        """Whether this Synapse keeps delayed events that were sent or cancelled.
+
+        The column comes with https://github.com/element-hq/synapse/pull/19038.
+        """
+        if self._keeps_finalised is None:
+            txn.execute("SELECT * FROM delayed_events LIMIT 0")
+            assert txn.description is not None
+            self._keeps_finalised = "finalised_ts" in {column[0] for column in txn.description}
+        return self._keeps_finalised
 
     def newest_event(self, txn: LoggingTransaction) -> int:
         """The stream position of the newest event that there is."""
@@ -414,35 +461,54 @@ class Homeserver:
         return int(position)
 
     def has_sent(self, txn: LoggingTransaction, event: JsonDict, since: int) -> bool:
-        """Whether the sender of an event has sent one of its type and state key to its room.
+        """Whether an event, or a newer one that takes its place, was sent to its room.
+
+        State is recognised by its type and state key, a sticky membership by its type and sticky
+        key, any other event by its type and content.
 
         Args:
             txn: the transaction.
             event: as `send` takes it.
             since: the stream position to look from.
         """
-        txn.execute(
-            "SELECT 1 FROM events WHERE stream_ordering > ? AND room_id = ? AND sender = ?"
-            " AND type = ? AND (state_key = ? OR (state_key IS NULL AND ?))"
-            " AND rejection_reason IS NULL LIMIT 1",
-            (
-                since,
-                event["room_id"],
-                event["sender"],
-                event["type"],
-                event.get("state_key"),
-                "state_key" not in event,
-            ),
+        which = (
+            "stream_ordering > ? AND events.room_id = ? AND sender = ? AND type = ?"
+            " AND rejection_reason IS NULL"
         )
-        return txn.fetchone() is not None
+        args = (since, event["room_id"], event["sender"], event["type"])
+        if "state_key" in event:
+            txn.execute(
+                f"SELECT 1 FROM events WHERE {which} AND state_key = ? LIMIT 1",
+                (*args, event["state_key"]),
+            )
+            return txn.fetchone() is not None
+        txn.execute(
+            f"SELECT json FROM events JOIN event_json USING (event_id) WHERE {which}"
+            " AND state_key IS NULL ORDER BY stream_ordering DESC LIMIT ?",
+            (*args, MAX_COMPARED_EVENTS),
+        )
+        content = event["content"]
+        key = sticky_key(content) if event["type"] in MEMBERSHIP_TYPES else None
+        sent = (db_to_json(row[0])["content"] for row in txn.fetchall())
+        return any(other == content if key is None else sticky_key(other) == key for other in sent)
 
     async def send(self, event: JsonDict) -> None:
-        """Sends an event of a local user without any rate limit, from any process.
+        """Sends an event of a local user, from any process.
+
+        A leave is sent without any rate limit, and whatever has become of the user. An encrypted
+        event may be anything, and is sent as Synapse sends a delayed event of the user.
 
         Raises:
-            synapse.api.errors.SynapseError: if the room does not take it.
+            synapse.api.errors.SynapseError: if the room does not take it, or the user may not send
+                it, or not now.
         """
-        await self._api.create_and_send_event_into_room(event)
+        if event["type"] != ENCRYPTED_TYPE:
+            await self._api.create_and_send_event_into_room(event)
+            return
+        user_id = event["sender"]
+        requester = create_requester(user_id, is_guest=await self._store.is_guest(user_id))
+        handler = self._hs.get_event_creation_handler()
+        await handler.create_and_send_nonmember_event(requester, event)
 
     def linearizer(self, name: str) -> Linearizer:
         """Lets one at a time do something, for each of any number of keys."""

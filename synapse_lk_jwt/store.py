@@ -8,6 +8,7 @@ however many processes hear of it at once, and whenever one of them dies, it is 
 """
 
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,19 +17,29 @@ from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
 from synapse.storage.engines import PostgresEngine, Sqlite3Engine
 from synapse.storage.engines._base import IsolationLevel
 from synapse.types import JsonDict
+from synapse.util.iterutils import batch_iter
 
 from synapse_lk_jwt.delegation import (
+    ENCRYPTED_TYPE,
+    MAX_DELEGATIONS,
+    MAX_ENCRYPTED,
+    MAX_IDENTITIES,
     Action,
     Delegation,
     Happened,
     Phase,
     Trigger,
+    can_be_delegated,
+    follow_more,
     step,
+    sticky_key,
     take_on,
     trigger,
 )
 from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
 from synapse_lk_jwt.sfu.names import hash_of_identity
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -112,13 +123,22 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )
         """,
     ),
+    (
+        # Both are NULL for delegations that an older version has noted.
+        "ALTER TABLE synapse_lk_jwt_delegations ADD COLUMN room_id TEXT",
+        "ALTER TABLE synapse_lk_jwt_delegations ADD COLUMN sticky_key TEXT",
+        "CREATE INDEX synapse_lk_jwt_delegations_user ON synapse_lk_jwt_delegations (user_id)",
+    ),
 )
 
-# How many delegations one transaction deals with.
+# How many delegations or calls one transaction changes at most.
 BATCH = 100
 
 # How many identities of one user in one call are noted.
 MAX_OWNED = 100
+
+# When a delegation that cannot be read is looked up again.
+UNREADABLE_PAUSE_MS = 3_600_000
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -191,6 +211,8 @@ class Store:
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
         self._has_tables = False
+        # The delegations that could not be read, so that each is logged once.
+        self._unreadable: set[str] = set()
 
     async def _run(self, desc: str, func: Callable[..., T], *args: object, **more: Any) -> T:
         run = self._homeserver.run_db_interaction
@@ -198,6 +220,14 @@ class Store:
             await run("synapse_lk_jwt_migrate", _migrate)
             self._has_tables = True
         return await run(f"synapse_lk_jwt_{desc}", func, *args, **more)
+
+    async def _write(self, desc: str, func: Callable[..., T], *args: object) -> T:
+        """Runs a function that changes rows which other processes change as well.
+
+        Under Synapse's REPEATABLE READ all but one of them would fail, and after five attempts for
+        good. Here a writer waits for the others and then sees what they have done.
+        """
+        return await self._run(desc, func, *args, isolation_level=IsolationLevel.READ_COMMITTED)
 
     # Which calls there are
 
@@ -211,6 +241,11 @@ class Store:
             " ON CONFLICT (livekit_room) DO UPDATE SET seen_ms = EXCLUDED.seen_ms",
             (livekit_room, room_id, self._homeserver.clock.time_msec()),
         )
+
+    def _lock(self, txn: LoggingTransaction, name: str) -> None:
+        """Has this transaction wait for those of other processes that have locked the same name."""
+        if isinstance(txn.database_engine, PostgresEngine):
+            txn.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"synapse_lk_jwt {name}",))
 
     async def calls(self) -> dict[str, str]:
         """All LiveKit rooms that were noted, each with its Matrix room."""
@@ -251,12 +286,12 @@ class Store:
     async def forget_calls(self, livekit_rooms: Collection[str], unseen_for_ms: int = 0) -> None:
         """Forgets calls that are over, unless somebody has noted them within some milliseconds."""
 
-        def forget(txn: LoggingTransaction) -> None:
-            for livekit_room in livekit_rooms:
+        def forget(txn: LoggingTransaction, batch: Collection[str]) -> None:
+            for livekit_room in batch:
                 self._forget_call(txn, livekit_room, unseen_for_ms)
 
-        if livekit_rooms:
-            await self._run("forget_calls", forget)
+        for batch in batch_iter(sorted(livekit_rooms), BATCH):
+            await self._write("forget_calls", forget, batch)
 
     def _forget_call(self, txn: LoggingTransaction, livekit_room: str, unseen_for_ms: int) -> None:
         txn.execute(
@@ -306,7 +341,7 @@ class Store:
             )
             return True
 
-        return await self._run("note_owner", note_owner)
+        return await self._write("note_owner", note_owner)
 
     async def keep_owners(self, livekit_room: str, identities: Iterable[str]) -> None:
         """Notes that identities are in a LiveKit room, so that `forget_owners` keeps them."""
@@ -320,7 +355,7 @@ class Store:
             )
 
         if hashes:
-            await self._run("keep_owners", keep_owners)
+            await self._write("keep_owners", keep_owners)
 
     async def forget_owners(self, unseen_for_ms: int) -> None:
         """Forgets those identities that were neither issued nor in a call for some milliseconds."""
@@ -331,7 +366,7 @@ class Store:
                 (self._homeserver.clock.time_msec() - unseen_for_ms,),
             )
 
-        await self._run("forget_owners", forget_owners)
+        await self._write("forget_owners", forget_owners)
 
     # What the SFU says
 
@@ -346,13 +381,15 @@ class Store:
         """
 
         def joined(txn: LoggingTransaction) -> None:
+            # Ahead of all else, as everywhere: transactions that lock in different orders deadlock.
+            rows = self._rows(txn, _OF_IDENTITY, (livekit_room, identity))
             if room_id is not None:
                 self._note_call(txn, livekit_room, room_id)
             now_ms = self._homeserver.clock.time_msec()
             self._note_sid(txn, livekit_room, identity, sid, now_ms)
-            self._advance(txn, _OF_IDENTITY, (livekit_room, identity), Happened.SEEN)
+            self._advance_all(txn, rows, Happened.SEEN)
 
-        await self._run("joined", joined)
+        await self._write("joined", joined)
 
     def _note_sid(
         self, txn: LoggingTransaction, livekit_room: str, identity: str, sid: str, seen_ms: int
@@ -377,7 +414,7 @@ class Store:
                 (livekit_room, identity, sid),
             )
 
-        await self._run("evicted", evicted)
+        await self._write("evicted", evicted)
 
     async def left(self, livekit_room: str, identity: str, sid: str) -> list[Task]:
         """Notes that a participant has left, unless a later session of it has been seen.
@@ -387,23 +424,30 @@ class Store:
             identity: the participant identity.
             sid: LiveKit's name for the session that is over.
         """
-        return await self._run(
+        return await self._write(
             "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), Happened.LEFT
         )
 
     async def suspect(self, livekit_room: str) -> list[Task]:
         """Notes that any participant of a LiveKit room may have left."""
-        return await self._run("suspect", self._advance, _OF_ROOM, (livekit_room,), Happened.LEFT)
+
+        def suspect(txn: LoggingTransaction, after: str) -> tuple[list[Task], str | None]:
+            rows = self._rows(txn, _OF_ROOM, (livekit_room, after))
+            last = rows[-1]["delay_id"] if len(rows) == BATCH else None
+            return self._advance_all(txn, rows, Happened.LEFT), last
+
+        tasks: list[Task] = []
+        after: str | None = ""
+        while after is not None:
+            more, after = await self._write("suspect", suspect, after)
+            tasks += more
+        return tasks
 
     async def finished(self, livekit_room: str) -> list[Task]:
         """Notes that a LiveKit room is gone."""
-
-        def finished(txn: LoggingTransaction) -> list[Task]:
-            # One that was noted a moment ago has been made anew.
-            self._forget_call(txn, livekit_room, unseen_for_ms=5_000)
-            return self._advance(txn, _OF_ROOM, (livekit_room,), Happened.LEFT)
-
-        return await self._run("finished", finished)
+        # One that was noted a moment ago has been made anew.
+        await self.forget_calls([livekit_room], unseen_for_ms=5_000)
+        return await self.suspect(livekit_room)
 
     # Delegated delayed leaves
 
@@ -428,16 +472,8 @@ class Store:
         Returns:
             Whether there is such a delayed event, and what is to be done at once.
         """
-        return await self._run(
-            "take_on",
-            self._take_on,
-            user_id,
-            room_id,
-            livekit_room,
-            identities,
-            delay_id,
-            # Whoever waits for the lock must see afterwards what the other one has done.
-            isolation_level=IsolationLevel.READ_COMMITTED,
+        return await self._write(
+            "take_on", self._take_on, user_id, room_id, livekit_room, identities, delay_id
         )
 
     def _take_on(
@@ -449,25 +485,42 @@ class Store:
         identities: Sequence[str],
         delay_id: str,
     ) -> tuple[bool, list[Task]]:
-        if isinstance(txn.database_engine, PostgresEngine):
-            # Clients ask twice in a row, and two processes may be asked.
-            txn.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"synapse_lk_jwt {user_id}",))
+        # Clients ask twice in a row, and two processes may be asked.
+        self._lock(txn, user_id)
         event = self._homeserver.delayed_event(txn, delay_id, user_id)
-        # What the room itself is made of is no leave of a call, and has rules of its own.
-        if event is None or event.room_id != room_id or event.type.startswith("m.room."):
+        if event is None or event.room_id != room_id:
             return False, []
-        txn.execute("SELECT 1 FROM synapse_lk_jwt_delegations WHERE delay_id = ?", (delay_id,))
-        if txn.fetchone() is not None:
+        content = event.event["content"]
+        if not can_be_delegated(event.type, content):
+            return False, []
+        rows = self._rows(txn, _OF_DELAY, (delay_id,))
+        if rows:
+            self._follow_more(txn, rows[0], livekit_room, identities)
             return True, []
-        self._drop_older(txn, user_id, livekit_room, identities[0], event)
+        key = sticky_key(content) if event.state_key is None else None
+        # What is in an encrypted event is not for the homeserver to know.
+        key = None if event.type == ENCRYPTED_TYPE else key
+        self._drop_older(txn, user_id, livekit_room, identities[0], event, key)
+        txn.execute(
+            "SELECT COUNT(*), COUNT(CASE WHEN event_type = ? AND room_id = ? THEN 1 END)"
+            " FROM synapse_lk_jwt_delegations WHERE user_id = ?",
+            (ENCRYPTED_TYPE, room_id, user_id),
+        )
+        number, encrypted = txn.fetchone() or (0, 0)
+        if number >= MAX_DELEGATIONS or (
+            event.type == ENCRYPTED_TYPE and encrypted >= MAX_ENCRYPTED
+        ):
+            return False, []
         now_ms = self._homeserver.clock.time_msec()
         values = {
             "delay_id": delay_id,
             "user_id": user_id,
+            "room_id": room_id,
             "livekit_room": livekit_room,
             "member": identities[0],
             "event_type": event.type,
             "state_key": event.state_key,
+            "sticky_key": key,
             **_as_columns(take_on(event.delay_ms, len(identities) > 1, now_ms)),
         }
         txn.execute(
@@ -475,14 +528,42 @@ class Store:
             f" VALUES ({', '.join('?' * len(values))})",
             tuple(values.values()),
         )
+        self._add_identities(txn, livekit_room, delay_id, identities)
+        ask = Task(Action.ASK, delay_id, livekit_room, frozenset(identities), False, None)
+        return True, [ask]
+
+    def _follow_more(
+        self,
+        txn: LoggingTransaction,
+        row: Mapping[str, Any],
+        livekit_room: str,
+        identities: Sequence[str],
+    ) -> None:
+        """Has a delegation that was handed over again follow the identities that are new."""
+        delay_id = row["delay_id"]
+        if row["livekit_room"] != livekit_room:
+            return
+        known = self._identities(txn, [delay_id])[delay_id]
+        new = [identity for identity in identities if identity not in known]
+        new = new[: max(0, MAX_IDENTITIES - len(known))]
+        state = self._read(txn, row) if new else None
+        if state is None:
+            return
+        self._add_identities(txn, livekit_room, delay_id, new)
+        before, _ = state
+        self._update(
+            txn, delay_id, _as_columns(follow_more(before, self._homeserver.clock.time_msec()))
+        )
+
+    def _add_identities(
+        self, txn: LoggingTransaction, livekit_room: str, delay_id: str, identities: Iterable[str]
+    ) -> None:
         for identity in identities:
             txn.execute(
                 "INSERT INTO synapse_lk_jwt_identities (livekit_room, identity, delay_id)"
                 " VALUES (?, ?, ?)",
                 (livekit_room, identity, delay_id),
             )
-        ask = Task(Action.ASK, delay_id, livekit_room, frozenset(identities), False, None)
-        return True, [ask]
 
     def _drop_older(
         self,
@@ -491,25 +572,26 @@ class Store:
         livekit_room: str,
         member: str,
         event: DelayedEvent,
+        key: str | None,
     ) -> None:
         """Drops the delegations that a new one takes the place of.
 
-        These are of the same member, or their leave is for the same state. An older leave for that
-        state is cancelled: it would remove the new membership.
+        These are of the same member, or their leave is for the same state or has the same sticky
+        key. An older leave of the latter kinds is cancelled: it would remove the new membership.
         """
         txn.execute(
-            "SELECT delay_id, member, event_type, state_key FROM synapse_lk_jwt_delegations"
-            " WHERE livekit_room = ? AND user_id = ?",
+            "SELECT delay_id, member, event_type, state_key, sticky_key"
+            " FROM synapse_lk_jwt_delegations WHERE livekit_room = ? AND user_id = ?"
+            f" ORDER BY delay_id {_for_update(txn)}",
             (livekit_room, user_id),
         )
-        for delay_id, older_member, event_type, state_key in txn.fetchall():
-            is_same_state = event.state_key is not None and (event_type, state_key) == (
-                event.type,
-                event.state_key,
+        for delay_id, older_member, event_type, state_key, older_key in txn.fetchall():
+            is_same = (event.state_key, key) != (None, None) and (
+                (event_type, state_key, older_key) == (event.type, event.state_key, key)
             )
-            if is_same_state:
-                self._homeserver.remove_delayed_event(txn, delay_id, user_id)
-            if is_same_state or older_member == member:
+            if is_same:
+                self._homeserver.cancel_delayed_event(txn, delay_id, user_id)
+            if is_same or older_member == member:
                 self._delete(txn, delay_id)
 
     async def identities_of(self, livekit_room: str, user_id: str) -> list[str]:
@@ -536,7 +618,7 @@ class Store:
             happened: what has happened.
             asked_ms: when the SFU was asked, if it said so.
         """
-        return await self._run(
+        return await self._write(
             "happened", self._advance, _OF_DELAY, (delay_id,), happened, asked_ms
         )
 
@@ -553,20 +635,22 @@ class Store:
         """
 
         def seen(txn: LoggingTransaction) -> None:
+            rows = self._rows(txn, _OF_DELAY, (delay_id,))
             for identity, sid in sids.items():
                 self._note_sid(txn, livekit_room, identity, sid, asked_ms)
-            self._advance(txn, _OF_DELAY, (delay_id,), Happened.SEEN, asked_ms)
+            self._advance_all(txn, rows, Happened.SEEN, asked_ms)
 
-        await self._run("seen", seen)
+        await self._write("seen", seen)
 
     async def due(self) -> tuple[list[Task], bool]:
         """Does what is due in the database, and says what is due elsewhere, and if it is all."""
 
         def due(txn: LoggingTransaction) -> tuple[list[Task], bool]:
-            rows = self._rows(txn, _DUE, (self._homeserver.clock.time_msec(), BATCH))
+            now_ms = self._homeserver.clock.time_msec()
+            rows = self._rows(txn, _DUE, (now_ms, now_ms, BATCH))
             return self._advance_all(txn, rows, Happened.DUE), len(rows) < BATCH
 
-        return await self._run("due", due)
+        return await self._write("due", due)
 
     async def tracked(self) -> list[Tracked]:
         """All delegations whose leave is not on its way yet."""
@@ -580,6 +664,9 @@ class Store:
             )
             found: dict[str, Tracked] = {}
             for delay_id, livekit_room, phase, doubted_ms, tries, identity, sid in txn:
+                if phase not in _PHASES:
+                    # `_read` logs it.
+                    continue
                 if delay_id not in found:
                     is_connected = Phase(phase) is Phase.CONNECTED
                     is_settled = is_connected and not doubted_ms and not tries
@@ -594,8 +681,8 @@ class Store:
 
         def count(txn: LoggingTransaction) -> dict[Phase, int]:
             txn.execute("SELECT phase, COUNT(*) FROM synapse_lk_jwt_delegations GROUP BY phase")
-            found = {Phase(phase): int(number) for phase, number in txn}
-            return {phase: found.get(phase, 0) for phase in Phase}
+            found = {phase: int(number) for phase, number in txn}
+            return {phase: found.get(phase.value, 0) for phase in Phase}
 
         return await self._run("count_delegations", count)
 
@@ -613,11 +700,51 @@ class Store:
     def _rows(
         self, txn: LoggingTransaction, which: str, args: tuple[object, ...]
     ) -> list[dict[str, Any]]:
+        """Reads a batch of delegations and locks them, always in the same order."""
         columns = ("delay_id", "user_id", "livekit_room", "leave", *_COLUMNS)
         txn.execute(
-            f"SELECT {', '.join(columns)} FROM synapse_lk_jwt_delegations WHERE {which}", args
+            f"SELECT {', '.join(columns)} FROM synapse_lk_jwt_delegations"
+            f" WHERE {which} ORDER BY delay_id LIMIT {BATCH} {_for_update(txn)}",
+            args,
         )
         return [dict(zip(columns, values, strict=True)) for values in txn.fetchall()]
+
+    def _read(
+        self, txn: LoggingTransaction, row: Mapping[str, Any]
+    ) -> tuple[Delegation, JsonDict | None] | None:
+        """A delegation, and its leave if that is on its way; None if the row cannot be read.
+
+        A newer version of the module may have written such a row. It must neither stop the others
+        nor stand at the head of those that are due.
+        """
+        try:
+            delegation = _from_columns(row)
+            leave: Any = json.loads(row["leave"]) if row["leave"] is not None else None
+            if delegation.phase is Phase.LEAVING:
+                # These must be there.
+                leave["event"], leave["since"]
+            return delegation, leave
+        except (ValueError, TypeError, LookupError) as e:
+            delay_id = row["delay_id"]
+            if delay_id not in self._unreadable:
+                self._unreadable.add(delay_id)
+                logger.error(
+                    "The delegation of the delayed event %s is skipped: its row in"
+                    " synapse_lk_jwt_delegations cannot be read (%s). If a newer version of"
+                    " synapse-lk-jwt has run before, install that again",
+                    delay_id,
+                    e,
+                )
+            later_ms = self._homeserver.clock.time_msec() + UNREADABLE_PAUSE_MS
+            self._update(txn, delay_id, {"next_ms": later_ms})
+            return None
+
+    def _update(self, txn: LoggingTransaction, delay_id: str, values: Mapping[str, Any]) -> None:
+        txn.execute(
+            "UPDATE synapse_lk_jwt_delegations"
+            f" SET {', '.join(f'{column} = ?' for column in values)} WHERE delay_id = ?",
+            (*values.values(), delay_id),
+        )
 
     def _advance_all(
         self,
@@ -626,8 +753,12 @@ class Store:
         happened: Happened,
         asked_ms: int | None = None,
     ) -> list[Task]:
-        tasks = (self._advance_one(txn, row, happened, asked_ms) for row in rows)
-        return [task for task in tasks if task is not None]
+        steps = (self._advance_one(txn, row, happened, asked_ms) for row in rows)
+        tasks = [task for task in steps if task is not None]
+        identities = self._identities(txn, [task.delay_id for task in tasks])
+        return [
+            attr.evolve(task, identities=frozenset(identities[task.delay_id])) for task in tasks
+        ]
 
     def _advance_one(
         self,
@@ -636,9 +767,12 @@ class Store:
         happened: Happened,
         asked_ms: int | None,
     ) -> Task | None:
+        """Takes one delegation a step further. The identities of the task are left out."""
         delay_id, user_id = row["delay_id"], row["user_id"]
-        leave = json.loads(row["leave"]) if row["leave"] is not None else None
-        before = _from_columns(row)
+        state = self._read(txn, row)
+        if state is None:
+            return None
+        before, leave = state
         if before.phase is Phase.LEAVING and happened is Happened.DUE:
             assert leave is not None
             if self._homeserver.has_sent(txn, leave["event"], leave["since"]):
@@ -673,30 +807,34 @@ class Store:
         if after is None:
             self._delete(txn, delay_id)
         elif after != before:
-            values = {**_as_columns(after), "leave": json.dumps(leave) if leave else None}
-            txn.execute(
-                "UPDATE synapse_lk_jwt_delegations"
-                f" SET {', '.join(f'{column} = ?' for column in values)} WHERE delay_id = ?",
-                (*values.values(), delay_id),
-            )
+            stored = json.dumps(leave) if leave else None
+            self._update(txn, delay_id, {**_as_columns(after), "leave": stored})
         if action not in (Action.ASK, Action.SEND):
             return None
         return Task(
             action,
             delay_id,
             row["livekit_room"],
-            frozenset(self._identities(txn, delay_id)),
+            frozenset(),
             before.phase is not Phase.WAITING,
             leave["event"] if leave else None,
             why,
             leave.get("gone_ms") if leave else None,
         )
 
-    def _identities(self, txn: LoggingTransaction, delay_id: str) -> dict[str, str | None]:
-        txn.execute(
-            "SELECT identity, sid FROM synapse_lk_jwt_identities WHERE delay_id = ?", (delay_id,)
-        )
-        return dict(txn.fetchall())
+    def _identities(
+        self, txn: LoggingTransaction, delay_ids: Collection[str]
+    ) -> dict[str, list[str]]:
+        """The identities that each of some delegations follows."""
+        found: dict[str, list[str]] = {delay_id: [] for delay_id in delay_ids}
+        if found:
+            clause, args = make_in_list_sql_clause(txn.database_engine, "delay_id", delay_ids)
+            txn.execute(
+                f"SELECT delay_id, identity FROM synapse_lk_jwt_identities WHERE {clause}", args
+            )
+            for delay_id, identity in txn:
+                found[delay_id].append(identity)
+        return found
 
     def _delete(self, txn: LoggingTransaction, delay_id: str) -> None:
         for table in ("delegations", "identities"):
@@ -722,7 +860,7 @@ class Store:
                 attr.astuple(process),
             )
 
-        await self._run("note_process", note)
+        await self._write("note_process", note)
 
     async def processes(self) -> list[Process]:
         """All processes that were noted."""
@@ -759,7 +897,7 @@ class Store:
 
 
 _OF_DELAY = "delay_id = ?"
-_OF_ROOM = "livekit_room = ?"
+_OF_ROOM = "livekit_room = ? AND delay_id > ?"
 _OF_IDENTITY = (
     "delay_id IN (SELECT delay_id FROM synapse_lk_jwt_identities"
     " WHERE livekit_room = ? AND identity = ?)"
@@ -768,9 +906,19 @@ _OF_SESSION = (
     "delay_id IN (SELECT delay_id FROM synapse_lk_jwt_identities"
     " WHERE livekit_room = ? AND identity = ? AND COALESCE(sid, ?) = ?)"
 )
-_DUE = "next_ms <= ? ORDER BY next_ms LIMIT ?"
+# The first condition is for those that another process changes while their lock is waited for.
+_DUE = (
+    "next_ms <= ? AND delay_id IN (SELECT delay_id FROM synapse_lk_jwt_delegations"
+    " WHERE next_ms <= ? ORDER BY next_ms LIMIT ?)"
+)
 
 _COLUMNS = tuple(field.name for field in attr.fields(Delegation))
+_PHASES = frozenset(phase.value for phase in Phase)
+
+
+def _for_update(txn: LoggingTransaction) -> str:
+    """What locks the rows that a query reads. SQLite has one writer at a time."""
+    return "FOR UPDATE" if isinstance(txn.database_engine, PostgresEngine) else ""
 
 
 def _as_columns(delegation: Delegation) -> dict[str, Any]:

@@ -535,10 +535,8 @@ class LeavingTests(DelegationTestCase):
 
     def test_a_leave_that_is_no_state_is_sent_once_all_the_same(self) -> None:
         path = f"rooms/{self.room_id}/send/m.rtc.member/1?org.matrix.msc4140.delay={HOUR_MS}"
-        channel = self.make_request("PUT", path, {"sticky": "leave"})
-        channel = self.make_request(
-            "PUT", path.replace("/1?", "/2?"), {"gone": 1}, access_token=self.alices_token
-        )
+        content = {"sticky_key": "member"}
+        channel = self.make_request("PUT", path, content, access_token=self.alices_token)
         delay_id = channel.json_body["delay_id"]
         body = self.get_token_body(delay_id=delay_id, delay_timeout=HOUR_MS)
         self.assert_token(self.post("/get_token", body))

@@ -2,6 +2,7 @@
 """What follows for a delegated delayed leave, whatever happens to it and in whatever order."""
 
 import itertools
+from typing import Any
 
 import attr
 import pytest
@@ -20,7 +21,10 @@ from synapse_lk_jwt.delegation import (
     Delegation,
     Happened,
     Phase,
+    can_be_delegated,
+    follow_more,
     step,
+    sticky_key,
     take_on,
 )
 
@@ -270,3 +274,90 @@ def test_whatever_happens_in_whatever_order(
             if restarted is not None:
                 assert now - restarted >= MIN_RESTART_MS
             restarted = now
+
+
+CALL_MEMBER, RTC_MEMBER = "org.matrix.msc3401.call.member", "org.matrix.msc4143.rtc.member"
+KEY = {"msc4354_sticky_key": "member"}
+LEFT = {"id": "member", "membership": "leave"}
+GENUINE: dict[str, tuple[str, dict[str, Any]]] = {
+    "matrix-js-sdk, state": (CALL_MEMBER, {}),
+    "matrix-js-sdk 40, sticky": (RTC_MEMBER, KEY),
+    "matrix-js-sdk 43, sticky": (RTC_MEMBER, {"slot_id": "m.call#ROOM", **KEY}),
+    "MSC4143, state": ("m.rtc.member", {}),
+    "MSC3401, stable": ("m.call.member", {"membership": "leave"}),
+    "MSC4143": (
+        "m.rtc.member",
+        {
+            "slot_id": "m.call#room",
+            "member": LEFT,
+            "leave_reason": {"code": "delayed_leave", "reason": "The connection was lost"},
+            "sticky_key": "member",
+        },
+    ),
+    "MSC4143 of 2025": (
+        "m.rtc.member",
+        {"slot_id": "s", "disconnect_reason": {"class": "user", "reason": "x"}, **KEY},
+    ),
+    "a whiteboard": (
+        RTC_MEMBER,
+        {"member": {**LEFT, "device_id": "D"}, "leave_reason": {"code": "delayed_leave"}, **KEY},
+    ),
+    "encrypted": ("m.room.encrypted", {"ciphertext": "…", "algorithm": "m.megolm.v1.aes-sha2"}),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "message": ("m.room.message", {"msgtype": "m.text", "body": "x"}),
+    "empty message": ("m.room.message", {}),
+    "notification": ("org.matrix.msc4075.rtc.notification", {}),
+    "ring": ("org.matrix.msc4075.call.notify", {}),
+    "sticker": ("m.sticker", {"body": "x"}),
+    "reaction": ("m.reaction", {}),
+    "custom": ("org.example", {}),
+    "membership of the room": ("m.room.member", {"membership": "leave"}),
+    "encryption": ("m.room.encryption", {}),
+    "member of the call": (CALL_MEMBER, {"application": "m.call"}),
+    "joined": (RTC_MEMBER, {"member": {"id": "member", "membership": "join"}, **KEY}),
+    "joined, older": (RTC_MEMBER, {"membership": "join", **KEY}),
+    "member without a word on leaving": (RTC_MEMBER, {"member": {"id": "member"}, **KEY}),
+    "member is no object": (RTC_MEMBER, {"member": "leave"}),
+    "mentions": (RTC_MEMBER, {**KEY, "m.mentions": {"room": True}}),
+    "text": (RTC_MEMBER, {**KEY, "body": "x"}),
+    "slot is no text": (RTC_MEMBER, {"slot_id": {"body": "x"}, **KEY}),
+    "sticky key is no text": (RTC_MEMBER, {"sticky_key": 1}),
+    "sticky key with NUL": (RTC_MEMBER, {"sticky_key": "a\0"}),
+    "sticky key that is no UTF-8": (RTC_MEMBER, {"sticky_key": "\ud800"}),
+    "nested reason": (RTC_MEMBER, {"leave_reason": {"m.mentions": {"room": True}}, **KEY}),
+    "endless reason": (RTC_MEMBER, {"leave_reason": "x" * 4096, **KEY}),
+}
+
+
+@pytest.mark.parametrize("leave", GENUINE)
+def test_can_be_delegated_genuine_leave_is_accepted(leave: str) -> None:
+    assert can_be_delegated(*GENUINE[leave])
+
+
+@pytest.mark.parametrize("event", REFUSED)
+def test_can_be_delegated_anything_else_is_refused(event: str) -> None:
+    assert not can_be_delegated(*REFUSED[event])
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({}, None),
+        ({"sticky_key": "a"}, "a"),
+        ({"msc4354_sticky_key": "b"}, "b"),
+        ({"sticky_key": "a", "msc4354_sticky_key": "b"}, "a"),
+        ({"sticky_key": 1}, None),
+    ],
+)
+def test_sticky_key_stable_name_comes_first(content: dict[str, Any], key: str | None) -> None:
+    assert sticky_key(content) == key
+
+
+def test_follow_more_waiting_delegation_is_due_at_once_and_often() -> None:
+    d = attr.evolve(waiting(), tries=7, next_ms=NOW + 99_000)
+    assert follow_more(d, NOW) == attr.evolve(waiting(), several=True, next_ms=NOW)
+
+
+def test_follow_more_connected_delegation_keeps_its_times() -> None:
+    assert follow_more(CONNECTED, NOW + 5) == attr.evolve(CONNECTED, several=True)

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delegation only takes away: which events can be delegated, how they are sent, how often."""
+
+import json
+import logging
+from typing import Any
+from unittest.mock import patch
+
+from harness_base import SLOT
+from livekit.protocol.models import ParticipantInfo
+from parameterized import parameterized
+from synapse.api.errors import Codes, SynapseError
+from test_delegating import HOUR_MS, MEMBER, DelegationTestCase, Died
+
+from synapse_lk_jwt import store
+from synapse_lk_jwt.delegation import MAX_IDENTITIES
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.leaves import DelayedLeaves
+
+RTC_MEMBER = "org.matrix.msc4143.rtc.member"
+ENCRYPTED = "m.room.encrypted"
+OTHER_TYPES = (
+    "m.room.message",
+    "m.sticker",
+    "m.reaction",
+    "org.matrix.msc4075.rtc.notification",
+    "org.matrix.msc4075.call.notify",
+    "org.matrix.msc3381.poll.start",
+    "org.example.custom",
+)
+
+
+class EventsTestCase(DelegationTestCase):
+    def default_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super().default_config()
+        config["experimental_features"] = {"msc4354_enabled": True}
+        return config
+
+    def schedule(
+        self, event_type: str, content: Any, sticky: bool = False, room_id: str | None = None
+    ) -> str:
+        """Schedules a message event and returns its delay ID."""
+        self._transaction = getattr(self, "_transaction", 0) + 1
+        path = f"rooms/{room_id or self.room_id}/send/{event_type}/{self._transaction}"
+        query = f"?org.matrix.msc4140.delay={HOUR_MS}"
+        query += "&org.matrix.msc4354.sticky_duration_ms=3600000" * sticky
+        channel = self.make_request("PUT", path + query, content, access_token=self.alices_token)
+        assert channel.code == 200, channel.result
+        delay_id: str = channel.json_body["delay_id"]
+        return delay_id
+
+    def send_now(self, event_type: str, content: Any) -> None:
+        self.helper.send_event(self.room_id, event_type, content, tok=self.alices_token)
+
+    def delegate_of(self, delay_id: str, member: str = "member", **more: Any) -> Any:
+        """Delegates an event of a member: all members follow identity A of the device, too."""
+        ids = {"id": member, "claimed_user_id": self.alice, "claimed_device_id": "DEVICE"}
+        return self.delegate(delay_id, member=ids, **more)
+
+    def call(self) -> ParticipantInfo:
+        """Joins the call and lets the module see that."""
+        body = self.sfu_get_body()
+        jwt = self.post("/sfu/get", body).json_body["jwt"]
+        participant: ParticipantInfo = self.sfu.join(jwt)
+        return participant
+
+    def suspend(self) -> None:
+        self.get_success(self.store.set_user_suspended_status(self.alice, True))
+
+    def contents(self, event_type: str) -> list[Any]:
+        """The contents of all events of that type in the database, in order."""
+        rows = self.get_success(
+            self.store.db_pool.execute(
+                "contents",
+                "SELECT json FROM event_json JOIN events USING (event_id) WHERE type = ?"
+                " ORDER BY stream_ordering",
+                event_type,
+            )
+        )
+        return [json.loads(row[0])["content"] for row in rows]
+
+
+class AllowListTests(EventsTestCase):
+    def test_suspended_user_with_twenty_prepared_events_sends_none(self) -> None:
+        alice = self.call()
+        for number in range(20):
+            event_type = OTHER_TYPES[number % len(OTHER_TYPES)]
+            delay_id = self.schedule(event_type, {"body": "x", "msgtype": "m.text"})
+            self.assert_error(
+                self.delegate_of(delay_id, f"member{number}"), 400, Codes.INVALID_PARAM
+            )
+        self.advance_by(3)
+        self.suspend()
+        self.leaves(alice)
+        self.advance_by(35)
+        assert [self.contents(event_type) for event_type in OTHER_TYPES] == [[]] * len(OTHER_TYPES)
+
+    @parameterized.expand([("m.room.message",), ("m.sticker",)])
+    def test_sixty_prepared_messages_are_not_sent_when_the_participant_leaves(
+        self, event_type: str
+    ) -> None:
+        alice = self.call()
+        for number in range(60):
+            delay_id = self.schedule(event_type, {"body": str(number), "msgtype": "m.text"})
+            self.delegate_of(delay_id, f"member{number}")
+        self.advance_by(3)
+        self.leaves(alice)
+        self.advance_by(5)
+        assert self.contents(event_type) == []
+
+    def test_membership_with_the_content_of_a_join_is_refused(self) -> None:
+        content = {"application": "m.call", "msc4354_sticky_key": "k"}
+        delay_id = self.schedule(RTC_MEMBER, content)
+        self.assert_error(self.delegate_of(delay_id), 400, Codes.INVALID_PARAM)
+        body = self.get_token_body(delay_id=delay_id, delay_timeout=HOUR_MS)
+        self.assert_token(self.post("/get_token", body))
+        assert self.rows() == []
+
+    def test_suspended_user_genuine_state_leave_is_sent(self) -> None:
+        alice = self.call()
+        assert self.delegate_of(self.delayed()).code == 200
+        self.advance_by(3)
+        self.suspend()
+        self.leaves(alice)
+        assert not self.get_success(self._membership())
+
+    async def _membership(self) -> Any:
+        state = await self.hs.get_storage_controllers().state.get_current_state_event(
+            self.room_id, MEMBER, self.key
+        )
+        return state.content
+
+    @parameterized.expand([(True,), (False,)])
+    def test_suspended_user_genuine_sticky_leave_is_sent(self, has_slot: bool) -> None:
+        content = {"msc4354_sticky_key": "k", **({"slot_id": SLOT} if has_slot else {})}
+        alice = self.call()
+        delay_id = self.schedule(RTC_MEMBER, content, sticky=True)
+        assert self.delegate_of(delay_id).code == 200
+        self.advance_by(3)
+        self.suspend()
+        self.leaves(alice)
+        assert self.contents(RTC_MEMBER) == [content]
+
+    def test_delegations_beyond_the_users_limit_are_refused(self) -> None:
+        with patch.object(store, "MAX_DELEGATIONS", 3):
+            codes = [
+                self.delegate_of(self.delayed(key=f"_{number}"), f"member{number}").code
+                for number in range(4)
+            ]
+            assert codes == [200, 200, 200, 400]
+            # One that takes the place of an older one needs no room.
+            assert self.delegate_of(self.delayed(key="_0"), "another").code == 200
+        assert len(self.rows()) == 3
+
+
+class AlreadySentTests(EventsTestCase):
+    LAPTOP, PHONE = {"msc4354_sticky_key": "laptop"}, {"msc4354_sticky_key": "phone"}
+
+    def lose(self, content: Any) -> None:
+        """A participant leaves, and the first attempt to send the leave fails."""
+        alice = self.call()
+        assert self.delegate_of(self.schedule(RTC_MEMBER, content, sticky=True)).code == 200
+        self.advance_by(3)
+        with (
+            patch.object(Homeserver, "send", side_effect=SynapseError(500, "no luck")),
+            self.assertLogs("synapse_lk_jwt", logging.WARNING),
+        ):
+            self.leaves(alice)
+        assert self.contents(RTC_MEMBER) == []
+
+    def test_sticky_leave_is_sent_though_another_device_has_refreshed_its_membership(self) -> None:
+        self.lose(self.LAPTOP)
+        refreshed = {**self.PHONE, "application": {"type": "m.call"}}
+        self.send_now(RTC_MEMBER, refreshed)
+        self.advance_by(12)
+        assert self.contents(RTC_MEMBER) == [refreshed, self.LAPTOP]
+        assert self.rows() == []
+
+    @parameterized.expand([("msc4354_sticky_key",), ("sticky_key",)])
+    def test_sticky_leave_is_not_sent_into_a_newer_membership(self, name: str) -> None:
+        self.lose(self.LAPTOP)
+        newer = {name: "laptop", "application": {"type": "m.call"}}
+        self.send_now(RTC_MEMBER, newer)
+        self.advance_by(12)
+        assert self.contents(RTC_MEMBER) == [newer]
+        assert self.rows() == []
+
+    def test_plain_leave_is_recognised_by_its_content(self) -> None:
+        self.lose({"slot_id": "one"})
+        self.send_now(RTC_MEMBER, {"slot_id": "other"})
+        self.advance_by(12)
+        assert self.contents(RTC_MEMBER) == [{"slot_id": "other"}, {"slot_id": "one"}]
+
+    def test_older_sticky_leave_with_the_same_sticky_key_is_cancelled(self) -> None:
+        older, newer = (self.schedule(RTC_MEMBER, self.LAPTOP, sticky=True) for _ in range(2))
+        phone = self.schedule(RTC_MEMBER, self.PHONE, sticky=True)
+        for delay_id, member in ((older, "one"), (phone, "two"), (newer, "three")):
+            assert self.delegate_of(delay_id, member).code == 200
+        assert sorted(row[0] for row in self.rows()) == sorted([newer, phone])
+        assert sorted(self.pending()) == sorted([newer, phone])
+
+    def test_state_leave_does_not_cancel_a_sticky_one(self) -> None:
+        sticky = self.schedule(MEMBER, {}, sticky=True)
+        state = self.delayed()
+        assert self.delegate_of(sticky, "one").code == 200
+        assert self.delegate_of(state, "two").code == 200
+        assert sorted(self.pending()) == sorted([sticky, state])
+
+
+class EncryptedTestCase(EventsTestCase):
+    def encrypted(self, number: int = 0, room_id: str | None = None) -> str:
+        return self.schedule(ENCRYPTED, {"ciphertext": f"leave{number}"}, room_id=room_id)
+
+    def lose(self) -> None:
+        alice = self.call()
+        assert self.delegate_of(self.encrypted()).code == 200
+        self.advance_by(3)
+        self.alice_there = alice
+
+
+class EncryptedTests(EncryptedTestCase):
+    def test_encrypted_leave_is_sent_when_the_participant_leaves(self) -> None:
+        self.lose()
+        self.leaves(self.alice_there)
+        assert self.contents(ENCRYPTED) == [{"ciphertext": "leave0"}]
+        assert self.rows() == []
+
+    def test_encrypted_leave_of_a_suspended_user_is_refused_for_good(self) -> None:
+        self.lose()
+        self.suspend()
+        self.leaves(self.alice_there)
+        self.advance_by(12)
+        assert (self.contents(ENCRYPTED), self.rows(), self.pending()) == ([], [], [])
+
+    def test_encrypted_leave_that_was_sent_is_not_sent_again(self) -> None:
+        self.lose()
+        send = DelayedLeaves._try_to_send
+
+        async def sent_and_dead(leaves: DelayedLeaves, task: Any) -> None:
+            await send(leaves, task)
+            raise Died
+
+        with patch.object(DelayedLeaves, "_try_to_send", sent_and_dead):
+            self.leaves(self.alice_there)
+        self.send_now(ENCRYPTED, {"ciphertext": "chat"})
+        self.advance_by(12)
+        assert self.contents(ENCRYPTED) == [{"ciphertext": "leave0"}, {"ciphertext": "chat"}]
+        assert self.rows() == []
+
+    def test_encrypted_leave_is_sent_though_the_user_has_chatted(self) -> None:
+        self.lose()
+        with (
+            patch.object(Homeserver, "send", side_effect=SynapseError(500, "no luck")),
+            self.assertLogs("synapse_lk_jwt", logging.WARNING),
+        ):
+            self.leaves(self.alice_there)
+        self.send_now(ENCRYPTED, {"ciphertext": "chat"})
+        self.advance_by(12)
+        assert self.contents(ENCRYPTED) == [{"ciphertext": "chat"}, {"ciphertext": "leave0"}]
+
+    def test_sixth_encrypted_delegation_in_a_room_is_refused(self) -> None:
+        codes = [
+            self.delegate_of(self.encrypted(number), f"member{number}").code for number in range(6)
+        ]
+        assert codes == [200] * 5 + [400]
+        # Another room has places of its own, and other kinds of leaves need none of these.
+        elsewhere = self.helper.create_room_as(self.alice, tok=self.alices_token)
+        delegated = self.delegate_of(self.encrypted(room_id=elsewhere), room_id=elsewhere)
+        assert delegated.code == 200, delegated.result
+        assert self.delegate_of(self.delayed(), "state").code == 200
+
+
+class LimitedEncryptedTests(EncryptedTestCase):
+    def default_config(self) -> dict[str, Any]:
+        config = super().default_config()
+        config["rc_message"] = {"per_second": 0.1, "burst_count": 10}
+        return config
+
+    def test_encrypted_leave_of_a_user_at_the_rate_limit_is_tried_again(self) -> None:
+        self.lose()
+        path = f"rooms/{self.room_id}/send/m.sticker/limit"
+        codes = [
+            self.make_request("PUT", f"{path}{number}", {}, access_token=self.alices_token).code
+            for number in range(12)
+        ]
+        assert codes[-1] == 429
+        with self.assertLogs("synapse_lk_jwt", logging.WARNING):
+            self.leaves(self.alice_there)
+            self.advance_by(2)
+        assert self.contents(ENCRYPTED) == []
+        self.advance_by(30)
+        assert self.contents(ENCRYPTED) == [{"ciphertext": "leave0"}]
+        assert self.rows() == []
+
+
+class HandedOverAgainTests(EventsTestCase):
+    def identities(self) -> set[str]:
+        return {row[1] for row in self.rows("identities")}
+
+    def test_known_delay_id_through_another_endpoint_adds_its_identity(self) -> None:
+        delay_id = self.delayed(60_000)
+        delay = {"delay_id": delay_id, "delay_timeout": 60_000}
+        self.assert_token(self.post("/sfu/get", self.sfu_get_body(**delay)))
+        jwt = self.post("/get_token", self.get_token_body(**delay)).json_body["jwt"]
+        assert len(self.identities()) == 2
+        assert len(self.rows()) == 1
+        # And the client, which connects under the new one, is not given up.
+        alice = self.sfu.join(jwt)
+        self.advance_by(90)
+        assert self.is_in_call()
+        self.leaves(alice)
+        assert not self.is_in_call()
+
+    def test_known_delay_id_asks_the_sfu_within_a_second(self) -> None:
+        delay_id = self.delayed()
+        delay = {"delay_id": delay_id, "delay_timeout": HOUR_MS}
+        self.assert_token(self.post("/sfu/get", self.sfu_get_body(**delay)))
+        # By now it is looked for every quarter of an hour or so.
+        self.advance_by(1100)
+        self.sfu.join(self.post("/get_token", self.get_token_body()).json_body["jwt"])
+        self.assert_token(self.post("/get_token", self.get_token_body(**delay)))
+        with patch.object(self.sfu, "asked", []):
+            self.advance_by(2)
+            assert self.sfu.asked != []
+        (row,) = self.rows()
+        assert "connected" in row
+
+    def test_identities_of_one_delegation_are_limited(self) -> None:
+        delay_id = self.delayed()
+        for number in range(20):
+            assert self.delegate_of(delay_id, f"member{number}").code == 200
+        assert len(self.identities()) == MAX_IDENTITIES
+
+    def test_known_delay_id_for_another_slot_changes_nothing(self) -> None:
+        delay_id = self.delayed()
+        assert self.delegate_of(delay_id).code == 200
+        before = self.rows(), self.rows("identities")
+        assert self.delegate_of(delay_id, slot_id="other").code == 200
+        assert (self.rows(), self.rows("identities")) == before
+
+
+class FinalisedTests(EventsTestCase):
+    """On a Synapse that keeps delayed events which were sent or cancelled."""
+
+    def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
+        super().prepare(reactor, clock, hs)
+        add = "ALTER TABLE delayed_events ADD COLUMN finalised_ts BIGINT"
+        self.get_success(self.store.db_pool.execute("add", add))
+
+    def finalise(self, delay_id: str) -> None:
+        self.get_success(
+            self.store.db_pool.simple_update_one(
+                "delayed_events", {"delay_id": delay_id}, {"finalised_ts": 1}
+            )
+        )
+
+    def finalised(self) -> dict[str, bool]:
+        rows = self.get_success(
+            self.store.db_pool.execute("f", "SELECT delay_id, finalised_ts FROM delayed_events")
+        )
+        return {delay_id: finalised_ts is not None for delay_id, finalised_ts in rows}
+
+    def test_finalised_event_cannot_be_delegated(self) -> None:
+        delay_id = self.delayed()
+        self.finalise(delay_id)
+        self.assert_error(self.delegate(delay_id), 400, Codes.INVALID_PARAM)
+
+    def test_delegation_of_an_event_that_is_finalised_meanwhile_ends(self) -> None:
+        alice = self.call()
+        delay_id = self.delayed()
+        assert self.delegate_of(delay_id).code == 200
+        self.advance_by(3)
+        self.finalise(delay_id)
+        self.leaves(alice)
+        assert self.is_in_call()
+        assert self.rows() == []
+
+    def test_restart_of_a_finalised_event_ends_the_delegation(self) -> None:
+        self.call()
+        delay_id = self.delayed(9_000)
+        assert self.delegate_of(delay_id).code == 200
+        self.advance_by(2)
+        self.finalise(delay_id)
+        self.advance_by(5)
+        assert self.rows() == []
+
+    def test_superseded_event_is_kept_as_cancelled(self) -> None:
+        older, newer = self.delayed(), self.delayed()
+        for delay_id in (older, newer):
+            assert self.delegate(delay_id).code == 200
+        assert self.finalised() == {older: True, newer: False}
+
+    def test_event_that_is_sent_is_not_kept_as_cancelled(self) -> None:
+        alice = self.call()
+        assert self.delegate_of(self.delayed()).code == 200
+        self.advance_by(3)
+        self.leaves(alice)
+        assert not self.is_in_call()
+        assert self.finalised() == {}
+
+
+class UnreadableRowTests(EventsTestCase):
+    def spoil(self, delay_id: str, **values: Any) -> None:
+        self.get_success(
+            self.store.db_pool.simple_update_one(
+                "synapse_lk_jwt_delegations", {"delay_id": delay_id}, values
+            )
+        )
+
+    @parameterized.expand(
+        [
+            ("unknown_phase", {"phase": "paused"}),
+            ("no_json", {"phase": "leaving", "leave": "{"}),
+            ("no_event", {"phase": "leaving", "leave": "{}"}),
+            ("no_leave", {"phase": "leaving", "leave": None}),
+        ]
+    )
+    def test_unreadable_row_is_skipped_and_logged_once(self, name: str, values: Any) -> None:
+        alice = self.call()
+        bad = self.delayed(key="_bad")
+        assert self.delegate_of(bad, "bad").code == 200
+        self.spoil(bad, next_ms=0, **values)
+        with self.assertLogs("synapse_lk_jwt", logging.ERROR) as logs:
+            assert self.delegate_of(self.delayed(), "good").code == 200
+            # Polls, restarts and webhooks go on.
+            self.advance_by(65)
+            self.leaves(alice)
+            self.advance_by(3)
+        assert not self.is_in_call()
+        (line,) = logs.output
+        assert bad in line
+        assert [row[0] for row in self.rows()] == [bad]
+
+    def test_batch_full_of_unreadable_rows_does_not_starve_the_others(self) -> None:
+        alice = self.call()
+        with patch.object(store, "BATCH", 2):
+            for number in range(5):
+                bad = self.delayed(key=f"_{number}")
+                assert self.delegate_of(bad, f"bad{number}").code == 200
+                self.spoil(bad, next_ms=0, phase="paused")
+            assert self.delegate_of(self.delayed(9_000), "good").code == 200
+            # It is restarted every three seconds, or would run out.
+            self.advance_by(30)
+        assert self.is_in_call()
+        self.leaves(alice)
+        assert not self.is_in_call()
