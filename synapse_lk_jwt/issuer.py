@@ -114,6 +114,7 @@ class Issuer:
         Raises:
             SfuError: if the LiveKit room could not be made.
             LimitExceededError: if the user has asked for too many identities of this call.
+            TooManySlots: if the Matrix room has too many live slots for another one.
         """
         server = get_domain_from_id(user_id)
         livekit_room = livekit_room_name(room_id, slot_id)

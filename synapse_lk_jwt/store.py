@@ -37,7 +37,7 @@ from synapse_lk_jwt.delegation import (
     trigger,
 )
 from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
-from synapse_lk_jwt.sfu.names import hash_of_identity
+from synapse_lk_jwt.sfu.names import DEFAULT_SLOT, hash_of_identity, livekit_room_name
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +137,24 @@ BATCH = 100
 # How many identities of one user in one call are noted.
 MAX_OWNED = 100
 
+# How many live slots of one Matrix room are created, and when a client may ask again for another.
+MAX_SLOTS = 20
+SLOTS_RETRY_AFTER_MS = 60_000
+
+# A call that was noted less than this ago is not noted again: hundreds of participants, on many
+# processes, would write the same row.
+NOTE_AGAIN_MS = 5_000
+
+# A room that is reported as finished has been created anew if it was noted this recently. A token
+# request may have found the call noted already, and so this must be well above NOTE_AGAIN_MS.
+CREATED_ANEW_MS = 10_000
+
 # When a delegation that cannot be read is looked up again.
 UNREADABLE_PAUSE_MS = 3_600_000
+
+
+class TooManySlots(Exception):
+    """A Matrix room has as many live slots as one room may have."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -232,14 +248,48 @@ class Store:
     # Which calls there are
 
     async def note_call(self, livekit_room: str, room_id: str) -> None:
-        """Notes that a LiveKit room belongs to a Matrix room."""
-        await self._run("note_call", self._note_call, livekit_room, room_id)
+        """Notes that a LiveKit room, which may have to be created, belongs to a Matrix room.
 
-    def _note_call(self, txn: LoggingTransaction, livekit_room: str, room_id: str) -> None:
+        Raises:
+            TooManySlots: if that room has too many calls already and this is not one of them. The
+                slot that most clients use is always allowed, so that a member of the room cannot
+                block its call with other slots.
+        """
+
+        def note_call(txn: LoggingTransaction) -> None:
+            is_capped = livekit_room != livekit_room_name(room_id, DEFAULT_SLOT)
+            self._note_call(txn, livekit_room, room_id, MAX_SLOTS if is_capped else None)
+
+        try:
+            await self._write("note_call", note_call)
+        except self._homeserver.database_error:
+            # All who share the CreateRoom would fail. The connection may have been an old one.
+            await self._write("note_call", note_call)
+
+    def _note_call(
+        self, txn: LoggingTransaction, livekit_room: str, room_id: str, max_slots: int | None
+    ) -> None:
+        now_ms = self._homeserver.clock.time_msec()
         txn.execute(
-            "INSERT INTO synapse_lk_jwt_calls (livekit_room, room_id, seen_ms) VALUES (?, ?, ?)"
-            " ON CONFLICT (livekit_room) DO UPDATE SET seen_ms = EXCLUDED.seen_ms",
-            (livekit_room, room_id, self._homeserver.clock.time_msec()),
+            "SELECT seen_ms FROM synapse_lk_jwt_calls WHERE livekit_room = ?", (livekit_room,)
+        )
+        row = txn.fetchone()
+        if row is not None and row[0] > now_ms - NOTE_AGAIN_MS:
+            return
+        if row is None and max_slots is not None:
+            self._lock(txn, room_id)
+            txn.execute(
+                "SELECT COUNT(*) FROM synapse_lk_jwt_calls WHERE room_id = ? AND livekit_room <> ?",
+                (room_id, livekit_room),
+            )
+            (number,) = txn.fetchone() or (0,)
+            if number >= max_slots:
+                raise TooManySlots()
+        txn.execute(
+            "INSERT INTO synapse_lk_jwt_calls AS old (livekit_room, room_id, seen_ms)"
+            " VALUES (?, ?, ?) ON CONFLICT (livekit_room)"
+            " DO UPDATE SET seen_ms = EXCLUDED.seen_ms WHERE old.seen_ms <= ?",
+            (livekit_room, room_id, now_ms, now_ms - NOTE_AGAIN_MS),
         )
 
     def _lock(self, txn: LoggingTransaction, name: str) -> None:
@@ -384,7 +434,8 @@ class Store:
             # Ahead of all else, as everywhere: transactions that lock in different orders deadlock.
             rows = self._rows(txn, _OF_IDENTITY, (livekit_room, identity))
             if room_id is not None:
-                self._note_call(txn, livekit_room, room_id)
+                # Whatever the number of slots: the room exists.
+                self._note_call(txn, livekit_room, room_id, max_slots=None)
             now_ms = self._homeserver.clock.time_msec()
             self._note_sid(txn, livekit_room, identity, sid, now_ms)
             self._advance_all(txn, rows, Happened.SEEN)
@@ -445,8 +496,7 @@ class Store:
 
     async def finished(self, livekit_room: str) -> list[Task]:
         """Notes that a LiveKit room is gone."""
-        # One that was noted a moment ago has been made anew.
-        await self.forget_calls([livekit_room], unseen_for_ms=5_000)
+        await self.forget_calls([livekit_room], CREATED_ANEW_MS)
         return await self.suspect(livekit_room)
 
     # Delegated delayed leaves

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from synapse.api.errors import Codes, SynapseError
+from synapse.api.errors import Codes, LimitExceededError, SynapseError
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.remote import RemoteFailure, RemoteRefusal
 from synapse_lk_jwt.sfu.rooms import SfuError
+from synapse_lk_jwt.store import SLOTS_RETRY_AFTER_MS, TooManySlots
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ def as_matrix_errors() -> Iterator[None]:
     except NotInRoom:
         raise Refusal(
             "not_in_room", 403, "You are not joined to this room", Codes.FORBIDDEN
+        ) from None
+    except TooManySlots:
+        raise LimitExceededError(
+            "synapse_lk_jwt_slots", retry_after_ms=SLOTS_RETRY_AFTER_MS
         ) from None
     except SfuError:
         raise Refusal("sfu", 503, "Unable to create room on SFU", Codes.UNKNOWN) from None

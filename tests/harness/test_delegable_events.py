@@ -444,3 +444,43 @@ class UnreadableRowTests(EventsTestCase):
         assert self.is_in_call()
         self.leaves(alice)
         assert not self.is_in_call()
+
+
+class SlotsTests(EventsTestCase):
+    def token_for(self, slot_id: str) -> Any:
+        return self.post("/get_token", self.get_token_body(slot_id=slot_id))
+
+    def fill(self) -> None:
+        for number in range(store.MAX_SLOTS):
+            self.assert_token(self.token_for(f"slot{number}"))
+
+    def test_slots_beyond_the_limit_get_429_and_are_not_created(self) -> None:
+        self.fill()
+        created = len(self.sfu.requests)
+        channel = self.token_for("another")
+        self.assert_error(channel, 429, Codes.LIMIT_EXCEEDED)
+        assert channel.json_body["retry_after_ms"] == store.SLOTS_RETRY_AFTER_MS
+        body = self.homeserver_body(slot_id="another")
+        self.assert_error(self.post_homeserver(body), 429, Codes.LIMIT_EXCEEDED)
+        assert len(self.sfu.requests) == created
+        assert len(self.rows("calls")) == store.MAX_SLOTS
+
+    def test_known_slots_and_other_rooms_are_not_limited(self) -> None:
+        self.fill()
+        self.advance_by(12)
+        self.assert_token(self.token_for("slot3"))
+        elsewhere = self.helper.create_room_as(self.alice, tok=self.alices_token)
+        body = self.get_token_body(slot_id="another", room_id=elsewhere)
+        self.assert_token(self.post("/get_token", body))
+
+    def test_default_slot_cannot_be_blocked_with_other_slots(self) -> None:
+        self.fill()
+        self.assert_token(self.post("/sfu/get", self.sfu_get_body()))
+
+    def test_slot_whose_call_is_over_frees_its_place(self) -> None:
+        self.fill()
+        self.advance_by(12)
+        room = self.sfu.requests[3][1].name
+        del self.sfu.people[room]
+        assert self.webhook("room_finished", room=room).code == 200
+        self.assert_token(self.token_for("another"))

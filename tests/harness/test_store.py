@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module's own tables."""
 
+from typing import Any
 from unittest.mock import patch
 
 from harness_base import ModuleTestCase
+from twisted.internet.defer import fail
 
 from synapse_lk_jwt import store
 from synapse_lk_jwt.homeserver import Homeserver
@@ -60,3 +62,32 @@ class MigrationTests(ModuleTestCase):
         older = store.Store(Homeserver(self.hs.get_module_api()))
         assert self.get_success(older.calls()) == {LIVEKIT_ROOM: ROOM}
         assert self.version() == len(store.MIGRATIONS) + 1
+
+
+class NoteCallTests(ModuleTestCase):
+    def prepare(self, reactor: object, clock: object, hs: object) -> None:
+        super().prepare(reactor, clock, hs)
+        self.homeserver = Homeserver(self.hs.get_module_api())
+        self.error = self.homeserver.database_error
+        self.tables = store.Store(self.homeserver)
+        self.get_success(self.tables.calls())
+
+    def errors(self, number: int) -> Any:
+        """Lets that many transactions end with an error of the database."""
+        run = self.homeserver.run_db_interaction
+        results = iter([fail(self.error("the connection is closed")) for _ in range(number)])
+
+        def or_fail(*args: Any, **more: Any) -> Any:
+            failed = next(results, None)
+            return run(*args, **more) if failed is None else failed
+
+        return patch.object(self.homeserver, "run_db_interaction", or_fail)
+
+    def test_note_call_after_one_database_error_is_tried_again(self) -> None:
+        with self.errors(1):
+            self.get_success(self.tables.note_call(LIVEKIT_ROOM, ROOM))
+        assert self.get_success(self.tables.calls()) == {LIVEKIT_ROOM: ROOM}
+
+    def test_note_call_with_a_database_error_that_persists_fails(self) -> None:
+        with self.errors(2):
+            self.get_failure(self.tables.note_call(LIVEKIT_ROOM, ROOM), self.error)
