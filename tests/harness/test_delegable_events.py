@@ -10,12 +10,15 @@ from harness_base import SLOT
 from livekit.protocol.models import ParticipantInfo
 from parameterized import parameterized
 from synapse.api.errors import Codes, SynapseError
+from synapse.logging.context import make_deferred_yieldable
 from test_delegating import HOUR_MS, MEMBER, DelegationTestCase, Died
+from twisted.internet.defer import Deferred, succeed
 
 from synapse_lk_jwt import store
-from synapse_lk_jwt.delegation import MAX_IDENTITIES
+from synapse_lk_jwt.delegation import MAX_IDENTITIES, Happened
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.leaves import DelayedLeaves
+from synapse_lk_jwt.store import Store
 
 RTC_MEMBER = "org.matrix.msc4143.rtc.member"
 ENCRYPTED = "m.room.encrypted"
@@ -205,6 +208,40 @@ class AlreadySentTests(EventsTestCase):
         assert self.delegate_of(sticky, "one").code == 200
         assert self.delegate_of(state, "two").code == 200
         assert sorted(self.pending()) == sorted([sticky, state])
+
+
+class SentOnceTests(EventsTestCase):
+    def test_leave_found_unsent_just_before_it_was_sent_is_not_sent_again(self) -> None:
+        alice = self.call()
+        assert self.delegate_of(self.delayed()).code == 200
+        self.advance_by(3)
+        noted: Deferred[list[Any]] = Deferred()
+        happened, send = Store.happened, DelayedLeaves._send
+        sending: list[tuple[DelayedLeaves, Any]] = []
+
+        async def when_noted(tables: Store, delay_id: str, what: Happened, *args: Any) -> Any:
+            if what is Happened.OVER:
+                await make_deferred_yieldable(noted)
+            return await happened(tables, delay_id, what, *args)
+
+        async def sends(leaves: DelayedLeaves, task: Any) -> None:
+            sending.append((leaves, task))
+            await send(leaves, task)
+
+        with (
+            patch.object(Store, "happened", when_noted),
+            patch.object(DelayedLeaves, "_send", sends),
+            patch.object(Homeserver, "send", wraps=succeed) as sent,
+        ):
+            self.leaves(alice)
+            # What the clock read a moment ago arrives now.
+            ((leaves, task),) = sending
+            leaves.begin([task])
+            self.pump()
+            noted.callback([])
+            self.pump()
+            assert sent.call_count == 1
+        assert self.rows() == []
 
 
 class EncryptedTestCase(EventsTestCase):
