@@ -277,15 +277,21 @@ class Watch:
                 if isinstance(e, NoNode):
                     poll.without_node.add(livekit_room)
             except Exception:
-                # A failure in one room must not keep the poll from the others. One traceback is
-                # enough where the database fails for all of them.
                 self._seen.pop(livekit_room, None)
-                if not poll.has_failed:
-                    logger.exception("Could not check the LiveKit room %r", livekit_room)
-                poll.has_failed = True
+                self._log_failure(livekit_room, poll)
 
         names = to_list | (poll.tracked.keys() & poll.there.keys())
         await concurrently_execute(check, names, CONCURRENT_ROOMS)
+
+    @staticmethod
+    def _log_failure(livekit_room: str, poll: _Poll) -> None:
+        """Logs the exception in hand: a failure in one room must not keep a poll from the others.
+
+        One traceback a poll is enough where the database fails for all of them.
+        """
+        if not poll.has_failed:
+            logger.exception("Could not check the LiveKit room %r", livekit_room)
+        poll.has_failed = True
 
     def _rooms_to_list(self, poll: _Poll, inactive: Set[str]) -> set[str]:
         to_list = set()
@@ -368,9 +374,15 @@ class Watch:
         async def recreate(livekit_room: str) -> None:
             room_id = poll.calls[livekit_room]
             self._rooms.forget(livekit_room)
-            with suppress(SfuError):
+            try:
                 await self._rooms.make_sure_of(livekit_room, room_id)
-                logger.info("LiveKit lost the room of a call of %r; recreated it", room_id)
+            except SfuError:
+                # It has been logged, and the next poll tries again.
+                return
+            except Exception:
+                self._log_failure(livekit_room, poll)
+                return
+            logger.info("LiveKit lost the room of a call of %r; recreated it", room_id)
 
         ours = [name for name in livekit_rooms if name in poll.calls]
         await concurrently_execute(recreate, ours, CONCURRENT_ROOMS)
