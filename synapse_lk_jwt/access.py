@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may do what: full access or restricted, and who may publish.
 
-Full-access users make the LiveKit room come into being; restricted users can join a call that
-somebody with full access has started, and no other. Users of this homeserver always have full
-access and may always publish, whatever the lists say.
+A LiveKit room is created for full-access users. Restricted users can join a call that a full-access
+user has started, and no other. The lists are about other servers: registered users of this
+homeserver always have full access and may always publish.
 """
 
 import re
+from enum import Enum
 
 import attr
 from matrix_common.regex import glob_to_regex
@@ -38,6 +39,27 @@ class ServerList:
         return self.is_everyone or any(p.match(server_name) for p in self._patterns)
 
 
+class Standing(Enum):
+    """What Synapse knows about a user that bears on calls."""
+
+    NORMAL = "normal"
+    GUEST = "guest"
+    SHADOW_BANNED = "shadow_banned"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Permissions:
+    """What one user may do on this homeserver's SFU.
+
+    Attributes:
+        has_full_access: whether LiveKit rooms are created for the user.
+        can_publish: whether the user may publish audio, video and data, or only listen.
+    """
+
+    has_full_access: bool
+    can_publish: bool
+
+
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Access:
     """The access rule of one homeserver.
@@ -52,10 +74,19 @@ class Access:
     full_access_homeservers: ServerList
     remote_can_publish: ServerList
 
-    def has_full_access(self, server_name: str) -> bool:
-        """Whether users of that server may bring LiveKit rooms into being."""
-        return server_name == self.server_name or server_name in self.full_access_homeservers
+    def permissions(self, server_name: str, standing: Standing = Standing.NORMAL) -> Permissions:
+        """What a user may do.
 
-    def can_publish(self, server_name: str) -> bool:
-        """Whether users of that server may publish, or only listen."""
-        return server_name == self.server_name or server_name in self.remote_can_publish
+        Args:
+            server_name: the user's server.
+            standing: the user's standing; NORMAL for users of other servers.
+        """
+        if server_name == self.server_name:
+            return Permissions(
+                has_full_access=standing is Standing.NORMAL,
+                can_publish=standing is not Standing.SHADOW_BANNED,
+            )
+        return Permissions(
+            has_full_access=server_name in self.full_access_homeservers,
+            can_publish=server_name in self.remote_can_publish,
+        )

@@ -68,7 +68,9 @@ class LiveKitJwtConfig:
         livekit_secret: the secret of that key.
         full_access_homeservers: servers whose users may start calls; our own need not be listed.
         remote_can_publish: other servers whose users may publish.
-        require_room_membership: whether a token takes being joined to the Matrix room.
+        require_room_membership: whether users must be joined to the Matrix room to get a token.
+        believe_rooms_elsewhere: whether users of other servers get tokens for rooms that this
+            homeserver is not in.
         token_lifetime_ms: milliseconds from issue to `exp`.
         can_update_own_metadata: the LiveKit grant of that name.
         path_prefix: path of the service endpoints, without a slash at the end.
@@ -87,6 +89,7 @@ class LiveKitJwtConfig:
     full_access_homeservers: ServerList
     remote_can_publish: ServerList
     require_room_membership: bool
+    believe_rooms_elsewhere: bool
     token_lifetime_ms: int
     can_update_own_metadata: bool
     path_prefix: str
@@ -113,6 +116,7 @@ KEYS = (
     "full_access_homeservers",
     "remote_can_publish",
     "require_room_membership",
+    "rooms_elsewhere",
     "token_lifetime",
     "can_update_own_metadata",
     "path_prefix",
@@ -172,6 +176,7 @@ class _Parser:
             "full_access_homeservers": self._full_access_homeservers(),
             "remote_can_publish": self._value("remote_can_publish", _servers, ServerList(("*",))),
             "require_room_membership": self._value("require_room_membership", _boolean, True),
+            "believe_rooms_elsewhere": self._value("rooms_elsewhere", _rooms_elsewhere, True),
             "token_lifetime_ms": self._token_lifetime(),
             "can_update_own_metadata": self._value(
                 "can_update_own_metadata", _boolean, False, "LIVEKIT_CAN_UPDATE_OWN_METADATA"
@@ -374,6 +379,15 @@ def _boolean(value: Any) -> bool:
         # Only the environment has no other way to say it, but a quoted value is as clear.
         return value.strip().lower() in ("true", "1")
     raise _Wrong("must be true or false")
+
+
+def _rooms_elsewhere(value: Any) -> bool:
+    if value not in ("believe", "refuse"):
+        raise _Wrong(
+            "must be 'believe' or 'refuse'. Write 'refuse' to give no tokens for rooms that this"
+            " homeserver is not in"
+        )
+    return bool(value == "believe")
 
 
 def _url(value: Any, schemes: tuple[str, ...], example: str) -> str:

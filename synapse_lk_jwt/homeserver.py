@@ -21,6 +21,7 @@ from canonicaljson import encode_canonical_json
 from synapse.api.constants import EventTypes
 from synapse.api.errors import FederationDeniedError
 from synapse.api.ratelimiting import Ratelimiter
+from synapse.appservice import ApplicationService
 from synapse.config.ratelimiting import RatelimitSettings
 from synapse.http import QuieterFileBodyProducer
 from synapse.http.client import SimpleHttpClient
@@ -51,6 +52,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 from twisted.web.resource import Resource
 
+from synapse_lk_jwt.access import Standing
 from synapse_lk_jwt.delegation import ENCRYPTED_TYPE, MEMBERSHIP_TYPES, sticky_key
 from synapse_lk_jwt.http import BoundedPool
 
@@ -157,9 +159,11 @@ class Homeserver:
         return str(row[0])
 
     async def is_active(self, user_id: str) -> bool:
-        """Whether a local user may use the homeserver: not deactivated, locked, suspended, erased.
+        """Whether a local user may use the homeserver.
 
-        Cached, and right from the very next request after a change on.
+        Deactivated, locked, suspended, erased and expired (account validity) users may not. Cached,
+        unless a module that decides on account validity asks elsewhere. A change takes effect with
+        the next request.
         """
         user = await self._store.get_user_by_id(user_id)
         if user is None:
@@ -170,6 +174,11 @@ class Homeserver:
             or user.locked
             or user.suspended
             or await self._store.is_user_erased(user_id)
+            # Synapse does not ask this of users of application services.
+            or (
+                user.appservice_id is None
+                and await self._hs.get_account_validity_handler().is_user_expired(user_id)
+            )
         )
 
     async def inactive_users(self, user_ids: Collection[str]) -> set[str]:
@@ -195,20 +204,48 @@ class Homeserver:
             return set()
         return await self.run_db_interaction("synapse_lk_jwt_inactive_users", select)
 
+    async def standing(self, user_id: str) -> Standing:
+        """The standing of a user; NORMAL for users of other servers. Cached."""
+        user = await self._store.get_user_by_id(user_id) if self.is_mine(user_id) else None
+        if user is not None and user.is_shadow_banned:
+            return Standing.SHADOW_BANNED
+        if user is not None and user.is_guest:
+            return Standing.GUEST
+        return Standing.NORMAL
+
+    async def check_auth_blocking(self, user_id: str) -> None:
+        """Refuses local users whom Synapse does not serve at the moment.
+
+        That is everyone while `hs_disabled` is set, and users beyond the limit of monthly active
+        users. Without these options there is no database read.
+
+        Raises:
+            synapse.api.errors.ResourceLimitError: 403, as Synapse itself answers.
+        """
+        server = self.config.server
+        if server.hs_disabled or server.limit_usage_by_mau:
+            requester = create_requester(user_id, app_service=await self._app_service(user_id))
+            await self._hs.get_auth_blocking().check_auth_blocking(requester=requester)
+
     async def is_exempt_from_limits(self, user_id: str) -> bool:
         """Whether a user belongs to an application service with `rate_limited: false`. Cached."""
-        exempt = {
-            service.id
-            for service in self._store.get_app_services()
-            if not service.is_rate_limited()
-        }
-        if not exempt or not self.is_mine(user_id):
+        if not self._store.get_app_services() or not self.is_mine(user_id):
             return False
-        service = self._store.get_app_service_by_user_id(user_id)
-        if service is not None:
-            return service.id in exempt
-        user = await self._store.get_user_by_id(user_id)
-        return user is not None and user.appservice_id in exempt
+        service = await self._app_service(user_id)
+        return service is not None and not service.is_rate_limited()
+
+    async def _app_service(self, user_id: str) -> ApplicationService | None:
+        """The application service that a local user belongs to, if any. Cached."""
+        service: ApplicationService | None = self._store.get_app_service_by_user_id(user_id)
+        if service is None:
+            user = await self._store.get_user_by_id(user_id)
+            if user is not None and user.appservice_id is not None:
+                service = self._store.get_app_service_by_id(user.appservice_id)
+        return service
+
+    async def is_room_blocked(self, room_id: str) -> bool:
+        """Whether the admin has blocked a room, or shut it down and blocked it. Cached."""
+        return bool(await self._store.is_room_blocked(room_id))
 
     async def device_ids(self, user_id: str) -> Collection[str]:
         """The devices of a local user; none of other servers' users. A database read."""

@@ -2,6 +2,7 @@
 """The core: who asks, for which slot of which room, as whom in the call -> LiveKit access token."""
 
 import attr
+from synapse.api.constants import Membership
 from synapse.api.errors import LimitExceededError
 from synapse.types import get_domain_from_id
 
@@ -22,7 +23,7 @@ UNSEEN_MS = 600_000
 
 
 class NotInRoom(Exception):
-    """The user is not joined to the Matrix room, or their server is shut out of it."""
+    """The user is not joined to the Matrix room or shut out by its ACL, or the room is blocked."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,9 @@ class Issuer:
         store: notes whose an identity is, if its participant can change what LiveKit says of that.
         signer: signs the tokens.
         sealer: seals into them whose they are.
-        require_room_membership: whether a token takes being joined to the Matrix room.
+        require_room_membership: whether users must be joined to the Matrix room to get a token.
+        believe_rooms_elsewhere: whether users of other servers get tokens for rooms that this
+            homeserver is not in.
         token_lifetime_ms: milliseconds that a token can be used.
         can_update_own_metadata: the LiveKit grant of that name.
     """
@@ -48,6 +51,7 @@ class Issuer:
     signer: TokenSigner
     sealer: Sealer
     require_room_membership: bool
+    believe_rooms_elsewhere: bool
     token_lifetime_ms: int
     can_update_own_metadata: bool
 
@@ -71,25 +75,34 @@ class Issuer:
         Raises:
             NotInRoom: if the user may not be in a call of that room.
         """
-        if not strict and not self.require_room_membership:
-            return
         homeserver = self.homeserver
-        if homeserver.is_mine(user_id):
+        # First, because this homeserver is not in a room that its admin has shut down, and who is
+        # in such a room is not known here.
+        if await homeserver.is_room_blocked(room_id):
+            raise NotInRoom()
+        must_be_joined = strict or self.require_room_membership
+        if must_be_joined and homeserver.is_mine(user_id):
             if not await homeserver.is_joined(user_id, room_id):
                 raise NotInRoom()
         elif not await homeserver.is_in_room(homeserver.server_name, room_id):
-            # Nobody here can know who is in it.
-            if strict:
+            if strict or not self.believe_rooms_elsewhere:
                 raise NotInRoom()
-        elif not await homeserver.acl_allows(get_domain_from_id(user_id), room_id):
+        elif must_be_joined and not await self._may_be_joined(user_id, room_id):
+            raise NotInRoom()
+
+    async def _may_be_joined(self, user_id: str, room_id: str) -> bool:
+        """Whether a user of another server is joined to a room, as far as that is known here."""
+        homeserver = self.homeserver
+        if not await homeserver.acl_allows(get_domain_from_id(user_id), room_id):
             # Users of a server that was shut out stay joined in the room's state.
-            raise NotInRoom()
-        elif not (
-            await homeserver.is_joined(user_id, room_id)
-            # While a join of this homeserver is being completed nobody can know either.
-            or await homeserver.has_partial_state(room_id)
-        ):
-            raise NotInRoom()
+            return False
+        if await homeserver.is_joined(user_id, room_id):
+            return True
+        # While a join of this homeserver is being completed not all members are known yet. Who has
+        # left or is banned may be.
+        return await homeserver.has_partial_state(room_id) and (
+            await homeserver.membership(user_id, room_id) not in (Membership.LEAVE, Membership.BAN)
+        )
 
     async def issue(
         self,
@@ -116,20 +129,21 @@ class Issuer:
             LimitExceededError: if the user has asked for too many identities of this call.
             TooManySlots: if the Matrix room has too many live slots for another one.
         """
-        server = get_domain_from_id(user_id)
+        permissions = self.access.permissions(
+            get_domain_from_id(user_id), await self.homeserver.standing(user_id)
+        )
         livekit_room = livekit_room_name(room_id, slot_id)
         if self.can_update_own_metadata and not await self.store.note_owner(
             livekit_room, identity, user_id
         ):
             raise LimitExceededError("synapse_lk_jwt_owners", retry_after_ms=UNSEEN_MS)
-        has_full_access = self.access.has_full_access(server)
-        if has_full_access:
+        if permissions.has_full_access:
             await self.rooms.make_sure_of(livekit_room, room_id)
         token = self.signer.participant_token(
             identity,
             livekit_room,
-            may_create_room=has_full_access,
-            can_publish=self.access.can_publish(server),
+            may_create_room=permissions.has_full_access,
+            can_publish=permissions.can_publish,
             can_update_own_metadata=self.can_update_own_metadata,
             attributes=self.sealer.seal(Owner(user_id, room_id, slot_id), identity),
             lifetime_ms=self.token_lifetime_ms,
@@ -137,6 +151,6 @@ class Issuer:
         metrics.tokens.labels(
             endpoint,
             "local" if self.homeserver.is_mine(user_id) else "remote",
-            "full" if has_full_access else "restricted",
+            "full" if permissions.has_full_access else "restricted",
         ).inc()
         return token

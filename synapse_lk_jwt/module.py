@@ -64,6 +64,7 @@ class LiveKitJwtModule:
             signer=signer,
             sealer=sealer,
             require_room_membership=config.require_room_membership,
+            believe_rooms_elsewhere=config.believe_rooms_elsewhere,
             token_lifetime_ms=config.token_lifetime_ms,
             can_update_own_metadata=config.can_update_own_metadata,
         )

@@ -66,7 +66,7 @@ async def _look_up(homeserver: Homeserver, token: OpenIdToken) -> str:
         raise InvalidToken("unknown", "unknown or expired")
     if not await homeserver.is_active(user_id):
         raise InvalidToken(
-            "inactive_user", f"{user_id} is deactivated, locked, suspended or erased"
+            "inactive_user", f"{user_id} is deactivated, locked, suspended, erased or expired"
         )
     return user_id
 

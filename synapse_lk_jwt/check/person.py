@@ -15,7 +15,7 @@ from livekit.protocol.room import (
 )
 from synapse.types import get_domain_from_id
 
-from synapse_lk_jwt.access import Access
+from synapse_lk_jwt.access import Access, Standing
 from synapse_lk_jwt.check.probe import NoAnswer
 from synapse_lk_jwt.check.report import Finding, Verdict, ok, warning, wrong
 from synapse_lk_jwt.check.running import State
@@ -58,9 +58,11 @@ class Person:
         self._state = state["user"]
         self._sealer = Sealer(setup.module.livekit_secret)
         module = setup.module
-        self._access = Access(
+        access = Access(
             setup.server_name, module.full_access_homeservers, module.remote_can_publish
         )
+        self._standing = Standing(self._state["standing"])
+        self._permissions = access.permissions(get_domain_from_id(user_id), self._standing)
 
     async def way(self) -> list[Finding]:
         """Step by step; the last one is where it ends."""
@@ -81,12 +83,17 @@ class Person:
     def _account(self) -> Finding:
         server = get_domain_from_id(self._user_id)
         if self._state["is_mine"]:
+            if self._state["not_served"]:
+                return wrong(
+                    "account",
+                    f"Synapse does not serve {self._user_id}: {self._state['not_served']}",
+                )
             if self._state["is_active"]:
                 return ok("account", f"{self._user_id} is a user of this homeserver")
             return wrong(
                 "account",
-                f"{self._user_id} does not exist here, or is deactivated, locked, suspended or"
-                " erased",
+                f"{self._user_id} does not exist here, or is deactivated, locked, suspended, erased"
+                " or expired",
             )
         if self._state["cannot_ask"]:
             return wrong(
@@ -98,6 +105,8 @@ class Person:
 
     def _member(self) -> Finding:
         state, room_id = self._state, self._room_id
+        if state["is_blocked"]:
+            return wrong("member", f"an admin of this homeserver has blocked {room_id}")
         if not state["is_here"]:
             if state["is_allowed"]:
                 return warning(
@@ -122,11 +131,14 @@ class Person:
         return wrong("member", f"{how}, and only members get a token (403)")
 
     def _level(self) -> Finding:
-        server = get_domain_from_id(self._user_id)
-        publishes = "publish" if self._access.can_publish(server) else "listen only"
-        if self._access.has_full_access(server):
+        publishes = "publish" if self._permissions.can_publish else "listen only"
+        if self._permissions.has_full_access:
             return ok("level", f"full access: may start calls, and {publishes}")
-        return ok("level", f"restricted: may join a call that is running, and {publishes}")
+        text = f"restricted: may join a call that is running, and {publishes}"
+        if self._standing is Standing.NORMAL:
+            return ok("level", text)
+        how = "a guest" if self._standing is Standing.GUEST else "shadow-banned"
+        return warning("level", f"{text}, as this user is {how}")
 
     async def _call(self) -> AsyncIterator[Finding]:
         rooms = {livekit_room_name(self._room_id, DEFAULT_SLOT): f"slot {DEFAULT_SLOT}"}
@@ -163,14 +175,14 @@ class Person:
     async def _token(self, livekit_room: str) -> Finding:
         """Whether LiveKit would take the token that this user gets."""
         server = get_domain_from_id(self._user_id)
-        has_full_access = self._access.has_full_access(server)
+        has_full_access = self._permissions.has_full_access
         identity = device_identity(self._user_id, f"CHECK{os.urandom(4).hex()}")
         owner = Owner(self._user_id, self._room_id, DEFAULT_SLOT)
         token = self._sfu.signer.participant_token(
             identity,
             livekit_room,
             may_create_room=has_full_access,
-            can_publish=self._access.can_publish(server),
+            can_publish=self._permissions.can_publish,
             can_update_own_metadata=self._setup.module.can_update_own_metadata,
             attributes=self._sealer.seal(owner, identity),
             lifetime_ms=60_000,
@@ -185,6 +197,12 @@ class Person:
             return ok("SFU", "takes the token that this user gets")
         if answer.status == 404 and has_full_access:
             return ok("SFU", "takes the token; the room is made when this user asks for one")
+        if answer.status in (200, 404) and self._state["is_mine"]:
+            return warning(
+                "SFU",
+                "says that there is no such room: no full-access user has started the call, and"
+                " this user may not",
+            )
         if answer.status in (200, 404):
             servers = [*self._setup.module.full_access_homeservers.entries, server]
             return warning(

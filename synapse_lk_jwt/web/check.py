@@ -4,7 +4,7 @@
 from importlib.metadata import version
 
 import attr
-from synapse.api.errors import UnrecognizedRequestError
+from synapse.api.errors import ResourceLimitError, UnrecognizedRequestError
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict, get_domain_from_id
 
@@ -71,6 +71,12 @@ class CheckResource(Endpoint):
         homeserver, server = self._homeserver, get_domain_from_id(user_id)
         is_mine = homeserver.is_mine(user_id)
         is_here = await homeserver.is_in_room(homeserver.server_name, room_id)
+        not_served: str | None = None
+        if is_mine:
+            try:
+                await homeserver.check_auth_blocking(user_id)
+            except ResourceLimitError as e:
+                not_served = e.msg
         try:
             await self._issuer.check_membership(user_id, room_id)
             is_allowed = True
@@ -86,7 +92,10 @@ class CheckResource(Endpoint):
         return {
             "is_mine": is_mine,
             "is_active": await homeserver.is_active(user_id) if is_mine else None,
+            "not_served": not_served,
+            "standing": (await homeserver.standing(user_id)).value,
             "cannot_ask": cannot_ask,
+            "is_blocked": await homeserver.is_room_blocked(room_id),
             "is_here": is_here,
             "membership": await homeserver.membership(user_id, room_id) if is_here else None,
             "acl_allows": await homeserver.acl_allows(server, room_id) if is_here else None,

@@ -76,6 +76,7 @@ class GetTokenRestServlet(RestServlet):
         requester = await _requester(self._core.homeserver, request)
         user_id = requester.user.to_string()
         body = HomeserverGetTokenRequest.from_json(read_json_object(request))
+        await self._core.homeserver.check_auth_blocking(user_id)
         await self._core.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
             await self._core.issuer.check_membership(user_id, body.room_id, strict=True)

@@ -116,6 +116,8 @@ class _TokenEndpoint(Endpoint):
         delay_id: str | None,
         endpoint: metrics.Endpoint,
     ) -> tuple[int, JsonDict]:
+        if self._homeserver.is_mine(user_id):
+            await self._homeserver.check_auth_blocking(user_id)
         await self._check(user_id, room_id)
         if delay_id is not None and self._homeserver.has_delayed_events:
             # Ahead of what needs the SFU: a client does not ask a second time. One whose delayed

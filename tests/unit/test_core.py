@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from livekit.api import TokenVerifier, VideoGrants
 from synapse.api.errors import SynapseError
 
-from synapse_lk_jwt.access import Access, ServerList
+from synapse_lk_jwt.access import Access, Permissions, ServerList, Standing
 from synapse_lk_jwt.identifiers import is_room_id, is_server_name, is_user_id
 from synapse_lk_jwt.sfu.names import (
     device_identity,
@@ -60,12 +60,21 @@ def test_server_lists(entries: tuple[str, ...], matched: list[str], others: list
 
 def test_own_users_have_full_access_whatever_the_lists_say() -> None:
     access = Access("own.org", ServerList(("full.org",)), ServerList(("speaks.org",)))
-    assert [access.has_full_access(s) for s in ("own.org", "full.org", "speaks.org")] == [
-        True, True, False,
-    ]  # fmt: skip
-    assert [access.can_publish(s) for s in ("own.org", "full.org", "speaks.org")] == [
-        True, False, True,
-    ]  # fmt: skip
+    assert [access.permissions(s) for s in ("own.org", "full.org", "speaks.org")] == [
+        Permissions(has_full_access=True, can_publish=True),
+        Permissions(has_full_access=True, can_publish=False),
+        Permissions(has_full_access=False, can_publish=True),
+    ]
+
+
+def test_permissions_of_guests_and_shadow_banned_users_are_restricted() -> None:
+    access = Access("own.org", ServerList(("*",)), ServerList(("*",)))
+    assert access.permissions("own.org", Standing.GUEST) == Permissions(
+        has_full_access=False, can_publish=True
+    )
+    assert access.permissions("own.org", Standing.SHADOW_BANNED) == Permissions(
+        has_full_access=False, can_publish=False
+    )
 
 
 def payload_of(token: str) -> bytes:
