@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from copy import copy
 from inspect import signature
 from io import BytesIO
 from shlex import quote
@@ -19,15 +18,17 @@ from urllib.parse import urlencode
 import attr
 from canonicaljson import encode_canonical_json
 from synapse.api.constants import EventTypes
-from synapse.api.errors import FederationDeniedError
+from synapse.api.errors import FederationDeniedError, SynapseError
 from synapse.api.ratelimiting import Ratelimiter
 from synapse.appservice import ApplicationService
 from synapse.config.ratelimiting import RatelimitSettings
+from synapse.crypto.context_factory import FederationPolicyForHTTPS
 from synapse.http import QuieterFileBodyProducer
 from synapse.http.client import SimpleHttpClient
+from synapse.http.matrixfederationclient import MatrixFederationHttpClient
 from synapse.http.server import HttpServer
 from synapse.http.servlet import RestServlet
-from synapse.logging.context import make_deferred_yieldable
+from synapse.logging.context import make_deferred_yieldable, run_in_background
 from synapse.module_api import ModuleApi
 from synapse.storage._base import db_to_json
 from synapse.storage.database import (
@@ -47,14 +48,15 @@ from synapse.util.caches.response_cache import ResponseCache
 from synapse.util.iterutils import batch_iter
 from synapse.util.stringutils import parse_server_name
 from twisted.internet.defer import Deferred
-from twisted.web.client import HTTPConnectionPool
+from twisted.internet.error import DNSLookupError
+from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 from twisted.web.resource import Resource
+from zope.interface import implementer
 
 from synapse_lk_jwt.access import Standing
 from synapse_lk_jwt.delegation import ENCRYPTED_TYPE, MEMBERSHIP_TYPES, sticky_key
-from synapse_lk_jwt.http import BoundedPool
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +65,11 @@ logger = logging.getLogger(__name__)
 _GROUP = "synapse_lk_jwt"
 _SERVLETS = "_synapse_lk_jwt_servlets"
 
-# With headers. Bodies, and those of a `.well-known/matrix/server`, have narrower limits.
-MAX_FEDERATION_ANSWER_BYTES = 256 * 1024
+# How long a connection to another homeserver may last. A little longer than its requests may take.
+CONNECTION_LIFETIME_SEC = 12
+
+# How much may be received over it: TLS and HTTP headers, and a body, which has a narrower limit.
+MAX_CONNECTION_BYTES = 256 * 1024
 
 # How many of a sender's newest events are compared with one that may have been sent already. A user
 # within Synapse's default rate limit sends 70 between two attempts.
@@ -130,9 +135,13 @@ class Homeserver:
         self.has_delayed_events = has_delayed_events(self.config)
         files = "".join(f" -c {quote(name)}" for name in self.config.config_files)
         self.check_command = f"Run '{sys.executable} -m synapse_lk_jwt check{files}'"
-        self._pool = BoundedPool(self.reactor, MAX_FEDERATION_ANSWER_BYTES)
+        self._federation_client: MatrixFederationHttpClient | None = None
         # Whether `delayed_events` keeps finalised events; None until that has been looked up.
         self._keeps_finalised: bool | None = None
+
+    def is_own_name(self, server_name: str) -> bool:
+        """Whether a server name is this homeserver's, in capitals or not: to DNS it is the same."""
+        return server_name.lower() == self.server_name.lower()
 
     def is_mine(self, user_id: str) -> bool:
         """Whether a user is one of this homeserver."""
@@ -273,6 +282,16 @@ class Homeserver:
         """Whether a user of that server is joined to a room that this homeserver is in. Cached."""
         return bool(await self._store.is_host_joined(room_id, server_name))
 
+    async def host_in_room(self, server_name: str, room_id: str) -> str | None:
+        """A server that takes part in a room, as the room spells its name; None if it does not.
+
+        Synapse's `is_host_joined` raises on SQLite if the room has the name with other capitals.
+        """
+        hosts = await self._store.get_current_hosts_in_room(room_id)
+        if server_name in hosts:
+            return server_name
+        return next((host for host in hosts if host.lower() == server_name.lower()), None)
+
     async def has_partial_state(self, room_id: str) -> bool:
         """Whether this homeserver does not know yet who is in a room that it has just joined."""
         return bool(await self._store.is_partial_state_room(room_id))
@@ -295,11 +314,10 @@ class Homeserver:
     ) -> IResponse:
         """Asks another homeserver and returns its answer with the body unread.
 
-        Takes the agent of Synapse's federation client, so that server discovery, TLS policy and IP
-        block lists hold, but not the client: it would write the query into the log, count an error
-        against the server, after which Synapse does not talk to it at all for ten minutes, and
-        read a body of any size. The connections are our own, because Synapse's take headers of any
-        size. No redirect is followed; the time is for the caller to limit.
+        Uses the agent of a federation client of Synapse's, so that server discovery, TLS policy and
+        IP block lists hold. The client's own method would write the query into the log, count an
+        error against the server, after which Synapse does not talk to it at all for ten minutes,
+        and read a body of any size. No redirect is followed; the time is for the caller to limit.
 
         Args:
             method: the HTTP verb.
@@ -310,11 +328,14 @@ class Homeserver:
 
         Raises:
             FederationDeniedError: if `federation_domain_whitelist` does not hold the server.
+            synapse_lk_jwt.http.NETWORK_ERRORS: if the server cannot be asked.
         """
         whitelist = self._hs.config.federation
         if not whitelist.is_domain_allowed_according_to_federation_whitelist(server_name):
             raise FederationDeniedError(server_name)
-        client = self._hs.get_federation_http_client()
+        if self._federation_client is None:
+            self._federation_client = _federation_client(self._hs)
+        client = self._federation_client
         if query:
             path = f"{path}?{urlencode(query)}"
         headers = Headers()
@@ -329,10 +350,17 @@ class Homeserver:
                 BytesIO(encode_canonical_json(content)), cooperator=client._cooperator
             )
         uri = f"matrix-federation://{server_name}{path}"
-        response: Deferred[IResponse] = _on_pool(self._pool, client.agent).request(
-            method.encode("ascii"), uri.encode("ascii"), headers, producer
+        # The agent follows the rules for log contexts, and so leaves none behind.
+        response: Deferred[IResponse] = run_in_background(
+            client.agent.request, method.encode("ascii"), uri.encode("ascii"), headers, producer
         )
-        return await make_deferred_yieldable(response)
+        try:
+            return await make_deferred_yieldable(response)
+        except ValueError as e:
+            # Twisted cannot look up such a name. It may be one that the server delegates to.
+            raise DNSLookupError(f"not a host name: {e}") from None
+        except SynapseError as e:
+            raise DNSLookupError(f"not allowed: {e.msg}") from None
 
     def repeat(
         self,
@@ -660,18 +688,59 @@ def has_delayed_events(config: Any) -> bool:
     return bool(server.max_event_delay_ms)
 
 
-def _on_pool(pool: HTTPConnectionPool, agent: Any) -> Any:
-    """A copy of one of Synapse's agents, and of those that it is made of, on another pool.
+def _federation_client(hs: Any) -> MatrixFederationHttpClient:
+    """A federation client like Synapse's own, whose connections end with their answer.
 
-    Synapse's own stays as it is. An agent that keeps its parts elsewhere does without the pool.
+    Anyone can have this homeserver ask any number of servers, so that idle connections to these
+    would use up its file descriptors.
     """
-    agent = copy(agent)
-    if hasattr(agent, "_pool"):
-        agent._pool = pool
-    for part in ("_agent", "_well_known_resolver", "_well_known_agent"):
-        if hasattr(agent, part):
-            setattr(agent, part, _on_pool(pool, getattr(agent, part)))
-    return agent
+    client = MatrixFederationHttpClient(hs, _BoundedTls(hs))
+    # Below the agent that applies the IP block list; the pool serves `.well-known` as well.
+    pool = client.agent._agent._pool  # type: ignore[attr-defined]
+    pool.persistent = False
+    return client
+
+
+class _BoundedTls(FederationPolicyForHTTPS):
+    """Synapse's TLS policy, with connections that are bounded in time and in size.
+
+    In time, because an orderly end of TLS takes the other side's consent: a hostile server would
+    keep the connection open for ever. In size, because Twisted's client reads headers without end
+    and keeps them: a hostile server made Synapse grow by 400 MiB within ten seconds.
+    """
+
+    def __init__(self, hs: Any) -> None:
+        super().__init__(hs.config)
+        self._reactor: ISynapseReactor = hs.get_reactor()
+
+    def get_options(self, host: bytes) -> IOpenSSLClientConnectionCreator:
+        return _BoundedConnectionCreator(super().get_options(host), self._reactor)
+
+
+@implementer(IOpenSSLClientConnectionCreator)
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _BoundedConnectionCreator:
+    _creator: IOpenSSLClientConnectionCreator
+    _reactor: ISynapseReactor
+
+    def clientConnectionForTLS(self, tls_protocol: Any) -> Any:
+        receive, received = tls_protocol.dataReceived, 0
+
+        def abort() -> None:
+            # Does nothing if the connection has ended.
+            tls_protocol.transport.abortConnection()
+
+        def receive_bounded(data: bytes) -> None:
+            nonlocal received
+            received += len(data)
+            if received > MAX_CONNECTION_BYTES:
+                abort()
+            else:
+                receive(data)
+
+        tls_protocol.dataReceived = receive_bounded
+        self._reactor.callLater(CONNECTION_LIFETIME_SEC, abort)
+        return self._creator.clientConnectionForTLS(tls_protocol)
 
 
 class FederationServlet(Protocol):

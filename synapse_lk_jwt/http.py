@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes from the network is bounded here: in time, in size and in what counts as JSON."""
 
-from collections.abc import Awaitable, Callable, Hashable, Iterable
-from functools import partial
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable
+from reprlib import Repr
+from typing import Any, TypeVar
 
-import attr
+from OpenSSL.SSL import Error as TlsError
+from synapse.api.errors import FederationDeniedError
 from synapse.logging.context import (
     PreserveLoggingContext,
     make_deferred_yieldable,
     run_in_background,
 )
+from synapse.util.async_helpers import timeout_deferred
+from synapse.util.clock import Clock
 from synapse.util.json import json_decoder
+from twisted.internet import defer
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import (
-    IProtocol,
-    IProtocolFactory,
-    IReactorTime,
-    IStreamClientEndpoint,
-)
+from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.internet.protocol import Protocol, connectionDone
-from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from twisted.names.error import ResolverError
 from twisted.python.failure import Failure
-from twisted.web.client import HTTPConnectionPool, ResponseDone
+from twisted.web.client import RequestTransmissionFailed, ResponseDone, ResponseFailed
 from twisted.web.http import PotentialDataLoss
 from twisted.web.iweb import IResponse
-from zope.interface import implementer
 
 T = TypeVar("T")
 
@@ -38,24 +36,57 @@ class BodyTooLarge(Exception):
     """The body of a response is larger than was allowed."""
 
 
-async def within(seconds: float, reactor: IReactorTime, call: Callable[[], Awaitable[T]]) -> T:
+# What a request to another homeserver can fail with because of the network, of DNS, of what answers
+# there, or because the admin does not allow it. Everything else is a programming error.
+NETWORK_ERRORS = (
+    TimedOut,
+    BodyTooLarge,
+    FederationDeniedError,
+    # Of sockets. DNSLookupError is one.
+    OSError,
+    # Of DNS. The latter is not the built-in exception of that name.
+    ResolverError,
+    defer.TimeoutError,
+    ConnectError,
+    ConnectionClosed,
+    TlsError,
+    RequestTransmissionFailed,
+    # Also what Twisted's HTTP parser makes of an answer that is not HTTP.
+    ResponseFailed,
+    PotentialDataLoss,
+)
+
+_bounded = Repr()
+_bounded.maxstring = _bounded.maxother = 200
+
+
+def bounded_repr(value: object) -> str:
+    """What another server or a participant sent, fit for a line of the log: escaped and short."""
+    return _bounded.repr(value)
+
+
+async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]]) -> T:
     """Awaits `call()`, and cancels it when the time is over.
 
     Args:
         seconds: how long it may take.
-        reactor: whose time it is.
+        clock: Synapse's clock.
         call: a function that follows Synapse's rules for log contexts.
 
     Raises:
         TimedOut: if it took longer, whatever the cancelled call made of that.
     """
-
-    def timed_out(_result: Any, _timeout: float) -> NoReturn:
-        raise TimedOut()
-
+    deadline = clock.time() + seconds
     deferred: Deferred[T] = run_in_background(call)
-    deferred.addTimeout(seconds, reactor, onTimeoutCancel=timed_out)
-    return await make_deferred_yieldable(deferred)
+    try:
+        return await make_deferred_yieldable(
+            timeout_deferred(deferred=deferred, timeout=seconds, clock=clock)
+        )
+    except Exception:
+        # Whether cancelling is a CancelledError or something else is up to the cancelled call.
+        if clock.time() >= deadline:
+            raise TimedOut() from None
+        raise
 
 
 async def read_body(response: IResponse, max_bytes: int) -> bytes:
@@ -132,69 +163,6 @@ class _BodyReader(Protocol):
                 self.done.callback(None)
             else:
                 self.done.errback(reason)
-
-
-class BoundedPool(HTTPConnectionPool):
-    """Connections over which one answer, headers and all, cannot be larger than allowed.
-
-    Twisted's client limits how long a header is and not how many there are, and reads on for as
-    long as the other side sends. Here the connection is closed.
-    """
-
-    def __init__(self, reactor: IReactorTime, max_bytes: int) -> None:
-        """
-        Args:
-            reactor: whose time it is.
-            max_bytes: the limit; larger than the largest body by as much as headers may take.
-        """
-        HTTPConnectionPool.__init__(self, reactor)
-        # Whether to ask again is for the caller to decide.
-        self.retryAutomatically = False
-        self._max_bytes = max_bytes
-
-    def getConnection(self, key: Hashable, endpoint: IStreamClientEndpoint) -> "Deferred[Any]":
-        return super().getConnection(key, _BoundedEndpoint(endpoint, self._max_bytes))
-
-
-@implementer(IStreamClientEndpoint)
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _BoundedEndpoint:
-    _endpoint: IStreamClientEndpoint
-    _max_bytes: int
-
-    def connect(self, factory: IProtocolFactory) -> "Deferred[Any]":
-        bounded: WrappingFactory[_BoundedConnection] = WrappingFactory(factory)
-        bounded.protocol = partial(_BoundedConnection, max_bytes=self._max_bytes)
-        # Else it logs every connection.
-        bounded.noisy = False
-        connected: Deferred[Any] = self._endpoint.connect(bounded)
-        # Twisted's client wants its own protocol.
-        return connected.addCallback(lambda connection: connection.wrappedProtocol)
-
-
-class _BoundedConnection(ProtocolWrapper):
-    """Counts from each write on: a client writes a request, and what then comes is the answer."""
-
-    def __init__(self, factory: Any, protocol: IProtocol, max_bytes: int) -> None:
-        ProtocolWrapper.__init__(self, factory, protocol)
-        self._max_bytes = max_bytes
-        self._received = 0
-
-    def write(self, data: bytes) -> None:
-        self._received = 0
-        ProtocolWrapper.write(self, data)
-
-    def writeSequence(self, data: Iterable[bytes]) -> None:
-        self._received = 0
-        ProtocolWrapper.writeSequence(self, data)
-
-    def dataReceived(self, data: bytes) -> None:
-        self._received += len(data)
-        if self._received > self._max_bytes:
-            # The orderly way takes the other side's consent under TLS.
-            self.abortConnection()
-        else:
-            ProtocolWrapper.dataReceived(self, data)
 
 
 def parse_json(body: bytes) -> Any:

@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which strings are Matrix identifiers, and which can be stored and hashed at all."""
 
+import re
 from typing import Any, TypeGuard
 
 from synapse.types import UserID, get_domain_from_id
 from synapse.util.stringutils import parse_and_validate_server_name
 
 MAX_USER_ID_BYTES = 255
+
+# Unicode's category Cc. Identifiers end up in logs, where these could forge or colour a line.
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+# A label of a host name (RFC 1123, section 2.1). Twisted cannot look up others.
+_LABEL = re.compile(r"[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?")
 
 
 def is_clean(text: str) -> bool:
@@ -21,8 +28,10 @@ def is_clean(text: str) -> bool:
 def is_server_name(name: str) -> bool:
     """Whether this is a valid server name (Matrix specification, appendices, 'Server name')."""
     try:
-        _, port = parse_and_validate_server_name(name)
+        host, port = parse_and_validate_server_name(name)
     except ValueError:
+        return False
+    if host[0] != "[" and not all(map(_LABEL.fullmatch, host.split("."))):
         return False
     # Synapse reads the port with int(), which also takes signs, blanks and other scripts' digits.
     return port is None or (0 < port < 65536 and name.endswith(f":{port}"))
@@ -30,7 +39,7 @@ def is_server_name(name: str) -> bool:
 
 def is_room_id(room_id: str) -> bool:
     """Whether this can be a room ID. Those of room version 12 have no server name in them."""
-    return len(room_id) > 1 and room_id[0] == "!"
+    return len(room_id) > 1 and room_id[0] == "!" and not _CONTROL_CHARACTER.search(room_id)
 
 
 def is_user_id(user_id: Any, of_server: str | None = None) -> TypeGuard[str]:
@@ -38,6 +47,7 @@ def is_user_id(user_id: Any, of_server: str | None = None) -> TypeGuard[str]:
     return (
         isinstance(user_id, str)
         and is_clean(user_id)
+        and not _CONTROL_CHARACTER.search(user_id)
         and len(user_id.encode("utf-8")) <= MAX_USER_ID_BYTES
         and UserID.is_valid(user_id)
         and is_server_name(get_domain_from_id(user_id))

@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often tokens may be asked for, with Synapse's own rate limiter."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import IPv6Address, IPv6Network, ip_address
+
+from synapse.api.errors import LimitExceededError
 from synapse.config.ratelimiting import RatelimitSettings
 from synapse.types import get_domain_from_id
 
 from synapse_lk_jwt.homeserver import Homeserver
+
+# How many look-ups on other homeservers a process makes at a time. Each holds a connection.
+MAX_LOOK_UPS = 100
+
+# How much more often than one user all users together may ask for tokens in rooms that this
+# homeserver is not in. Such users, and their servers, may be made up.
+ELSEWHERE_FACTOR = 10
 
 
 class Limits:
@@ -15,13 +27,22 @@ class Limits:
     ) -> None:
         self._homeserver = homeserver
         self._tokens = homeserver.ratelimiter(rc_token)
+        self._elsewhere = homeserver.ratelimiter(
+            RatelimitSettings(
+                key="rc_token (rooms elsewhere)",
+                per_second=rc_token.per_second * ELSEWHERE_FACTOR,
+                burst_count=rc_token.burst_count * ELSEWHERE_FACTOR,
+            )
+        )
         self._look_ups = homeserver.ratelimiter(rc_openid)
+        self._look_ups_in_flight = 0
 
     async def ask_for_token(self, user_id: str, room_id: str) -> None:
         """Counts a request for a token, of a verified user of any server.
 
-        In rooms that this homeserver is not in it also counts for the user's server: a hostile one
-        has endless users there, and nobody here can know which of them are real.
+        In rooms that this homeserver is not in it also counts for the user's server, and for all
+        such rooms together. A hostile server has endless users there, and its operator can make up
+        endless servers.
         """
         homeserver = self._homeserver
         if await homeserver.is_exempt_from_limits(user_id):
@@ -31,7 +52,31 @@ class Limits:
             homeserver.server_name, room_id
         ):
             await self._tokens.ratelimit(None, key=get_domain_from_id(user_id))
+            await self._elsewhere.ratelimit(None, key="all")
 
-    async def ask_other_server(self, client_address: str) -> None:
-        """Counts a look-up of an OpenID token on another homeserver, ahead of it."""
-        await self._look_ups.ratelimit(None, key=client_address)
+    @asynccontextmanager
+    async def look_up(self, client_address: str) -> AsyncIterator[None]:
+        """Counts a look-up of an OpenID token on another homeserver, for as long as it lasts."""
+        await self._look_ups.ratelimit(None, key=address_block(client_address))
+        if self._look_ups_in_flight >= MAX_LOOK_UPS:
+            raise LimitExceededError("look-ups in flight", retry_after_ms=1000)
+        self._look_ups_in_flight += 1
+        try:
+            yield
+        finally:
+            self._look_ups_in_flight -= 1
+
+
+def address_block(address: str) -> str:
+    """What to count a client's address as: the /64 of an IPv6 address, and IPv4 as it is.
+
+    A single host commonly has a whole /64 (RFC 4291, section 2.5.4).
+    """
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        # The path of a socket, or nothing.
+        return address
+    if isinstance(ip, IPv6Address):
+        return str(ip.ipv4_mapped or IPv6Network((int(ip), 64), strict=False))
+    return str(ip)

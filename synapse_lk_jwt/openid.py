@@ -12,7 +12,7 @@ import attr
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import parse_json, read_body, within
+from synapse_lk_jwt.http import NETWORK_ERRORS, parse_json, read_body, within
 from synapse_lk_jwt.identifiers import is_user_id
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ async def verify(homeserver: Homeserver, token: OpenIdToken) -> str:
         InvalidToken: if the token is unknown, expired or another server's, if the user must not
             use this homeserver any more, or if the other server gave no proper answer.
     """
-    is_local = token.matrix_server_name == homeserver.server_name
+    is_local = homeserver.is_own_name(token.matrix_server_name)
     look_up, where = (_look_up, "local") if is_local else (_ask, "remote")
     with metrics.timing(metrics.openid_lookup_seconds.labels(where), homeserver.reactor):
         return await look_up(homeserver, token)
@@ -84,10 +84,9 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
         return response.code, await read_body(response, MAX_ANSWER_BYTES)
 
     try:
-        status, body = await within(LOOK_UP_TIMEOUT_SEC, homeserver.reactor, ask)
-    except Exception as e:
-        # Whatever can go wrong on the way to a stranger is the client's problem, not ours. The
-        # text of such an error may hold the URL and with it the token: its type must do.
+        status, body = await within(LOOK_UP_TIMEOUT_SEC, homeserver.clock, ask)
+    except NETWORK_ERRORS as e:
+        # The text of such an error may hold the URL and with it the token.
         raise InvalidToken(
             "unreachable", f"{server} could not be asked ({type(e).__name__})"
         ) from None

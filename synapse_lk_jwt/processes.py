@@ -58,7 +58,7 @@ class Processes:
             self._homeserver.run_in_background("synapse_lk_jwt_beat", self._beat)
 
     def refused(self) -> None:
-        """Notes that this process was told something with another signature than LiveKit's."""
+        """Notes that this process rejected a request that may be a webhook of LiveKit's."""
         now_ms = self._homeserver.clock.time_msec()
         if now_ms >= self._this.refused_ms + REFUSED_MS:
             self._this = attr.evolve(self._this, refused_ms=now_ms)

@@ -11,7 +11,7 @@ from synapse.util.caches.ttlcache import TTLCache
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import parse_json, read_body, within
+from synapse_lk_jwt.http import NETWORK_ERRORS, bounded_repr, parse_json, read_body, within
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +72,10 @@ class RemoteSfus:
         """
         try:
             status, body = await within(
-                TIMEOUT_SEC, self._homeserver.reactor, lambda: self._ask(server_name, content)
+                TIMEOUT_SEC, self._homeserver.clock, lambda: self._ask(server_name, content)
             )
-        except Exception as e:
-            raise RemoteFailure(
-                f"{server_name} could not be asked ({type(e).__name__}: {e})"
-            ) from e
+        except NETWORK_ERRORS as e:
+            raise RemoteFailure(f"{server_name} could not be asked ({bounded_repr(e)})") from e
         try:
             answer = parse_json(body)
         except ValueError:
@@ -93,7 +91,8 @@ class RemoteSfus:
         for refusal in ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM")):
             if refusal == (status, answer.get("errcode")):
                 raise RemoteRefusal(*refusal)
-        raise RemoteFailure(f"{server_name} answered {status} {answer.get('errcode')!r}")
+        errcode = bounded_repr(answer.get("errcode"))
+        raise RemoteFailure(f"{server_name} answered {status} {errcode}")
 
     async def _ask(self, server_name: str, content: JsonDict) -> tuple[int, bytes]:
         """The answer at the stable path, or at the unstable one where that is all there is."""

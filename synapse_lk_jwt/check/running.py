@@ -92,11 +92,12 @@ class Running:
             NoAnswer: if nobody answers.
             NoModuleThere: if it is not this module with this configuration.
         """
+        body = json.dumps(question).encode("ascii")
         answer = await self.probe.request(
             "POST",
             f"{service_url}/check",
-            {"Authorization": sign(self.setup.module.livekit_secret, self.time_msec())},
-            json.dumps(question).encode("ascii"),
+            {"Authorization": sign(self.setup.module.livekit_secret, body, self.time_msec())},
+            body,
         )
         state = answer.json
         if answer.status == 200 and isinstance(state, dict) and state.keys() >= STATE_KEYS:
@@ -182,7 +183,8 @@ class Running:
             return wrong(
                 "processes",
                 f"{_called(name)} at {url} runs with another livekit_secret than is in these files,"
-                " or with an older version of the module",
+                " or with another version of the module, or its clock is more than two minutes"
+                " apart from this one's",
                 "the command line",
                 "systemctl restart matrix-synapse    # or however you restart Synapse",
             )
@@ -273,20 +275,21 @@ async def _wait_for_webhook(running: Running, url: str, began_ms: int) -> Findin
         processes = (await running.ask_process(url))["processes"]
         if any(process["webhook_ms"] >= began_ms for process in processes):
             return ok("webhooks", "of LiveKit arrive")
-        # It may be a stranger's.
         is_refused = any(process["refused_ms"] >= began_ms for process in processes)
         await asyncio.sleep(ASK_AGAIN_SEC)
     if is_refused:
         return wrong(
             "webhooks",
-            "arrive with the signature of another key, and are refused: leaves come late",
+            "of LiveKit do not arrive, but Synapse rejected a request that names livekit_key and"
+            " has a wrong signature. It may be LiveKit's: compare livekit_secret with the secret"
+            " of that key in LiveKit's configuration. Leaves are detected late",
             LIVEKIT_YAML,
             *lines,
         )
     return wrong(
         "webhooks",
-        f"of LiveKit do not arrive: nothing came within {WEBHOOK_SEC} s of a room that was made"
-        " for this check; leaves come late",
+        "of LiveKit do not arrive: none that is signed with livekit_key came within"
+        f" {WEBHOOK_SEC} s of creating a room for this check. Leaves are detected late",
         f"{LIVEKIT_YAML}, with an address of Synapse that LiveKit can reach",
         *lines,
     )

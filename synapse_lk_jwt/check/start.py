@@ -57,7 +57,7 @@ class SynapseProbe:
             )
 
         try:
-            return await within(TIMEOUT_SEC, self._homeserver.reactor, ask)
+            return await within(TIMEOUT_SEC, self._homeserver.clock, ask)
         except (ConnectError, DNSLookupError) as e:
             raise NoAnswer(f"no connection: {str(e).rstrip('.')}") from None
         except Exception as e:

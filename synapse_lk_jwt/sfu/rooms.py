@@ -428,7 +428,7 @@ class RoomService:
             with metrics.timing(
                 metrics.sfu_request_seconds.labels(method), self._homeserver.reactor
             ):
-                result = await within(timeout_sec, self._homeserver.reactor, post_twice)
+                result = await within(timeout_sec, self._homeserver.clock, post_twice)
         except expected:
             self._succeeded(method)
             raise

@@ -7,7 +7,6 @@ every webhook and in ListParticipants, and participants cannot change them (unle
 anything down for a token. To the SFU and to the other participants it is noise.
 """
 
-import itertools
 import json
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
@@ -25,7 +24,6 @@ from synapse_lk_jwt.sfu.names import is_connection_of
 ATTRIBUTE = "synapse_lk_jwt"
 
 _NONCE_BYTES = 12
-_COUNTER_BYTES = 6
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -49,14 +47,10 @@ class Sealer:
     def __init__(self, secret: str) -> None:
         key = HKDF(SHA256(), 32, salt=None, info=b"synapse-lk-jwt: owner of a participant")
         self._cipher = AESGCM(key.derive(secret.encode("utf-8")))
-        # To ask the system for each nonce would take longer than to encrypt. A counter behind what
-        # no other process has drawn does not repeat, either.
-        self._process = os.urandom(_NONCE_BYTES - _COUNTER_BYTES)
-        self._counter = itertools.count()
 
     def seal(self, owner: Owner, identity: str) -> dict[str, str]:
         """The attributes for the token of a participant identity."""
-        nonce = self._process + next(self._counter).to_bytes(_COUNTER_BYTES, "big")
+        nonce = os.urandom(_NONCE_BYTES)
         parts = [identity, owner.user_id, owner.room_id, owner.slot_id]
         text = json.dumps(parts).encode("ascii")
         sealed = nonce + self._cipher.encrypt(nonce, text, None)

@@ -16,7 +16,7 @@ from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.store import Store
 from synapse_lk_jwt.web.core import Core
 from synapse_lk_jwt.web.endpoint import Endpoint, authorization
-from synapse_lk_jwt.web.requests import read_json_object
+from synapse_lk_jwt.web.requests import MAX_BODY_BYTES, read_json_object
 
 # No homeserver has made this one: an answer to it tells that the homeserver can be asked.
 UNKNOWN = "synapse-lk-jwt-check"
@@ -43,8 +43,12 @@ class CheckResource(Endpoint):
         self._not_served = not_served
 
     async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
+        assert request.content is not None
+        # The signature is for the whole body. One that is too large has another.
+        body = request.content.read(MAX_BODY_BYTES)
+        request.content.seek(0)
         now_ms = self._homeserver.clock.time_msec()
-        if not is_signed(self._issuer.signer.secret, authorization(request), now_ms):
+        if not is_signed(self._issuer.signer.secret, authorization(request), body, now_ms):
             # As for any path that there is not.
             raise UnrecognizedRequestError(code=404)
         return await super()._async_render(request)

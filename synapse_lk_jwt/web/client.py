@@ -80,25 +80,26 @@ class GetTokenRestServlet(RestServlet):
         await self._core.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
             await self._core.issuer.check_membership(user_id, body.room_id, strict=True)
-            if body.server_name in (None, self._core.homeserver.server_name):
+            server_name = body.server_name
+            if server_name is None or self._core.homeserver.is_own_name(server_name):
                 check_url(body.url, self._core.livekit_url)
                 identity = member_identity(user_id, body.member_id)
                 token = await self._core.issuer.issue(
                     user_id, body.room_id, body.slot_id, identity, "client_get_token"
                 )
             else:
-                token = await self._ask(body.server_name, user_id, body)
+                token = await self._ask(server_name, user_id, body)
         respond(request, 200, {"jwt": token})
 
     async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
         room_id = body.room_id
-        if not await self._core.homeserver.is_in_room(
-            server_name, room_id
-        ) and not await self._core.homeserver.has_partial_state(room_id):
+        homeserver = self._core.homeserver
+        host = await homeserver.host_in_room(server_name, room_id)
+        if host is None and not await homeserver.has_partial_state(room_id):
             raise NotInRoom()
         # What is signed is what was checked, and nothing else that a client sent.
         return await self._remote_sfus.get_token(
-            server_name,
+            host or server_name,
             {
                 "user_id": user_id,
                 "url": body.url,

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 from synapse.api.errors import Codes, SynapseError
 from synapse.http.server import UnrecognizedRequestResource
@@ -75,11 +76,15 @@ class _TokenEndpoint(Endpoint):
         self, request: SynapseRequest, token: OpenIdToken, claimed_user_id: str | None = None
     ) -> str:
         """The user that a token proves; the client is not told what is wrong with a token."""
-        is_local = token.matrix_server_name == self._homeserver.server_name
-        if not is_local:
-            await self._core.limits.ask_other_server(request.get_client_ip_if_available())
+        is_local = self._homeserver.is_own_name(token.matrix_server_name)
+        look_up: AbstractAsyncContextManager[None] = (
+            nullcontext()
+            if is_local
+            else self._core.limits.look_up(request.get_client_ip_if_available())
+        )
         try:
-            user_id = await openid.verify(self._homeserver, token)
+            async with look_up:
+                user_id = await openid.verify(self._homeserver, token)
             if claimed_user_id not in (None, user_id):
                 raise InvalidToken(
                     "other_user", f"it is of {user_id!r} and not of {claimed_user_id!r}"
@@ -87,13 +92,13 @@ class _TokenEndpoint(Endpoint):
         except InvalidToken as e:
             where = "local" if is_local else "remote"
             metrics.openid_failures.labels(where, e.cause).inc()
-            logger.info("Refused an OpenID token of %s: %s", token.matrix_server_name, e)
+            logger.info("Rejected an OpenID token of %r: %s", token.matrix_server_name, e)
             raise SynapseError(401, "The OpenID token is not valid", Codes.UNAUTHORIZED) from None
         return user_id
 
-    def _check_may_delegate(self, user_id: str, delay_id: str | None) -> None:
-        """Delayed events of other servers' users are not here, and so nobody here can send them."""
-        if delay_id is not None and not self._homeserver.is_mine(user_id):
+    def _check_may_delegate(self, token: OpenIdToken, delay_id: str | None) -> None:
+        """Refuses users of other servers, ahead of the look-up: their delayed events are there."""
+        if delay_id is not None and not self._homeserver.is_own_name(token.matrix_server_name):
             raise bad_json("delay_id", "is for users of this homeserver only")
 
     async def _check(self, user_id: str, room_id: str) -> None:
@@ -143,11 +148,11 @@ class SfuGetResource(_TokenEndpoint):
     @counts_refusals("sfu_get")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = SfuGetRequest.from_json(read_json_object(request))
+        self._check_may_delegate(body.openid_token, body.delay_id)
         user_id = await self._verify(request, body.openid_token)
         identity = device_identity(user_id, body.device_id)
         if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
             raise bad_json("device_id", "is too long")
-        self._check_may_delegate(user_id, body.delay_id)
         return await self._answer(
             user_id, body.room_id, body.slot_id, identity, body.delay_id, "sfu_get"
         )
@@ -173,8 +178,8 @@ class GetTokenResource(_TokenEndpoint):
     @counts_refusals("get_token")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request))
+        self._check_may_delegate(body.openid_token, body.delay_id)
         user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
-        self._check_may_delegate(user_id, body.delay_id)
         identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
         return await self._answer(
             user_id, body.room_id, body.slot_id, identity, body.delay_id, "get_token"
@@ -193,9 +198,10 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request), must_delegate=True)
         assert body.delay_id is not None
-        user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
-        if not self._homeserver.is_mine(user_id):
+        # Ahead of the look-up: delayed events of other servers' users are there.
+        if not self._homeserver.is_own_name(body.openid_token.matrix_server_name):
             raise SynapseError(403, "This is for users of this homeserver only", Codes.FORBIDDEN)
+        user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
         await self._check(user_id, body.room_id)
         device_id = body.claimed_device_id
         # The client may have joined with a token of either endpoint.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import attr
 from livekit.protocol.models import ParticipantInfo, Room
@@ -261,7 +262,11 @@ class ModuleTestCase(FederatingHomeserverTestCase):
         self.sfu = Sfu(reactor)
         hs.get_simple_http_client().request = self.sfu.request
         self.others = OtherServers(lambda uri: response(401, b"{}"))
-        hs.get_federation_http_client().agent = self.others
+        client = hs.get_federation_http_client()
+        client.agent = self.others
+        patcher = patch("synapse_lk_jwt.homeserver._federation_client", return_value=client)
+        patcher.start()
+        self.addCleanup(patcher.stop)
         self.alice = self.register_user("alice", "password")
         self.alices_token = self.login("alice", "password")
         self.room_id = self.helper.create_room_as(

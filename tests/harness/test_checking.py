@@ -3,12 +3,14 @@
 
 import json
 import logging
+from base64 import b64encode
 from typing import Any
 from unittest.mock import patch
 
 import jwt
 from harness_base import SECRET, P
 from livekit.api import VideoGrants
+from parameterized import parameterized
 from test_delegating import DelegationTestCase
 
 from synapse_lk_jwt.check.probe import NoAnswer
@@ -17,6 +19,7 @@ from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
 from synapse_lk_jwt.check.start import LOOK_AGAIN_MS
 from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.store import Store
 
 NO_WEBHOOK = "no webhook of LiveKit has told so"
 
@@ -26,13 +29,17 @@ class CheckTests(DelegationTestCase):
         return int(self.reactor.seconds() * 1000)
 
     def ask(
-        self, authorization: str | bytes | None, method: str = "POST", path: str = "/check"
+        self,
+        authorization: str | bytes | None,
+        method: str = "POST",
+        path: str = "/check",
+        body: bytes = b"{}",
     ) -> Any:
         headers = [] if authorization is None else [("Authorization", authorization)]
-        return self.make_request(method, P + path, b"{}", shorthand=False, custom_headers=headers)
+        return self.make_request(method, P + path, body, shorthand=False, custom_headers=headers)
 
     def test_whoever_may_read_the_configuration_is_told(self) -> None:
-        channel = self.ask(sign(SECRET, self.now_ms()))
+        channel = self.ask(sign(SECRET, b"{}", self.now_ms()))
         assert channel.code == 200, channel.result
         said = channel.json_body
         assert (said["server_name"], said["instance"], said["is_background"]) == (
@@ -43,8 +50,23 @@ class CheckTests(DelegationTestCase):
         assert 0 <= self.now_ms() - said["now_ms"] <= 1000
         assert said["not_served"] is None
         assert SECRET not in json.dumps(said)
-        for apart_ms in (-500_000, 200_000):
-            assert self.ask(sign(SECRET, self.now_ms() + apart_ms)).code == 200
+        for apart_ms in (-119_000, 119_000):
+            assert self.ask(sign(SECRET, b"{}", self.now_ms() + apart_ms)).code == 200
+
+    def test_signature_of_another_question_is_not_good(self) -> None:
+        body = json.dumps({"user_id": self.alice, "room_id": self.room_id}).encode()
+        authorization = sign(SECRET, b"{}", self.now_ms())
+        assert self.ask(authorization, body=body).code == 404
+        assert self.ask(sign(SECRET, body, self.now_ms()), body=body).code == 200
+        # What is behind the largest body counts, too.
+        large = b" " * 65_536
+        authorization = sign(SECRET, large, self.now_ms())
+        assert self.ask(authorization, body=large).json_body["errcode"] == "M_NOT_JSON"
+        assert self.ask(authorization, body=large + b"{}").code == 413
+
+    def test_signature_is_good_for_two_minutes(self) -> None:
+        for apart_ms in (-122_000, 122_000):
+            assert self.ask(sign(SECRET, b"{}", self.now_ms() + apart_ms)).code == 404
 
     def test_for_everybody_else_it_does_not_exist(self) -> None:
         signer = TokenSigner("APIkey", SECRET, self.now_ms)
@@ -63,9 +85,7 @@ class CheckTests(DelegationTestCase):
             f"Bearer {api_token}",
             f"Bearer {self.alices_token}",
             f"Bearer {unsigned}",
-            sign(SECRET, self.now_ms() - 1_000_000),
-            sign(SECRET, self.now_ms() + 1_000_000),
-            sign("another-secret-of-thirty-two-characters", self.now_ms()),
+            sign("another-secret-of-thirty-two-characters", b"{}", self.now_ms()),
         ):
             for method in ("POST", "GET", "PUT", "HEAD"):
                 unknown = self.ask(authorization, method, "/unknown")
@@ -80,10 +100,68 @@ class CheckTests(DelegationTestCase):
         assert channel.headers.hasHeader("Access-Control-Allow-Origin")
 
     def test_a_user_and_a_room_must_be_that(self) -> None:
-        authorization = [("Authorization", sign(SECRET, self.now_ms()))]
         for body in (b"", b"[]", b'{"user_id": 1}', b'{"user_id": "@a:b", "room_id": "#a"}'):
-            channel = self.post("/check", body, custom_headers=authorization)
+            channel = self.ask(sign(SECRET, body, self.now_ms()), body=body)
             assert channel.code == 400, body
+
+    def test_what_decides_about_a_user_is_told(self) -> None:
+        def ask() -> Any:
+            body = json.dumps({"user_id": self.alice, "room_id": self.room_id}).encode()
+            return self.ask(sign(SECRET, body, self.now_ms()), body=body).json_body["user"]
+
+        said = ask()
+        decides = ("is_active", "not_served", "standing", "is_blocked", "is_allowed")
+        assert [said[name] for name in decides] == [True, None, "normal", False, True]
+        self.get_success(self.hs.get_datastores().main.block_room(self.room_id, self.alice))
+        said = ask()
+        assert [said[name] for name in decides] == [True, None, "normal", True, False]
+        self.hs.config.server.hs_disabled = True
+        self.hs.get_auth_blocking()._hs_disabled = True
+        assert ask()["not_served"] == self.hs.config.server.hs_disabled_message
+
+
+class RejectedWebhookTests(DelegationTestCase):
+    """What a request with a wrong signature makes the check command think."""
+
+    def reject(self, **more: Any) -> None:
+        now = int(self.reactor.seconds())
+        claims = {"iss": "APIkey", "sha256": "digest", "nbf": now, "exp": now + 60, **more}
+        token = jwt.encode(claims, "a-secret-that-is-not-livekits-at-all")
+        headers = [("Authorization", token)]
+        assert self.post("/sfu_webhook", b"{}", custom_headers=headers).code == 401
+
+    def rejected_ms(self) -> int:
+        self.pump(0.01)
+        rows = self.get_success(
+            self.hs.get_datastores().main.db_pool.simple_select_onecol(
+                "synapse_lk_jwt_processes", {"instance": "master"}, "refused_ms"
+            )
+        )
+        return max(rows, default=0)
+
+    def test_request_that_names_our_key_is_noted(self) -> None:
+        self.advance_by(100)
+        self.reject()
+        assert self.rejected_ms() > 0
+
+    @parameterized.expand([({"iss": "APIother"},), ({"sha256": None},)])
+    def test_other_requests_are_not_noted(self, claims: dict[str, Any]) -> None:
+        self.advance_by(100)
+        self.reject(**claims)
+        for token in ("", "a.b.c", ".", f"a.{b64encode(b'[' * 9000).decode()}.c", "a.W10.c"):
+            headers = [("Authorization", token)]
+            assert self.post("/sfu_webhook", b"{}", custom_headers=headers).code == 401
+        assert self.rejected_ms() == 0
+
+    def test_many_rejected_requests_are_written_once_a_second(self) -> None:
+        self.advance_by(100)
+        with patch.object(Store, "note_process", return_value=None) as note:
+            began = self.reactor.seconds()
+            for _ in range(50):
+                self.reject()
+            seconds = self.reactor.seconds() - began
+        # Time passes with each request. The heartbeat is one more.
+        assert note.call_count <= seconds + 2
 
 
 class RunningTests(DelegationTestCase):

@@ -227,6 +227,8 @@ class WaysInTests(DelegationTestCase):
             self.rita, openid_token=token, delay_id=delay_id, delay_timeout=1
         )
         self.assert_error(self.post("/delegate_delayed_leave", body), 403, Codes.FORBIDDEN)
+        # The user's server need not be asked for that.
+        assert self.others.requests == []
         body = self.get_token_body(self.rita, delay_id=delay_id, delay_timeout=1)
         self.assert_error(self.post("/delegate_delayed_leave", body), 401, Codes.UNAUTHORIZED)
         self.assert_error(self.delegate(delay_id, room_id="!other:test"), 403, Codes.FORBIDDEN)

@@ -15,12 +15,18 @@ import synapse.rest as client_servlets
 from harness_base import URL, ModuleTestCase, P, response
 from synapse.api.errors import Codes
 from synapse.appservice import ApplicationService
+from synapse.crypto.context_factory import FederationPolicyForHTTPS
+from synapse.http.matrixfederationclient import MatrixFederationHttpClient
 from synapse.rest import ClientRestResource
-from twisted.internet.defer import Deferred, fail
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost
 
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import BoundedPool
+from synapse_lk_jwt.homeserver import (
+    CONNECTION_LIFETIME_SEC,
+    MAX_CONNECTION_BYTES,
+    _BoundedTls,
+    _federation_client,
+)
 from synapse_lk_jwt.sfu.names import member_identity
 from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
 
@@ -94,6 +100,33 @@ class OtherServersTests(ModuleTestCase):
     def test_the_other_server_must_be_in_the_room(self) -> None:
         self.assert_error(self.ask(), 403, Codes.FORBIDDEN)
         assert self.others.requests == []
+
+    def test_other_server_in_capitals_is_the_one_in_the_room(self) -> None:
+        self.join_remotely(self.rita)
+        self.others.answer = lambda uri: response(200, json.dumps({"jwt": JWT}).encode())
+        body = self.homeserver_body(
+            server_name=self.OTHER_SERVER_NAME.upper(), url="wss://other.example.com"
+        )
+        channel = self.post_homeserver(body)
+        assert (channel.code, channel.json_body) == (200, {"jwt": JWT})
+        ((_, uri, _),) = self.others.requests
+        assert uri.startswith(f"matrix-federation://{self.OTHER_SERVER_NAME}/")
+
+    def test_own_name_in_capitals_is_the_own_sfu(self) -> None:
+        body = self.homeserver_body(server_name="Test")
+        assert self.assert_token(self.post_homeserver(body))["sub"] != ""
+        assert self.others.requests == []
+
+    def test_odd_server_names_are_errors_of_the_client(self) -> None:
+        self.join_remotely(self.rita)
+        for server_name in (
+            "[::1]:8448", "127.1", "0x7f.1", "xn--a", "a-b.example", "OTHER", "0", "1" * 63,
+        ):  # fmt: skip
+            channel = self.post_homeserver(self.homeserver_body(server_name=server_name))
+            self.assert_error(channel, 403, Codes.FORBIDDEN)
+        for server_name in ("a_b", "a%b", "a..b", "-a", "a-", "1" * 64, "a.", "a\n", "\x85"):
+            channel = self.post_homeserver(self.homeserver_body(server_name=server_name))
+            self.assert_error(channel, 400, Codes.BAD_JSON)
 
     def test_it_is_asked_with_what_was_checked(self) -> None:
         self.join_remotely(self.rita)
@@ -277,18 +310,38 @@ class HookTests(ModuleTestCase):
         assert "synapse_lk_jwt" in client_servlets.SERVLET_GROUPS
         assert "synapse_lk_jwt" in federation_servlets.SERVLET_GROUPS
 
-    def test_requests_to_other_homeservers_go_over_connections_of_our_own(self) -> None:
-        config = {**super().default_config(), "server_name": "second", "modules": []}
-        second = self.setup_test_homeserver(server_name="second", config=config)
-        homeserver = Homeserver(second.get_module_api())
-        homeserver._pool = pool = Mock(spec=BoundedPool)
-        pool.getConnection.side_effect = lambda key, endpoint: fail(ConnectionLost())
-        request = homeserver.federation_request("GET", "other.example.com", "/")
-        self.get_failure(request, ConnectionLost)
-        # The server's `.well-known` first, then the server itself.
-        asked = [call.args[0][:2] for call in pool.getConnection.call_args_list]
-        host = b"other.example.com"
-        assert asked == [(b"https", host), (b"matrix-federation", host)]
+    def test_connections_to_other_homeservers_do_not_persist(self) -> None:
+        agent: Any = _federation_client(self.hs).agent
+        own: Any = MatrixFederationHttpClient(self.hs, FederationPolicyForHTTPS(self.hs.config))
+        federation = agent._agent
+        well_known = federation._well_known_resolver._well_known_agent._agent._agent
+        pools = [federation._pool, federation._agent._pool, well_known._pool]
+        assert [pool.persistent for pool in pools] == [False] * 3
+        # Synapse's own connections stay as they are.
+        assert own.agent._agent._pool.persistent
+
+    def test_connection_to_other_homeserver_is_aborted_in_the_end(self) -> None:
+        policy = _BoundedTls(self.hs)
+        for creator in (policy.get_options(b"a.org"), policy.creatorForNetloc(b"a.org", 443)):
+            tls_protocol = Mock()
+            assert creator.clientConnectionForTLS(tls_protocol) is not None
+            self.reactor.advance(CONNECTION_LIFETIME_SEC - 1)
+            tls_protocol.transport.abortConnection.assert_not_called()
+            self.reactor.advance(1)
+            tls_protocol.transport.abortConnection.assert_called_once_with()
+
+    def test_connection_to_other_homeserver_is_aborted_when_too_much_is_received(self) -> None:
+        tls_protocol = Mock()
+        receive = tls_protocol.dataReceived
+        creator: Any = _BoundedTls(self.hs).get_options(b"a.org")
+        creator.clientConnectionForTLS(tls_protocol)
+        for _ in range(MAX_CONNECTION_BYTES // 1024):
+            tls_protocol.dataReceived(b"x" * 1024)
+        assert receive.call_count == MAX_CONNECTION_BYTES // 1024
+        tls_protocol.transport.abortConnection.assert_not_called()
+        tls_protocol.dataReceived(b"x")
+        assert receive.call_count == MAX_CONNECTION_BYTES // 1024
+        tls_protocol.transport.abortConnection.assert_called_once_with()
 
     def test_two_homeservers_in_one_process(self) -> None:
         config = super().default_config()

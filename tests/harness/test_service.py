@@ -7,7 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from harness_base import SECRET, URL, ModuleTestCase, P, protobuf, response
-from synapse.api.errors import Codes
+from synapse.api.errors import Codes, SynapseError
 from synapse.storage.database import LoggingTransaction
 from tests.test_utils import FakeResponse
 from twisted.internet.defer import Deferred
@@ -214,12 +214,32 @@ class OpenIdTests(ModuleTestCase):
             response(200, b"[" * 10_000),
             response(200, good + b" " * 20_000),
             ConnectionLost(),
+            # A name that cannot be looked up, and an address that is blocked.
             ValueError("the URL with the remote-token in it"),
+            SynapseError(403, "the URL with the remote-token in it"),
         ):
             self.others.answer = lambda uri, answer=answer: answer
             with self.assertLogs("synapse_lk_jwt", logging.INFO) as logs:
                 self.refused(access_token="remote-token", matrix_server_name=self.OTHER_SERVER_NAME)
             assert "remote-token" not in "".join(logs.output)
+
+    def test_programming_error_during_look_up_is_a_500_and_a_traceback(self) -> None:
+        self.others.answer = lambda uri: TypeError("build_auth_headers takes another argument")
+        token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}
+        with self.assertLogs(level=logging.ERROR) as logs:
+            channel = self.post("/sfu/get", self.sfu_get_body(openid_token=token))
+        self.assert_error(channel, 500, Codes.UNKNOWN)
+        assert "TypeError: build_auth_headers" in "".join(logs.output)
+
+    def test_sub_with_control_character_is_rejected(self) -> None:
+        for character in "\n\r\t\x1b\x7f\x85\x9f":
+            self.refused(**self.remote_token(f"@ri{character}ta:{self.OTHER_SERVER_NAME}"))
+
+    def test_own_name_in_capitals_is_looked_up_here(self) -> None:
+        token = {**self.openid_token(), "matrix_server_name": "TEST"}
+        said = self.assert_token(self.post("/sfu/get", self.sfu_get_body(openid_token=token)))
+        assert said["sub"] == f"{self.alice}:DEVICE"
+        assert self.others.requests == []
 
     def test_an_answer_that_does_not_end(self) -> None:
         endless: list[Any] = []
@@ -300,6 +320,12 @@ class MembershipTests(ModuleTestCase):
         self.join_remotely(self.rita)
         channel = self.ask(self.rita, delay_id="id", delay_timeout=1)
         self.assert_error(channel, 400, Codes.BAD_JSON)
+        body = self.sfu_get_body(
+            openid_token=self.remote_token(self.rita), delay_id="id", delay_timeout=1
+        )
+        self.assert_error(self.post("/sfu/get", body), 400, Codes.BAD_JSON)
+        # The user's server need not be asked for that.
+        assert self.others.requests == []
 
 
 class NoMembershipTests(ModuleTestCase):
@@ -481,6 +507,64 @@ class LimitTests(ModuleTestCase):
             self.assert_token(ask("!elsewhere:other.example.com", number))
         channel = ask("!elsewhere:other.example.com", 20)
         self.assert_error(channel, 429, Codes.LIMIT_EXCEEDED)
+
+    def test_rooms_elsewhere_have_one_limit_together(self) -> None:
+        def ask(number: int) -> Any:
+            server = f"s{number}.example.com"
+            self.others.answer = lambda uri: response(
+                200, json.dumps({"sub": f"@user:{server}"}).encode()
+            )
+            token = {"access_token": "t", "matrix_server_name": server}
+            body = self.sfu_get_body(openid_token=token, room=f"!room{number}:{server}")
+            # The limit of look-ups is not what this is about.
+            address = f"10.{number // 250}.0.{number % 250}"
+            return self.post("/sfu/get", body, client_ip=address)
+
+        for number in range(200):
+            self.assert_token(ask(number))
+        self.assert_error(ask(200), 429, Codes.LIMIT_EXCEEDED)
+        # Rooms that this homeserver is in go on.
+        self.assert_token(self.post("/sfu/get", self.sfu_get_body()))
+
+    def test_addresses_of_one_ipv6_network_are_limited_together(self) -> None:
+        token = {"access_token": "forged", "matrix_server_name": self.OTHER_SERVER_NAME}
+        body = self.sfu_get_body(openid_token=token)
+        codes = [
+            self.post("/sfu/get", body, client_ip=f"2001:db8::{number:x}").code
+            for number in range(101)
+        ]
+        assert codes == [401] * 100 + [429]
+        assert self.post("/sfu/get", body, client_ip="2001:db8:0:1::1").code == 401
+
+    def test_look_ups_in_flight_are_limited(self) -> None:
+        waiting: list[Deferred[Any]] = []
+
+        def answer(uri: str) -> "Deferred[Any]":
+            waiting.append(Deferred())
+            return waiting[-1]
+
+        self.others.answer = answer
+        token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}
+        body = self.sfu_get_body(openid_token=token)
+
+        def ask(number: int) -> Any:
+            # Each from an address of its own.
+            return self.post("/sfu/get", body, await_result=False, client_ip=f"10.0.0.{number}")
+
+        channels = [ask(number) for number in range(101)]
+        self.pump(0.01)
+        assert len(waiting) == 100
+        assert not any(channel.is_finished() for channel in channels[:100])
+        self.assert_error(channels[100], 429, Codes.LIMIT_EXCEEDED)
+        assert channels[100].json_body["retry_after_ms"] > 0
+        # A look-up that ends, here after ten seconds, makes room for another.
+        self.reactor.advance(10)
+        self.pump()
+        assert [channel.code for channel in channels[:100]] == [401] * 100
+        late = ask(102)
+        self.pump(0.01)
+        assert len(waiting) == 101
+        assert not late.is_finished()
 
     def test_an_address_is_limited_ahead_of_the_look_up(self) -> None:
         token = {"access_token": "forged", "matrix_server_name": self.OTHER_SERVER_NAME}

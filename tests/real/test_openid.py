@@ -2,8 +2,11 @@
 """OpenID tokens of another homeserver, of a real one and of hostile ones."""
 
 import json
+import os
+import selectors
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from realparts import service
+from realparts.process import wait_until
 from realparts.sets import Homeservers
 from realparts.synapse import write_certificate
 
@@ -116,6 +120,27 @@ ANSWERS: dict[str, Callable[[ssl.SSLSocket], None]] = {
         b"HTTP/1.1 302 Found\r\nLocation: https://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     ),
     "drops": lambda c: None,
+    "bad status line": lambda c: c.sendall(b"HTTP/1.1 abc def\r\n\r\n"),
+    "header without colon": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nno\r\n\r\n"),
+    "bad length": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"),
+    "two lengths": lambda c: c.sendall(
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n"
+    ),
+    "unknown encoding": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: odd\r\n\r\nno"),
+    "bad chunk": lambda c: c.sendall(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n"
+    ),
+    "cut chunk": lambda c: c.sendall(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nab"
+    ),
+    "cut body": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"),
+    "cut headers": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-"),
+    "not UTF-8": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xff"),
+    "control character in sub": lambda c: c.sendall(
+        _json({"sub": f"@ri\n:127.0.0.1:{c.getsockname()[1]}"})
+    ),
+    "resets": lambda c: c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)),
+    "no TLS any more": lambda c: os.write(c.fileno(), b"this is no TLS record" * 10) and None,
     "huge": lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n{"),
     "endless": _endless,
     "endless headers": lambda c: _endlessly(c, b"200 OK", b"a: b\r\n"),
@@ -148,6 +173,87 @@ def test_a_hostile_homeserver_gets_401_in_time_and_no_memory(
     assert homeservers.a.main.memory() - memory < 8 * 1024 * 1024
     # The connection is closed. Some of it is on its way by then, in the buffers of both sides.
     assert _sent_endlessly[0] < 32 * 1024 * 1024
+
+
+ODD_SERVERS = {
+    "no listener": "127.0.0.1:1",
+    "no TLS": "",
+    "name that does not exist": "nowhere.invalid:8448",
+    "not a DNS name": "xn--a:8448",
+    "no route": "255.255.255.255:8448",
+    "unspecified": "[::]:1",
+}
+
+
+@pytest.mark.parametrize("kind", ODD_SERVERS)
+def test_server_that_cannot_be_asked_gets_401_and_no_traceback(
+    kind: str, homeservers: Homeservers
+) -> None:
+    alice = homeservers.user_of_a()
+    room_id = alice.create_room()
+    # A's listener for clients has no TLS.
+    server = ODD_SERVERS[kind] or homeservers.a.client_url.removeprefix("http://")
+    token = {"access_token": "token", "matrix_server_name": server}
+    body = service.sfu_get_body(alice, room_id, openid_token=token)
+    mark = homeservers.a.main.log_size()
+    answer = service.post(homeservers.a.client_url, "/sfu/get", body)
+    assert (answer.status, answer.json) == (401, UNAUTHORIZED), answer
+    assert "Traceback" not in homeservers.a.main.log_text(mark)
+
+
+LINGER: dict[str, bytes] = {
+    "keeps it open": b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n",
+    "says it will close it": b"HTTP/1.1 401 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", LINGER)
+def test_look_ups_leave_no_connections(kind: str, homeservers: Homeservers, tmp_path: Path) -> None:
+    """Asks 300 server names of a host that never closes a connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    write_certificate(tmp_path)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(300)]
+    held: list[ssl.SSLSocket] = []
+    over = threading.Event()
+
+    def serve() -> None:
+        with selectors.DefaultSelector() as selector:
+            for listener in listeners:
+                selector.register(listener, selectors.EVENT_READ)
+            while not over.is_set():
+                for key, _ in selector.select(timeout=0.2):
+                    listener = key.fileobj
+                    assert isinstance(listener, socket.socket)
+                    connection = context.wrap_socket(listener.accept()[0], server_side=True)
+                    # It is not read to its end, nor closed.
+                    held.append(connection)
+                    connection.recv(65536)
+                    connection.sendall(LINGER[kind])
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    alice = homeservers.user_of_a()
+    room_id = alice.create_room()
+    token = alice.openid_token()
+    pid = homeservers.a.main.pid
+    before = len(os.listdir(f"/proc/{pid}/fd"))
+    try:
+        for listener in listeners:
+            server = f"127.0.0.1:{listener.getsockname()[1]}"
+            other = {**token, "access_token": "forged", "matrix_server_name": server}
+            body = service.sfu_get_body(alice, room_id, openid_token=other)
+            assert service.post(homeservers.a.client_url, "/sfu/get", body).status == 401
+        assert len(held) == 300
+        # All are gone a few seconds after the last look-up, whatever the server does.
+        wait_until(
+            lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before + 5, "descriptors closed", 20
+        )
+    finally:
+        over.set()
+        thread.join()
+        for open_socket in [*held, *listeners]:
+            open_socket.close()
 
 
 def test_a_hostile_homeserver_does_not_speak_for_our_users(

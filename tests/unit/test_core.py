@@ -13,6 +13,7 @@ from synapse.api.errors import SynapseError
 
 from synapse_lk_jwt.access import Access, Permissions, ServerList, Standing
 from synapse_lk_jwt.identifiers import is_room_id, is_server_name, is_user_id
+from synapse_lk_jwt.limits import address_block
 from synapse_lk_jwt.sfu.names import (
     device_identity,
     device_member_identity,
@@ -299,3 +300,61 @@ def test_whatever_a_body_holds_it_is_taken_or_refused(content: dict[str, Any]) -
         except SynapseError as e:
             refused = e
             assert (refused.code, refused.errcode) == (400, "M_BAD_JSON")
+
+
+@pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)])
+def test_identifiers_with_control_characters_are_rejected(code: int) -> None:
+    character = chr(code)
+    for position in range(5):
+        name = f"{'abcd'[:position]}{character}{'abcd'[position:]}"
+        assert not is_room_id(f"!{name}")
+        assert not is_room_id(f"!{name}:example.com")
+        assert not is_user_id(f"@{name}:example.com")
+        assert not is_user_id(f"@user:{name}.com")
+        assert not is_server_name(f"{name}.com")
+
+
+def test_room_ids_in_the_field_are_accepted() -> None:
+    assert is_room_id("!room:example.com")
+    # Room version 12, and what old servers have made.
+    assert is_room_id("!Mcp5I2l1zrsXJWEyr2QPhDPPWlzPqSC7cyQ")
+    assert is_room_id("!räum ü:example.com")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a" * 64, f"{'a' * 64}.example", "-a.example", "a-.example", "a.-", "-:8448", "a.b-:8448"],
+)
+def test_server_names_that_cannot_be_looked_up_are_rejected(name: str) -> None:
+    assert not is_server_name(name)
+
+
+@pytest.mark.parametrize("name", ["a" * 63, "a-b.example:8448", "1.2.3.4", "[::1]:8448", "xn--a"])
+def test_server_names_that_may_be_looked_up_are_accepted(name: str) -> None:
+    assert is_server_name(name)
+
+
+@pytest.mark.parametrize(
+    ("address", "block"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:DB8:1:2::", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("::ffff:a00:1", "10.0.0.1"),
+        ("/run/synapse.sock", "/run/synapse.sock"),
+        ("", ""),
+    ],
+)
+def test_address_block_is_the_network_that_one_client_has(address: str, block: str) -> None:
+    assert address_block(address) == block
+
+
+def test_seal_has_a_fresh_random_nonce() -> None:
+    sealer = Sealer("secret")
+    owner = Owner("@a:b", "!room:b", "slot")
+    nonces = [urlsafe_b64decode(sealer.seal(owner, "me")[ATTRIBUTE])[:12] for _ in range(100)]
+    assert len(set(nonces)) == 100
+    # No part of it repeats, as that of a process or the digits of a counter would.
+    assert len({nonce[:6] for nonce in nonces}) == 100

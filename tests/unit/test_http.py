@@ -3,71 +3,77 @@
 
 from typing import Any
 
-from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IProtocolFactory, IStreamClientEndpoint
-from twisted.internet.task import Clock
-from twisted.internet.testing import StringTransport
-from twisted.web.client import Agent, ResponseFailed
-from twisted.web.iweb import IAgentEndpointFactory, IResponse
-from zope.interface import implementer
+import pytest
+from synapse.util.clock import Clock
+from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.internet.testing import MemoryReactorClock
 
-from synapse_lk_jwt.http import BoundedPool
-
-LIMIT = 1000
+from synapse_lk_jwt.http import TimedOut, bounded_repr, within
 
 
-@implementer(IAgentEndpointFactory, IStreamClientEndpoint)
-class Server:
-    """Takes connections and says what it is told to say."""
-
-    def __init__(self) -> None:
-        self.connections: list[Any] = []
-        self.agent = Agent.usingEndpointFactory(
-            Clock(),
-            self,
-            BoundedPool(Clock(), LIMIT),
-        )
-
-    def endpointForURI(self, uri: Any) -> "Server":
-        return self
-
-    def connect(self, factory: IProtocolFactory) -> "Deferred[Any]":
-        protocol = factory.buildProtocol(None)  # type: ignore[arg-type]
-        assert protocol is not None
-        protocol.makeConnection(StringTransport())
-        self.connections.append(protocol)
-        return succeed(protocol)
-
-    def get(self) -> list[Any]:
-        """Makes a request, and returns what became of it so far."""
-        seen: list[Any] = []
-        asked: Deferred[IResponse] = self.agent.request(b"GET", b"https://example.com/")
-        asked.addBoth(seen.append)
-        return seen
+class Reactor(MemoryReactorClock):  # type: ignore[misc]
+    """Time that passes as told."""
 
 
-def answer(size: int) -> bytes:
-    head, tail = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nA: ", b"\r\n\r\n"
-    return head + b"a" * (size - len(head) - len(tail)) + tail
+@pytest.fixture
+def reactor() -> Any:
+    return Reactor()
 
 
-def test_each_answer_may_be_as_large_as_allowed() -> None:
-    server = Server()
-    for _ in range(3):
-        seen = server.get()
-        (connection,) = server.connections
-        connection.dataReceived(answer(LIMIT))
-        assert seen[0].code == 200
+def outcome(reactor: Any, call: Any) -> list[Any]:
+    """What becomes of a call that is given ten seconds; filled in when it ends."""
+    seen: list[Any] = []
+    clock = Clock(reactor, server_name="test")
+    ensureDeferred(within(10, clock, call)).addBoth(seen.append)
+    return seen
 
 
-def test_the_connection_is_closed_on_a_larger_one() -> None:
-    for larger in (answer(LIMIT + 1), b"HTTP/1.1 100 Continue\r\n\r\n" * LIMIT):
-        server = Server()
-        seen = server.get()
-        (connection,) = server.connections
-        for byte in larger:
-            connection.dataReceived(bytes([byte]))
-            if connection.transport.disconnected:
-                break
-        assert connection.transport.disconnected
-        assert not seen or seen[0].check(ResponseFailed)
+def cancelled_with(error: Exception) -> "Deferred[None]":
+    return Deferred(lambda deferred: deferred.errback(error))
+
+
+def broken_canceller() -> "Deferred[None]":
+    def fail(_deferred: Any) -> None:
+        raise IndexError()
+
+    return Deferred(fail)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [Deferred, lambda: cancelled_with(IndexError()), broken_canceller],
+    ids=["cancelled", "cancelled with another error", "canceller raises"],
+)
+def test_within_raises_timed_out_whatever_cancelling_does(reactor: Any, make: Any) -> None:
+    seen = outcome(reactor, make)
+    reactor.advance(9.9)
+    assert seen == []
+    reactor.advance(0.2)
+    (failure,) = seen
+    assert failure.type is TimedOut
+
+
+def test_within_returns_the_result(reactor: Any) -> None:
+    assert outcome(reactor, lambda: succeed(1)) == [1]
+
+
+def test_within_passes_on_an_error_in_time(reactor: Any) -> None:
+    waiting: Deferred[None] = Deferred()
+    seen = outcome(reactor, lambda: waiting)
+    waiting.errback(IndexError())
+    (failure,) = seen
+    assert failure.type is IndexError
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 100_000, ["x" * 1000] * 1000, {"a" * 1000: "b" * 1000}, ValueError("x" * 100_000)],
+    ids=["string", "list", "dict", "error"],
+)
+def test_bounded_repr_is_bounded(value: object) -> None:
+    assert len(bounded_repr(value)) <= 2000
+
+
+def test_bounded_repr_has_no_control_characters() -> None:
+    assert bounded_repr("M_\n\x1b[31mFORGED") == r"'M_\n\x1b[31mFORGED'"
+    assert bounded_repr("M_FORBIDDEN") == "'M_FORBIDDEN'"

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synapse's log contexts survive requests to other servers.
+
+Without them the log has no request IDs, and Synapse accounts work to no request.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from harness_base import ModuleTestCase
+from synapse.logging.context import (
+    SENTINEL_CONTEXT,
+    LoggingContext,
+    PreserveLoggingContext,
+    current_context,
+    set_current_context,
+)
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseDone
+from twisted.web.http_headers import Headers
+
+from synapse_lk_jwt import remote
+from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.http import read_body, within
+from synapse_lk_jwt.openid import InvalidToken, OpenIdToken, verify
+from synapse_lk_jwt.remote import RemoteSfus
+
+
+class Response:
+    """An answer whose body comes when the test says so."""
+
+    def __init__(self, code: int, body: bytes) -> None:
+        self.code = code
+        self.headers = Headers()
+        self._body = body
+
+    def deliverBody(self, protocol: Any) -> None:
+        self._protocol = protocol
+
+    def finish(self) -> None:
+        with PreserveLoggingContext():
+            self._protocol.dataReceived(self._body)
+            self._protocol.connectionLost(Failure(ResponseDone()))
+
+
+class Agent:
+    """Keeps the rules for log contexts as Synapse's agent does: none is left behind."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Deferred[Any]] = []
+
+    def request(self, *_args: Any) -> "Deferred[Any]":
+        self.waiting.append(Deferred())
+        set_current_context(SENTINEL_CONTEXT)
+        return self.waiting[-1]
+
+    def answer(self, response: Response) -> None:
+        with PreserveLoggingContext():
+            self.waiting[-1].callback(response)
+
+
+class LogContextTests(ModuleTestCase):
+    def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
+        super().prepare(reactor, clock, hs)
+        self.agent = Agent()
+        hs.get_federation_http_client().agent = self.agent
+        self.homeserver = Homeserver(hs.get_module_api())
+        self.seen: list[str] = []
+
+    def note(self) -> None:
+        self.seen.append(str(current_context()))
+
+    def run_in_context(self, call: Callable[[], Any]) -> list[Any]:
+        """Runs an async function in a log context of its own, and notes the one that it ends in."""
+        results: list[Any] = []
+
+        async def run() -> None:
+            with LoggingContext(name="POST-1", server_name="test"):
+                try:
+                    results.append(await call())
+                except InvalidToken as e:
+                    results.append(e)
+                self.note()
+
+        with PreserveLoggingContext():
+            ensureDeferred(run())
+            # Whoever waits leaves none behind.
+            assert current_context() is SENTINEL_CONTEXT
+        return results
+
+    def test_log_context_is_kept_by_request_and_body(self) -> None:
+        async def ask() -> bytes:
+            response = await self.homeserver.federation_request("GET", "other.example.com", "/x")
+            self.note()
+            body = await read_body(response, 100)
+            self.note()
+            return body
+
+        results = self.run_in_context(lambda: within(10, self.homeserver.clock, ask))
+        response = Response(200, b"body")
+        self.agent.answer(response)
+        response.finish()
+        assert results == [b"body"]
+        assert self.seen == ["POST-1"] * 3
+
+    def test_log_context_is_kept_by_openid_look_up(self) -> None:
+        token = OpenIdToken("token", self.OTHER_SERVER_NAME)
+        results = self.run_in_context(lambda: verify(self.homeserver, token))
+        response = Response(200, json.dumps({"sub": self.rita}).encode())
+        self.agent.answer(response)
+        response.finish()
+        assert results == [self.rita]
+        assert self.seen == ["POST-1"]
+
+    def test_log_context_is_kept_by_look_up_that_times_out(self) -> None:
+        token = OpenIdToken("token", self.OTHER_SERVER_NAME)
+        (*results,) = self.run_in_context(lambda: verify(self.homeserver, token))
+        assert results == []
+        self.reactor.advance(11)
+        assert self.seen == ["POST-1"]
+
+    def test_log_context_is_kept_by_both_requests_for_remote_token(self) -> None:
+        unknown = Response(404, b'{"errcode": "M_UNRECOGNIZED", "error": ""}')
+        good = Response(200, b'{"jwt": "a.b.c"}')
+        original = remote.parse_json
+
+        def parse_json(body: bytes) -> Any:
+            self.note()
+            return original(body)
+
+        self.patch(remote, "parse_json", parse_json)
+        sfus = RemoteSfus(self.homeserver)
+        results = self.run_in_context(lambda: sfus.get_token(self.OTHER_SERVER_NAME, {}))
+        for number, response in enumerate((unknown, good), 1):
+            assert len(self.agent.waiting) == number
+            self.agent.answer(response)
+            response.finish()
+        assert results == ["a.b.c"]
+        assert self.seen == ["POST-1"] * 2
