@@ -225,7 +225,7 @@ class Homeserver:
     async def check_auth_blocking(self, user_id: str) -> None:
         """Refuses local users whom Synapse does not serve at the moment.
 
-        That is everyone while `hs_disabled` is set, and users beyond the limit of monthly active
+        These are all users while `hs_disabled` is set, and users beyond the limit of monthly active
         users. Without these options there is no database read.
 
         Raises:

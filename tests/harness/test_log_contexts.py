@@ -31,7 +31,7 @@ log_context: Any = vars(contexts)["LoggingContext"]
 
 
 class Response:
-    """An answer whose body comes when the test says so."""
+    """An answer whose body arrives when the test says so."""
 
     def __init__(self, code: int, body: bytes) -> None:
         # In which log context it is read.
@@ -94,7 +94,7 @@ class LogContextTests(ModuleTestCase):
 
         with PreserveLoggingContext():
             ensureDeferred(run())
-            # Whoever waits leaves none behind.
+            # A waiting function leaves no context behind.
             assert current_context() is SENTINEL_CONTEXT
         return results
 

@@ -250,7 +250,7 @@ def test_look_ups_leave_no_connections(kind: str, homeservers: Homeservers, tmp_
             body = service.sfu_get_body(alice, room_id, openid_token=other)
             assert service.post(homeservers.a.client_url, "/sfu/get", body).status == 401
         assert len(held) == 300
-        # All are gone a few seconds after the last look-up, whatever the server does.
+        # All are closed a few seconds after the last look-up, although the server closes none.
         wait_until(
             lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before + 5, "descriptors closed", 20
         )
