@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often tokens may be asked for, with Synapse's own rate limiter."""
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import IPv6Address, IPv6Network, ip_address
@@ -13,6 +14,8 @@ from synapse_lk_jwt.homeserver import Homeserver
 
 # How many look-ups on other homeservers a process makes at a time. Each holds a connection.
 MAX_LOOK_UPS = 100
+# And for one client address, so that a single client whose servers never answer cannot use up all.
+MAX_LOOK_UPS_FOR_ADDRESS = 50
 
 # How much more often than one user all users together may ask for tokens in rooms that this
 # homeserver is not in. Such users, and their servers, may be made up.
@@ -35,7 +38,8 @@ class Limits:
             )
         )
         self._look_ups = homeserver.ratelimiter(rc_openid)
-        self._look_ups_in_flight = 0
+        # By address block; without those that have none.
+        self._in_flight: Counter[str] = Counter()
 
     async def ask_for_token(self, user_id: str, room_id: str) -> None:
         """Counts a request for a token, of a verified user of any server.
@@ -57,14 +61,18 @@ class Limits:
     @asynccontextmanager
     async def look_up(self, client_address: str) -> AsyncIterator[None]:
         """Counts a look-up of an OpenID token on another homeserver, for as long as it lasts."""
-        await self._look_ups.ratelimit(None, key=address_block(client_address))
-        if self._look_ups_in_flight >= MAX_LOOK_UPS:
+        block = address_block(client_address)
+        await self._look_ups.ratelimit(None, key=block)
+        in_flight = self._in_flight
+        if in_flight.total() >= MAX_LOOK_UPS or in_flight[block] >= MAX_LOOK_UPS_FOR_ADDRESS:
             raise LimitExceededError("look-ups in flight", retry_after_ms=1000)
-        self._look_ups_in_flight += 1
+        in_flight[block] += 1
         try:
             yield
         finally:
-            self._look_ups_in_flight -= 1
+            in_flight[block] -= 1
+            if not in_flight[block]:
+                del in_flight[block]
 
 
 def address_block(address: str) -> str:

@@ -193,6 +193,25 @@ class OtherServersTests(ModuleTestCase):
             self.others.answer = lambda uri, answer=answer: answer
             self.assert_error(self.ask(), 502, Codes.UNKNOWN)
 
+    def test_programming_error_is_a_500_and_a_traceback(self) -> None:
+        self.join_remotely(self.rita)
+        self.others.answer = lambda uri: TypeError("build_auth_headers takes another argument")
+        with self.assertLogs(level=logging.ERROR) as logs:
+            self.assert_error(self.ask(), 500, Codes.UNKNOWN)
+        assert "TypeError: build_auth_headers" in "".join(logs.output)
+
+    def test_what_it_answers_is_escaped_and_short_in_the_log(self) -> None:
+        self.join_remotely(self.rita)
+        errcode = "M_\n2026-01-01 CRITICAL INJECTED\x1b[31m" + "x" * 10_000
+        answer = json.dumps({"errcode": errcode, "error": ""}).encode()
+        self.others.answer = lambda uri: response(500, answer)
+        with self.assertLogs("synapse_lk_jwt", logging.INFO) as logs:
+            self.assert_error(self.ask(), 502, Codes.UNKNOWN)
+        (line,) = (line for line in logs.output if "INJECTED" in line)
+        assert "\n" not in line
+        assert "\x1b" not in line
+        assert len(line) < 500
+
     def test_no_answer_in_time(self) -> None:
         self.join_remotely(self.rita)
         self.others.answer = lambda uri: Deferred()

@@ -536,6 +536,17 @@ class LimitTests(ModuleTestCase):
         assert codes == [401] * 100 + [429]
         assert self.post("/sfu/get", body, client_ip="2001:db8:0:1::1").code == 401
 
+    def test_look_ups_in_flight_are_limited_for_one_address(self) -> None:
+        self.others.answer = lambda uri: Deferred()
+        token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}
+        body = self.sfu_get_body(openid_token=token)
+        channels = [self.post("/sfu/get", body, await_result=False) for _ in range(51)]
+        other = self.post("/sfu/get", body, await_result=False, client_ip="10.0.0.1")
+        self.pump(0.01)
+        assert [channel.is_finished() for channel in channels] == [False] * 50 + [True]
+        self.assert_error(channels[50], 429, Codes.LIMIT_EXCEEDED)
+        assert not other.is_finished()
+
     def test_look_ups_in_flight_are_limited(self) -> None:
         waiting: list[Deferred[Any]] = []
 
