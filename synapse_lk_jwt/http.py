@@ -56,13 +56,16 @@ NETWORK_ERRORS = (
     PotentialDataLoss,
 )
 
+_MAX_REPR = 300
+
 _bounded = Repr()
 _bounded.maxstring = _bounded.maxother = 200
+_bounded.maxlevel = 2
 
 
 def bounded_repr(value: object) -> str:
     """What another server or a participant sent, fit for a line of the log: escaped and short."""
-    return _bounded.repr(value)
+    return _bounded.repr(value)[:_MAX_REPR]
 
 
 async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]]) -> T:

@@ -83,10 +83,10 @@ class Person:
     def _account(self) -> Finding:
         server = get_domain_from_id(self._user_id)
         if self._state["is_mine"]:
-            if self._state["not_served"]:
+            if self._state["auth_blocked"]:
                 return wrong(
                     "account",
-                    f"Synapse does not serve {self._user_id}: {self._state['not_served']}",
+                    f"Synapse does not serve {self._user_id}: {self._state['auth_blocked']}",
                 )
             if self._state["is_active"]:
                 return ok("account", f"{self._user_id} is a user of this homeserver")

@@ -75,12 +75,12 @@ class CheckResource(Endpoint):
         homeserver, server = self._homeserver, get_domain_from_id(user_id)
         is_mine = homeserver.is_mine(user_id)
         is_here = await homeserver.is_in_room(homeserver.server_name, room_id)
-        not_served: str | None = None
+        auth_blocked: str | None = None
         if is_mine:
             try:
                 await homeserver.check_auth_blocking(user_id)
             except ResourceLimitError as e:
-                not_served = e.msg
+                auth_blocked = e.msg
         try:
             await self._issuer.check_membership(user_id, room_id)
             is_allowed = True
@@ -96,7 +96,7 @@ class CheckResource(Endpoint):
         return {
             "is_mine": is_mine,
             "is_active": await homeserver.is_active(user_id) if is_mine else None,
-            "not_served": not_served,
+            "auth_blocked": auth_blocked,
             "standing": (await homeserver.standing(user_id)).value,
             "cannot_ask": cannot_ask,
             "is_blocked": await homeserver.is_room_blocked(room_id),

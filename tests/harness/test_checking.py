@@ -110,14 +110,14 @@ class CheckTests(DelegationTestCase):
             return self.ask(sign(SECRET, body, self.now_ms()), body=body).json_body["user"]
 
         said = ask()
-        decides = ("is_active", "not_served", "standing", "is_blocked", "is_allowed")
+        decides = ("is_active", "auth_blocked", "standing", "is_blocked", "is_allowed")
         assert [said[name] for name in decides] == [True, None, "normal", False, True]
         self.get_success(self.hs.get_datastores().main.block_room(self.room_id, self.alice))
         said = ask()
         assert [said[name] for name in decides] == [True, None, "normal", True, False]
         self.hs.config.server.hs_disabled = True
         self.hs.get_auth_blocking()._hs_disabled = True
-        assert ask()["not_served"] == self.hs.config.server.hs_disabled_message
+        assert ask()["auth_blocked"] == self.hs.config.server.hs_disabled_message
 
 
 class RejectedWebhookTests(DelegationTestCase):
