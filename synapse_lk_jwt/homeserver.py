@@ -191,27 +191,37 @@ class Homeserver:
         )
 
     async def inactive_users(self, user_ids: Collection[str]) -> set[str]:
-        """Those of many local users who are deactivated, locked or suspended.
+        """Those of many local users who are deactivated, locked or suspended."""
+        return await self._select_of_many(
+            "SELECT name FROM users WHERE (deactivated = 1 OR locked OR suspended) AND",
+            "name",
+            user_ids,
+        )
 
-        In the database, and not from Synapse's caches: to look at thousands of users there would
-        hold up everything else.
+    async def blocked_rooms(self, room_ids: Collection[str]) -> set[str]:
+        """Those of many rooms that the admin has blocked."""
+        return await self._select_of_many(
+            "SELECT room_id FROM blocked_rooms WHERE", "room_id", room_ids
+        )
+
+    async def _select_of_many(self, sql: str, column: str, values: Collection[str]) -> set[str]:
+        """The values that a table holds, of many.
+
+        In the database, and not from Synapse's caches: thousands of look-ups there would hold up
+        everything else.
         """
 
         def select(txn: LoggingTransaction) -> set[str]:
             found: set[str] = set()
-            for batch in batch_iter(user_ids, 1000):
-                clause, args = make_in_list_sql_clause(txn.database_engine, "name", batch)
-                txn.execute(
-                    "SELECT name FROM users"
-                    f" WHERE (deactivated = 1 OR locked OR suspended) AND {clause}",
-                    args,
-                )
-                found.update(name for (name,) in txn)
+            for batch in batch_iter(values, 1000):
+                clause, args = make_in_list_sql_clause(txn.database_engine, column, batch)
+                txn.execute(f"{sql} {clause}", args)
+                found.update(value for (value,) in txn)
             return found
 
-        if not user_ids:
+        if not values:
             return set()
-        return await self.run_db_interaction("synapse_lk_jwt_inactive_users", select)
+        return await self.run_db_interaction(f"synapse_lk_jwt_{column}", select)
 
     async def standing(self, user_id: str) -> Standing:
         """The standing of a user; NORMAL for users of other servers. Cached."""

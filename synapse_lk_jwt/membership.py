@@ -231,7 +231,7 @@ class Membership:
         await concurrently_execute(remove, unwanted, CONCURRENT_REQUESTS)
         for user_id, number in removed.items():
             times = f" ({number} connections)" if number > 1 else ""
-            logger.info("Removed %s from a call of %s%s", user_id, room_id, times)
+            logger.info("Removed %r from a call of %r%s", user_id, room_id, times)
         if failures:
             raise failures[0]
 
@@ -315,7 +315,7 @@ class Membership:
         if not await homeserver.is_in_room(homeserver.server_name, room_id):
             for livekit_room in livekit_rooms:
                 await self._rooms.delete_room(livekit_room)
-                logger.info("Ended a call of %s, which this homeserver has left", room_id)
+                logger.info("Ended a call of %r, which this homeserver has left", room_id)
             await self._store.forget_calls(livekit_rooms)
             return
         gone = {user for user in changed if await self._is_gone(user, room_id)}
@@ -382,7 +382,7 @@ class Membership:
         if not listing.is_complete and not listing.too_long:
             await self._rooms.delete_room(livekit_room)
             logger.warning(
-                "Ended a call of %s: LiveKit's list of its participants is too long to find those"
+                "Ended a call of %r: LiveKit's list of its participants is too long to find those"
                 " who have left the room",
                 room_id,
             )

@@ -262,7 +262,9 @@ class Watch:
         self._seen = {name: seen for name, seen in self._seen.items() if poll.there.get(name)}
         users = {user_id for seen in self._seen.values() for user_id in seen.users}
         inactive = await self._homeserver.inactive_users(users)
+        blocked = await self._homeserver.blocked_rooms(set(poll.calls.values()))
         to_list = self._rooms_to_list(poll, inactive)
+        to_list |= {name for name in self._seen if poll.calls.get(name) in blocked}
 
         async def check(livekit_room: str) -> None:
             try:

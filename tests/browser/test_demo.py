@@ -68,7 +68,7 @@ def test_the_demo_keeps_what_it_says(scene: Scene, browser: Browser, pictures: P
     service.post(alice.user.client_url, "/sfu/get", ask).ok()
     lines = [line for line in of_the_module(start) if "Serving" in line]
     lines += of_the_module(log.log_text(before))
-    assert any("Removed @bob:" in line for line in lines)
+    assert any("Removed '@bob:" in line for line in lines)
     terminal = browser.new_page(viewport={"width": 900, "height": 100})
     command = r"$ grep ' - synapse_lk_jwt\.' homeserver.log"
     terminal.set_content(TERMINAL % html.escape("\n".join([command, *lines])))
