@@ -36,7 +36,7 @@ class BodyTooLarge(Exception):
     """The body of a response is larger than was allowed."""
 
 
-# What a request to another homeserver can fail with because of the network, of DNS, of what answers
+# What a request to another server can fail with because of the network, of DNS, of what answers
 # there, or because the admin does not allow it. Everything else is a programming error.
 NETWORK_ERRORS = (
     TimedOut,

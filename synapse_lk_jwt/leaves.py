@@ -166,19 +166,25 @@ class DelayedLeaves:
             await self._homeserver.send(task.leave)
         except SynapseError as e:
             if 400 <= e.code < 500 and e.code != 429:
-                logger.info("The room does not take the delayed leave %s: %s", task.delay_id, e)
+                logger.info("The room rejected the delayed leave %s: %s", task.delay_id, e)
                 metrics.leave_failures.labels("refused").inc()
                 return Happened.OVER
             cause = str(e)
-        except Exception as e:
+        except (self._homeserver.database_error, OSError) as e:
             cause = f"{type(e).__name__}: {e}"
+        except Exception as e:
+            # Not even a programming error may lose a leave.
+            logger.exception("Could not send the delayed leave %s", task.delay_id)
+            cause = type(e).__name__
         else:
             if task.gone_ms is not None:
                 taken_ms = self._homeserver.clock.time_msec() - task.gone_ms
                 metrics.leave_seconds.observe(max(0, taken_ms) / 1000)
             return Happened.OVER
         metrics.leave_failures.labels("failed").inc()
-        logger.warning("The delayed leave %s is tried again, it failed: %s", task.delay_id, cause)
+        logger.warning(
+            "Could not send the delayed leave %s, the module tries again: %s", task.delay_id, cause
+        )
         return Happened.NOT_SENT
 
 

@@ -13,7 +13,7 @@ from synapse_lk_jwt.check.report import Finding, Verdict
 from synapse_lk_jwt.check.setup import Setup
 from synapse_lk_jwt.check.sfu import ACCESS_RULE, Sfu
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import read_body, within
+from synapse_lk_jwt.http import NETWORK_ERRORS, read_body, within
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class SynapseProbe:
             return await within(TIMEOUT_SEC, self._homeserver.clock, ask)
         except (ConnectError, DNSLookupError) as e:
             raise NoAnswer(f"no connection: {str(e).rstrip('.')}") from None
-        except Exception as e:
+        except (*NETWORK_ERRORS, IndexError) as e:
             raise NoAnswer(f"the connection broke: {type(e).__name__}") from None
 
 

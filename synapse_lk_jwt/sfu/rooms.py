@@ -32,7 +32,14 @@ from twisted.web.iweb import IResponse
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import BodyTooLarge, TimedOut, read_body, stream_body, within
+from synapse_lk_jwt.http import (
+    NETWORK_ERRORS,
+    BodyTooLarge,
+    TimedOut,
+    read_body,
+    stream_body,
+    within,
+)
 from synapse_lk_jwt.sfu.participants import (
     CallParticipant,
     Listing,
@@ -75,6 +82,9 @@ _ROOM_FIELDS = {
     Room.NAME_FIELD_NUMBER: 512,
     Room.NUM_PARTICIPANTS_FIELD_NUMBER: 0,
 }
+
+# Synapse's client logs the first argument of an exception, and fails where there is none.
+_CONNECTION_ERRORS = (*NETWORK_ERRORS, IndexError)
 
 # A failure that comes and goes is logged once in this time.
 LOG_AGAIN_SEC = 60
@@ -415,8 +425,8 @@ class RoomService:
                 return await post()
             except (SfuError, BodyTooLarge):
                 raise
-            except Exception as e:
-                # What a cancelled request raises is up to Synapse's client.
+            except _CONNECTION_ERRORS as e:
+                # So does the connection of a request that was cancelled.
                 if self._homeserver.reactor.seconds() >= deadline:
                     raise
                 # A connection that was kept open may have been closed by the other side meanwhile,
@@ -462,7 +472,7 @@ class RoomService:
             raise self._failed(method, "not_livekit", text) from None
         except (ConnectError, DNSLookupError) as e:
             raise self._failed(method, "no_connection", f"no connection: {e}") from None
-        except Exception as e:
+        except _CONNECTION_ERRORS as e:
             text = f"the connection broke: {type(e).__name__}: {e}"
             raise self._failed(method, "no_connection", text) from None
         self._succeeded(method)

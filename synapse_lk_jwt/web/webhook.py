@@ -90,8 +90,8 @@ class SfuWebhookResource(Endpoint):
         self._processes.webhook(webhook.livekit_room)
         try:
             await self._watch.webhook(webhook)
-        except Exception as e:
-            # LiveKit tries again.
+        except (self._homeserver.database_error, OSError) as e:
+            # LiveKit tries again, also after the 500 that a programming error gives.
             rejected.labels("not_noted").inc()
             logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
             raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
