@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import closing
+from copy import copy
 from inspect import signature
 from io import BytesIO
 from shlex import quote
@@ -51,7 +52,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import DNSLookupError
 from twisted.internet.interfaces import IOpenSSLClientConnectionCreator
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IResponse
+from twisted.web.iweb import IAgent, IResponse
 from twisted.web.resource import Resource
 from zope.interface import implementer
 
@@ -371,6 +372,23 @@ class Homeserver:
             raise DNSLookupError(f"not a host name: {e}") from None
         except SynapseError as e:
             raise DNSLookupError(f"not allowed: {e.msg}") from None
+
+    async def request(
+        self, method: str, uri: str, body: bytes | None, headers: Headers
+    ) -> IResponse:
+        """Sends a request that is no federation, and returns the response with the body unread.
+
+        Cancelling closes the connection. Synapse's client alone does not do that: its own limit of
+        60 s keeps a cancellation from the request, which waits on for a server that hangs.
+        """
+        client = copy(self.http_client)
+        client.agent = agent = _CancellableAgent(client.agent)
+        try:
+            return await client.request(method, uri, body, headers)
+        except Exception:
+            # What a cancelled request raises depends on how Synapse's client logs it.
+            agent.cancel()
+            raise
 
     def repeat(
         self,
@@ -751,6 +769,26 @@ class _BoundedConnectionCreator:
         tls_protocol.dataReceived = receive_bounded
         self._reactor.callLater(CONNECTION_LIFETIME_SEC, abort)
         return self._creator.clientConnectionForTLS(tls_protocol)
+
+
+@implementer(IAgent)
+class _CancellableAgent:
+    """Passes one request on to another agent, and keeps hold of it."""
+
+    def __init__(self, agent: IAgent) -> None:
+        self._agent = agent
+        self._request: Deferred[IResponse] | None = None
+
+    def request(self, *args: Any, **more: Any) -> "Deferred[IResponse]":
+        self._request = self._agent.request(*args, **more)
+        return self._request
+
+    def cancel(self) -> None:
+        """Cancels the request, unless it is over."""
+        if self._request is not None:
+            self._request.cancel()
+            # Synapse's client may have failed before it waited for the answer.
+            self._request.addErrback(lambda _: None)
 
 
 class FederationServlet(Protocol):

@@ -40,7 +40,7 @@ class SynapseProbe:
         """As `Probe` has it."""
 
         async def ask() -> Answer:
-            response = await self._homeserver.http_client.request(
+            response = await self._homeserver.request(
                 method,
                 url,
                 body,

@@ -406,7 +406,7 @@ class RoomService:
 
         async def post() -> T:
             uri = f"{self._api_url}/twirp/livekit.RoomService/{method}"
-            response = await self._homeserver.http_client.request(
+            response = await self._homeserver.request(
                 "POST", uri, request.SerializeToString(), Headers(headers)
             )
             content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]

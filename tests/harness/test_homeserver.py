@@ -34,6 +34,26 @@ PREFIXES = ("v1", "unstable/io.element.msc4195")
 JWT = "aGVhZA.Ym9keQ.c2ln"
 
 
+class RequestTests(ModuleTestCase):
+    def test_request_that_livekit_does_not_answer_in_time_closes_its_connection(self) -> None:
+        cancelled: list[str] = []
+
+        def request(method: bytes, uri: bytes, *more: Any, **others: Any) -> "Deferred[Any]":
+            return Deferred(lambda _: cancelled.append(uri.decode("ascii").rpartition("/")[2]))
+
+        client = self.hs.get_simple_http_client()
+        # The stub of all other tests.
+        del client.request
+        client.agent = Mock(request=request)
+        channel = self.post("/get_token", self.get_token_body(), await_result=False)
+        self.pump()
+        self.reactor.advance(9)
+        assert not cancelled
+        self.reactor.advance(1)
+        assert cancelled == ["CreateRoom"]
+        self.assert_error(channel, 503, Codes.UNKNOWN)
+
+
 class ClientTests(ModuleTestCase):
     def test_a_token_for_the_own_sfu(self) -> None:
         for prefix in PREFIXES:
