@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures tokens per second on a real Synapse, beside what Synapse does itself; or leaves."""
+"""Measures tokens per second on a real Synapse, beside what Synapse does itself; or the rest."""
 
 import argparse
 import asyncio
@@ -16,7 +16,7 @@ from typing import Any
 
 import attr
 
-from benchmarks import leaves, workers
+from benchmarks import ending, hanging, kicks, leaves, poll, workers
 from benchmarks.load import Result, run
 from benchmarks.setting import (
     KEY,
@@ -269,9 +269,16 @@ def main() -> None:
     parser.add_argument(
         "--workers", action="store_true", help="tokens of one worker and of two, on PostgreSQL"
     )
+    parser.add_argument("--hanging", action="store_true", help="a LiveKit that does not answer")
+    parser.add_argument(
+        "--minutes", type=float, default=5, help="how long LiveKit does not answer, with --hanging"
+    )
+    parser.add_argument("--poll", action="store_true", help="polls of up to 10,000 calls")
+    parser.add_argument("--end-of-call", action="store_true", help="a call of 1,000 that ends")
+    parser.add_argument("--kicks", action="store_true", help="kicks beside a flood in other rooms")
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.seconds, options.starts = 1, 1, 1
+        options.rounds, options.seconds, options.starts, options.minutes = 1, 1, 1, 0.5
     database = "PostgreSQL" if options.workers else "SQLite"
     where = (
         f"Synapse {version('matrix-synapse')} on {database}, log level INFO, Python"
@@ -282,10 +289,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             workers.measure(Path(name), options.rounds, options.seconds, options.quick)
         return
-    if options.leaves:
+    others: dict[str, Callable[[Path], None]] = {
+        "leaves": lambda directory: leaves.measure(directory, options.quick),
+        "hanging": lambda directory: hanging.measure(directory, 60 * options.minutes),
+        "poll": lambda directory: poll.measure(directory, options.rounds, options.quick),
+        "end_of_call": lambda directory: ending.measure(directory, options.rounds, options.quick),
+        "kicks": lambda directory: kicks.measure(directory, options.quick),
+    }
+    chosen = [other for name, other in others.items() if getattr(options, name)]
+    if chosen:
         print(where)
-        with tempfile.TemporaryDirectory() as name:
-            leaves.measure(Path(name), options.quick)
+        for other in chosen:
+            with tempfile.TemporaryDirectory() as name:
+                other(Path(name))
         return
     print(
         f"{where}; {CONNECTIONS} connections,"

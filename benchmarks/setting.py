@@ -3,7 +3,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,19 @@ class StubSfu:
     def put(self, path: str, told: Any) -> None:
         """Tells it who is there."""
         http("PUT", self.api_url + path, told).ok()
+
+    def hang(self, rooms: Collection[str] | None = None) -> None:
+        """Lets requests about some rooms, or all, go without an answer; no rooms end that."""
+        self.put("/hang", {"rooms": None if rooms is None else list(rooms)})
+
+    def delay(self, **methods: int) -> None:
+        """Slows methods down to so many milliseconds."""
+        self.put("/delay", methods)
+
+    def in_flight(self) -> tuple[int, int]:
+        """How many requests wait for an answer, and how many at most since this was asked last."""
+        now, most = self.get("/flight")
+        return now, most
 
     def _answers(self) -> bool:
         try:

@@ -1,106 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An SFU that takes a given time to make a room, and counts what it is asked.
+"""An SFU with made-up participants, which can be slow, or hang, and counts what it is asked.
 
 python -m benchmarks.stub_sfu PORT DELAY_MS
 
-Who is in its rooms is what it was told: `PUT /rooms` with `{room: {identity: {attribute: value}}}`
-adds people, `PUT /gone` with `{room: {identity: {}}}` takes some away. `GET /count` tells how often
-it was asked to make a room, `GET /removed` who was removed and when: `[[room, identity, seconds]]`,
-and `GET /asked` when each method was asked first and last: `{method: [times, first, last]}`.
+DELAY_MS is how long CreateRoom takes. The rest is set while it runs:
+
+- `PUT /rooms` with `{room: {identity: {attribute: value}}}` adds participants, and starts the
+  counts of `/asked` anew. `PUT /gone` with `{room: {identity: {}}}` takes participants away, and
+  with `{room: {}}` the room.
+- `PUT /delay` with `{method: milliseconds}` slows methods down.
+- `PUT /hang` with `{"rooms": [room]}` leaves requests about these rooms without an answer, with
+  `{"rooms": null}` all requests, with `{"rooms": []}` none. A request that has met a hanging SFU
+  never gets an answer.
+
+What it has seen:
+
+- `GET /count`: how often it was asked to make a room.
+- `GET /removed`: which participants were removed and when, `[[room, identity, seconds]]`.
+- `GET /asked`: when each method was asked first and last, `{method: [times, first, last]}`.
+- `GET /flight`: how many requests wait for an answer, and how many at most since this was asked
+  last, `[now, most]`.
 """
 
 import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from google.protobuf.message import Message
 from livekit.protocol.models import ParticipantInfo, Room
 from livekit.protocol.room import (
+    CreateRoomRequest,
+    DeleteRoomRequest,
+    DeleteRoomResponse,
     ListParticipantsRequest,
     ListParticipantsResponse,
+    ListRoomsRequest,
     ListRoomsResponse,
     RemoveParticipantResponse,
     RoomParticipantIdentity,
 )
 
 
+class NotFound(Exception):
+    """There is no such room or participant."""
+
+
+class Hangs(Exception):
+    """The request gets no answer."""
+
+
 class Sfu:
     """What the stub knows, and how it answers."""
 
-    def __init__(self, delay_sec: float) -> None:
-        self._delay_sec = delay_sec
+    def __init__(self, create_sec: float) -> None:
+        self._delay_sec = {"CreateRoom": create_sec}
         self._rooms: dict[str, dict[str, dict[str, str]]] = {}
+        self._hanging: frozenset[str] | None = frozenset()
+        self._in_flight = 0
+        self._most_in_flight = 0
         self._removed: list[tuple[str, str, float]] = []
         self._asked: dict[str, tuple[int, float, float]] = {}
-        self._methods: dict[str, Callable[[bytes], Message]] = {
-            "ListRooms": self._list_rooms,
-            "ListParticipants": self._list_participants,
-            "RemoveParticipant": self._remove_participant,
+        # How to read the request, which field names the room, and the answer.
+        self._methods: dict[str, tuple[Callable[[bytes], Any], str, Callable[[Any], Message]]] = {
+            "CreateRoom": (CreateRoomRequest.FromString, "name", self._create_room),
+            "DeleteRoom": (DeleteRoomRequest.FromString, "room", self._delete_room),
+            "ListRooms": (ListRoomsRequest.FromString, "", self._list_rooms),
+            "ListParticipants": (ListParticipantsRequest.FromString, "room", self._participants),
+            "GetParticipant": (RoomParticipantIdentity.FromString, "room", self._participant),
+            "RemoveParticipant": (RoomParticipantIdentity.FromString, "room", self._remove),
         }
 
-    async def answer(self, verb: str, path: str, body: bytes) -> bytes:
-        """The body of the answer to one request."""
-        if verb == "PUT":
-            self._told(path, json.loads(body))
-            return b"{}"
-        if verb == "GET":
-            times, _, _ = self._asked.get("CreateRoom", (0, 0, 0))
-            told: dict[str, object] = {
-                "/count": times,
-                "/removed": self._removed,
-                "/asked": self._asked,
-            }
-            return json.dumps(told[path]).encode("ascii")
-        method = path.rpartition("/")[2]
+    def set(self, path: str, body: Any) -> None:
+        """Follows a PUT."""
+        if path == "/delay":
+            self._delay_sec.update({method: ms / 1000 for method, ms in body.items()})
+        elif path == "/hang":
+            self._hanging = None if body["rooms"] is None else frozenset(body["rooms"])
+        elif path == "/rooms":
+            self._asked.clear()
+            for room, participants in body.items():
+                self._rooms.setdefault(room, {}).update(participants)
+        elif path == "/gone":
+            for room, participants in body.items():
+                for identity in participants:
+                    self._rooms.get(room, {}).pop(identity, None)
+                if not participants:
+                    self._rooms.pop(room, None)
+
+    def get(self, path: str) -> object:
+        """The answer to a GET."""
+        if path == "/flight":
+            most, self._most_in_flight = self._most_in_flight, self._in_flight
+            return [self._in_flight, most]
+        times, _, _ = self._asked.get("CreateRoom", (0, 0, 0))
+        return {"/count": times, "/removed": self._removed, "/asked": self._asked}[path]
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Counts a request until it is answered, or its connection closed."""
+        self._in_flight += 1
+        self._most_in_flight = max(self._most_in_flight, self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    async def answer(self, method: str, body: bytes) -> Message:
+        """The answer to a request of RoomService.
+
+        Raises:
+            NotFound, Hangs
+        """
         now = time.monotonic()
         times, first, _ = self._asked.get(method, (0, now, now))
         self._asked[method] = (times + 1, first, now)
-        if method in self._methods:
-            return self._methods[method](body).SerializeToString()
-        await asyncio.sleep(self._delay_sec)
-        room = Room(name="room", num_participants=1, creation_time=int(time.time()))
-        return room.SerializeToString()
+        read, field, answer = self._methods[method]
+        request = read(body)
+        if self._hanging is None or (field and getattr(request, field) in self._hanging):
+            raise Hangs()
+        delay_sec = self._delay_sec.get(method, 0)
+        if delay_sec:
+            await asyncio.sleep(delay_sec)
+        return answer(request)
 
-    def _told(self, path: str, told: dict[str, dict[str, dict[str, str]]]) -> None:
-        for room, people in told.items():
-            there = self._rooms.setdefault(room, {})
-            if path == "/rooms":
-                there.update(people)
-            else:
-                for identity in people:
-                    there.pop(identity, None)
-        if path == "/rooms":
-            self._asked.clear()
+    def _create_room(self, request: CreateRoomRequest) -> Message:
+        self._rooms.setdefault(request.name, {})
+        return Room(name=request.name, num_participants=1, creation_time=int(time.time()))
 
-    def _list_rooms(self, body: bytes) -> Message:
+    def _delete_room(self, request: DeleteRoomRequest) -> Message:
+        if self._rooms.pop(request.room, None) is None:
+            raise NotFound()
+        return DeleteRoomResponse()
+
+    def _list_rooms(self, request: ListRoomsRequest) -> Message:
         return ListRoomsResponse(
             rooms=[
-                Room(name=name, num_participants=len(people))
-                for name, people in self._rooms.items()
+                Room(name=name, num_participants=len(participants))
+                for name, participants in self._rooms.items()
+                if not request.names or name in request.names
             ]
         )
 
-    def _list_participants(self, body: bytes) -> Message:
-        people = self._rooms.get(ListParticipantsRequest.FromString(body).room, {})
+    def _participants(self, request: ListParticipantsRequest) -> Message:
+        participants = self._rooms.get(request.room, {})
         return ListParticipantsResponse(
-            participants=[
-                ParticipantInfo(
-                    identity=identity,
-                    sid=f"PA_{identity}",
-                    state=ParticipantInfo.State.ACTIVE,
-                    attributes=attributes,
-                )
-                for identity, attributes in people.items()
-            ]
+            participants=[_info(*participant) for participant in participants.items()]
         )
 
-    def _remove_participant(self, body: bytes) -> Message:
-        which = RoomParticipantIdentity.FromString(body)
-        self._removed.append((which.room, which.identity, time.monotonic()))
-        self._rooms.get(which.room, {}).pop(which.identity, None)
+    def _participant(self, request: RoomParticipantIdentity) -> Message:
+        attributes = self._rooms.get(request.room, {}).get(request.identity)
+        if attributes is None:
+            raise NotFound()
+        return _info(request.identity, attributes)
+
+    def _remove(self, request: RoomParticipantIdentity) -> Message:
+        if self._rooms.get(request.room, {}).pop(request.identity, None) is None:
+            raise NotFound()
+        self._removed.append((request.room, request.identity, time.monotonic()))
         return RemoveParticipantResponse()
+
+
+def _info(identity: str, attributes: dict[str, str]) -> ParticipantInfo:
+    return ParticipantInfo(
+        identity=identity,
+        sid=f"PA_{identity}",
+        state=ParticipantInfo.State.ACTIVE,
+        attributes=attributes,
+    )
 
 
 async def serve(sfu: Sfu, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -112,16 +182,36 @@ async def serve(sfu: Sfu, reader: asyncio.StreamReader, writer: asyncio.StreamWr
             if line.lower().startswith(b"content-length:"):
                 length = int(line[15:])
         verb, path, _ = first.decode("ascii").split(" ")
-        body = await sfu.answer(verb, path, await reader.readexactly(length))
+        body = await reader.readexactly(length)
+        status, content_type = "200 OK", "application/json"
+        if verb == "PUT":
+            sfu.set(path, json.loads(body))
+            answer = b"{}"
+        elif verb == "GET":
+            answer = json.dumps(sfu.get(path)).encode("ascii")
+        else:
+            with sfu.in_flight():
+                try:
+                    message = await sfu.answer(path.rpartition("/")[2], body)
+                    content_type = "application/protobuf"
+                    answer = message.SerializeToString()
+                except NotFound:
+                    status = "404 Not Found"
+                    answer = b'{"code": "not_found", "msg": "not there"}'
+                except Hangs:
+                    # Until the other side gives up.
+                    await reader.read()
+                    raise ConnectionError from None
         writer.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
+            f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n"
+            f"Content-Length: {len(answer)}\r\n\r\n".encode("ascii")
+            + answer
         )
 
 
-async def main(port: int, delay_sec: float) -> None:
+async def main(port: int, create_sec: float) -> None:
     """Serves until it is ended."""
-    sfu = Sfu(delay_sec)
+    sfu = Sfu(create_sec)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

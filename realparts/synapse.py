@@ -169,6 +169,13 @@ class Synapse:
         with closing(connection), connection:
             connection.executemany(f"{into} ({', '.join('?' * len(rows[0]))})", values)
 
+    def select(self, query: str, args: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        """Read from its SQLite database."""
+        assert self._postgres is None
+        connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
+        with closing(connection):
+            return connection.execute(query, args).fetchall()
+
     def log_text(self) -> str:
         """The logs of all processes, one after the other."""
         return "".join(process.log_text() for process in self.processes)

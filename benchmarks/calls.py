@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Participants with delegated leaves, put into the database: to make 10,000 by requests is slow."""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+
+import attr
+
+from benchmarks.setting import SECRET, StubSfu, port
+from realparts.http import http
+from realparts.matrix import User
+from realparts.member import MEMBER, POWER_LEVELS
+from realparts.synapse import Synapse
+from synapse_lk_jwt.sfu.names import livekit_room_name
+from synapse_lk_jwt.sfu.seal import Owner, Sealer
+
+HOUR_MS = 3_600_000
+# How often the leave of a connected participant is restarted then.
+RESTART_MS = 300_000
+
+_SEALER = Sealer(SECRET)
+
+
+@attr.s(auto_attribs=True, frozen=True)
+class Participant:
+    """A device of a user in a call, with what its LiveKit token says.
+
+    Attributes:
+        user: the user.
+        room_id: the Matrix room.
+        slot_id: the slot of the call in it.
+        device_id: the device, made up.
+    """
+
+    user: User
+    room_id: str
+    slot_id: str
+    device_id: str
+
+    @property
+    def livekit_room(self) -> str:
+        """The LiveKit room."""
+        return livekit_room_name(self.room_id, self.slot_id)
+
+    @property
+    def identity(self) -> str:
+        """The participant identity."""
+        return f"{self.user.user_id}:{self.device_id}"
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """The attributes of the token."""
+        owner = Owner(self.user.user_id, self.room_id, self.slot_id)
+        return _SEALER.seal(owner, self.identity)
+
+    @property
+    def key(self) -> str:
+        """The state key of the membership event."""
+        return f"_{self.user.user_id}_{self.device_id}_{self.slot_id}"
+
+    @property
+    def delay_id(self) -> str:
+        """The delayed event."""
+        return f"{self.livekit_room} {self.device_id}"
+
+
+def users(synapse: Synapse, number: int) -> list[User]:
+    """New users."""
+    with ThreadPoolExecutor(8) as threads:
+        return list(threads.map(synapse.register, (f"user{n}" for n in range(number))))
+
+
+def room(members: Sequence[User]) -> str:
+    """A Matrix room in which its members may be in calls."""
+    room_id = members[0].create_room(preset="public_chat", power_levels=POWER_LEVELS)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda user: user.join(room_id), members[1:]))
+    return room_id
+
+
+def rooms(members: Sequence[User], number: int) -> list[str]:
+    """Matrix rooms of one member each."""
+    with ThreadPoolExecutor(8) as threads:
+        return list(threads.map(lambda n: room([members[n % len(members)]]), range(number)))
+
+
+def join(sfu: StubSfu, participants: Iterable[Participant]) -> None:
+    """Lets participants be in the stub's rooms."""
+    there: dict[str, dict[str, dict[str, str]]] = {}
+    for participant in participants:
+        attributes = participant.attributes
+        there.setdefault(participant.livekit_room, {})[participant.identity] = attributes
+    sfu.put("/rooms", there)
+
+
+def leave(sfu: StubSfu, participants: Iterable[Participant]) -> None:
+    """Takes participants out of the stub's rooms."""
+    gone: dict[str, dict[str, dict[str, str]]] = {}
+    for participant in participants:
+        gone.setdefault(participant.livekit_room, {})[participant.identity] = {}
+    sfu.put("/gone", gone)
+
+
+def note_calls(synapse: Synapse, participants: Iterable[Participant]) -> None:
+    """Notes the calls of participants, as the first token for each call does."""
+    now_ms = int(1000 * time.time())
+    calls = {participant.livekit_room: participant.room_id for participant in participants}
+    rows = [{"livekit_room": a, "room_id": b, "seen_ms": now_ms} for a, b in calls.items()]
+    synapse.insert("synapse_lk_jwt_calls", rows)
+
+
+def delegate(synapse: Synapse, participants: Sequence[Participant]) -> None:
+    """Delegates the leaves of participants who are connected and have been seen."""
+    now_ms = int(1000 * time.time())
+    tables: Mapping[str, list[dict[str, object]]] = {
+        "synapse_lk_jwt_delegations": [],
+        "synapse_lk_jwt_identities": [],
+        "delayed_events": [],
+    }
+    delegations, identities, delayed = tables.values()
+    for number, p in enumerate(participants):
+        # Their restarts are due one after the other, as they would be.
+        restarted_ms = now_ms - number * RESTART_MS // len(participants)
+        delegations.append(
+            {
+                "delay_id": p.delay_id,
+                "user_id": p.user.user_id,
+                "livekit_room": p.livekit_room,
+                "member": p.identity,
+                "event_type": MEMBER,
+                "state_key": p.key,
+                "delay_ms": HOUR_MS,
+                "taken_ms": now_ms,
+                "several": False,
+                "phase": "connected",
+                "next_ms": restarted_ms + RESTART_MS,
+                "restarted_ms": restarted_ms,
+                "connected_ms": now_ms,
+                "doubted_ms": 0,
+                "tries": 0,
+            }
+        )
+        identities.append(
+            {
+                "livekit_room": p.livekit_room,
+                "identity": p.identity,
+                "delay_id": p.delay_id,
+                "sid": f"PA_{p.identity}",
+            }
+        )
+        delayed.append(
+            {
+                "delay_id": p.delay_id,
+                "user_localpart": p.user.user_id[1:].partition(":")[0],
+                "delay": HOUR_MS,
+                "send_ts": restarted_ms + HOUR_MS,
+                "room_id": p.room_id,
+                "event_type": MEMBER,
+                "state_key": p.key,
+                "content": "{}",
+                "is_processed": False,
+            }
+        )
+    for table, rows in tables.items():
+        synapse.insert(table, rows)
+
+
+def leaves_since(synapse: Synapse, since_ms: int) -> tuple[int, int]:
+    """How many leaves are in the rooms since some time, and when the last of them was sent.
+
+    Both times are milliseconds since the epoch.
+    """
+    # State that is left has a content of `{}`, which only the JSON of an event shows.
+    ((number, last_ms),) = synapse.select(
+        "SELECT COUNT(*), MAX(received_ts) FROM events JOIN event_json USING (event_id)"
+        " WHERE type = ? AND received_ts >= ? AND json LIKE '%\"content\":{}%'",
+        (MEMBER, since_ms),
+    )
+    return number, last_ms or 0
+
+
+def metric(synapse: Synapse, name: str, label: str = "") -> float:
+    """The sum of a metric of the main process, of the series that have a text in their labels."""
+    answer = http("GET", f"{synapse.client_url}/_synapse/metrics")
+    total = 0.0
+    for line in answer.body.decode("utf-8").splitlines():
+        if line.startswith((f"{name}{{", f"{name} ")) and label in line:
+            total += float(line.rpartition(" ")[2])
+    return total
+
+
+@contextmanager
+def sampling(synapse: Synapse, pause_sec: float, path: str = "/health") -> Iterator[list[float]]:
+    """Asks for something trivial all the time, and notes how many seconds each answer takes.
+
+    What keeps the reactor from its work shows in these.
+    """
+    times: list[float] = []
+    is_over = threading.Event()
+
+    def sample() -> None:
+        connection = HTTPConnection("127.0.0.1", port(synapse.client_url), timeout=60)
+        while not is_over.wait(pause_sec):
+            began = time.perf_counter()
+            connection.request("GET", path)
+            connection.getresponse().read()
+            times.append(time.perf_counter() - began)
+        connection.close()
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield times
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def quantile(times: Sequence[float], part: float) -> float:
+    """What this part of the times stayed below."""
+    return sorted(times)[min(len(times) - 1, int(len(times) * part))]

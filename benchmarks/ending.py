@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long the leaves of a large call take that ends at once, beside Synapse's own state events."""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from benchmarks import calls
+from benchmarks.calls import Participant
+from benchmarks.leaves import POLL_SEC, webhook
+from benchmarks.load import run
+from benchmarks.setting import StubSfu, as_json, http_request, module_config, port
+from realparts import service
+from realparts.member import MEMBER
+from realparts.process import stop_all, wait_until
+from realparts.synapse import Synapse
+
+PARTICIPANTS = 1000
+# Synapse persists one event of a room after the other, so that more of these gain nothing.
+CONNECTIONS = 16
+GOAL = 1.3
+
+
+def _state(participants: Sequence[Participant], content: object) -> list[bytes]:
+    """Requests of participants to set their membership."""
+    return [
+        http_request(
+            "PUT",
+            f"/_matrix/client/v3/rooms/{quote(p.room_id)}/state/{MEMBER}/{quote(p.key)}",
+            as_json(content),
+            f"Bearer {p.user.access_token}",
+        )
+        for p in participants
+    ]
+
+
+def _send(synapse: Synapse, requests: Sequence[bytes]) -> float:
+    result = asyncio.run(run(port(synapse.client_url), list(requests), CONNECTIONS, 600))
+    return result.seconds
+
+
+def _end(
+    synapse: Synapse, sfu: StubSfu, participants: Sequence[Participant], is_one_webhook: bool
+) -> float:
+    """Seconds from the first webhook until the last leave was sent."""
+    calls.join(sfu, participants)
+    calls.note_calls(synapse, participants[:1])
+    calls.delegate(synapse, participants)
+    if is_one_webhook:
+        told = [webhook("room_finished", participants[0].livekit_room, "", {})]
+        sfu.put("/gone", {participants[0].livekit_room: {}})
+    else:
+        told = [
+            webhook("participant_left", p.livekit_room, p.identity, p.attributes)
+            for p in participants
+        ]
+        calls.leave(sfu, participants)
+    began_ms = int(1000 * time.time())
+    _send(synapse, told)
+
+    def all_are_sent() -> bool:
+        time.sleep(0.2)
+        return calls.leaves_since(synapse, began_ms)[0] >= len(participants)
+
+    wait_until(all_are_sent, "all leaves", 600)
+    return (calls.leaves_since(synapse, began_ms)[1] - began_ms) / 1000
+
+
+def measure(directory: Path, rounds: int, is_quick: bool) -> None:
+    """Prints everything.
+
+    Args:
+        directory: for all files.
+        rounds: how often the call ends in each way.
+        is_quick: whether a tenth of the participants is enough.
+    """
+    number = PARTICIPANTS // 10 if is_quick else PARTICIPANTS
+    sfu = StubSfu(directory)
+    synapse = Synapse("ending", directory, module_config(sfu, POLL_SEC))
+    try:
+        sfu.start()
+        synapse.start()
+        synapse.wait_ready()
+        users = calls.users(synapse, number)
+        room_id = calls.room(users)
+        participants = [Participant(user, room_id, service.SLOT, "DEVICE") for user in users]
+        print(
+            f"\na call of {number:,} delegated participants ends at once, {rounds} rounds, medians"
+            f" (goal: within {GOAL} x)"
+        )
+        print(f"{'':30}{'leaves, s':>10}{'CPU s':>8}{'Synapse, s':>12}{'CPU s':>8}{'ratio':>8}")
+        _send(synapse, _state(participants, {"warms": "up"}))
+        for what, is_one_webhook in (("participant_left for each", False), ("room_finished", True)):
+            seen = []
+            for count in range(rounds):
+                used = synapse.main.cpu_seconds()
+                itself = _send(synapse, _state(participants, {what: count}))
+                cpu_itself = synapse.main.cpu_seconds() - used
+                used = synapse.main.cpu_seconds()
+                leaves = _end(synapse, sfu, participants, is_one_webhook)
+                cpu = synapse.main.cpu_seconds() - used
+                seen.append((leaves, cpu, itself, cpu_itself, leaves / itself))
+            median = [statistics.median(column) for column in zip(*seen, strict=True)]
+            print(
+                f"{what:30}{median[0]:10.1f}{median[1]:8.1f}{median[2]:12.1f}{median[3]:8.1f}"
+                f"{median[4]:8.2f}  {'met' if median[4] <= GOAL else 'missed'}",
+                flush=True,
+            )
+    finally:
+        stop_all([sfu.process, *synapse.processes])
