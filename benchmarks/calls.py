@@ -65,7 +65,7 @@ class Participant:
     @property
     def delay_id(self) -> str:
         """The delayed event."""
-        return f"{self.livekit_room} {self.device_id}"
+        return f"{self.livekit_room} {self.identity}"
 
 
 def users(synapse: Synapse, number: int) -> list[User]:

@@ -65,7 +65,11 @@ def _end(
         time.sleep(0.2)
         return calls.leaves_since(synapse, began_ms)[0] >= len(participants)
 
+    def none_is_left() -> bool:
+        return synapse.select("SELECT COUNT(*) FROM synapse_lk_jwt_delegations") == [(0,)]
+
     wait_until(all_are_sent, "all leaves", 600)
+    wait_until(none_is_left, "the end of all delegations", 60)
     return (calls.leaves_since(synapse, began_ms)[1] - began_ms) / 1000
 
 

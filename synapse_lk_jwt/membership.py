@@ -31,8 +31,12 @@ from synapse_lk_jwt.work import NotDone, WorkByKey
 
 logger = logging.getLogger(__name__)
 
-# How many requests to LiveKit are made at a time for one Matrix room.
+# How many participants of one call are removed at a time.
 CONCURRENT_REQUESTS = 10
+
+# How many calls of one Matrix room are listed at a time. Each answer takes about a millisecond of
+# Synapse's main thread, for which everything else waits. A room can have very many calls.
+CONCURRENT_CALLS = 3
 
 # How often to store how far the stream was followed.
 STORE_MS = 5_000
@@ -331,7 +335,7 @@ class Membership:
             except SfuError as e:
                 failures.append(e)
 
-        await concurrently_execute(process, livekit_rooms, CONCURRENT_REQUESTS)
+        await concurrently_execute(process, livekit_rooms, CONCURRENT_CALLS)
         if failures:
             raise failures[0]
 

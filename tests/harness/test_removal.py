@@ -10,8 +10,10 @@ from livekit.protocol.models import ParticipantInfo, Room, TrackInfo
 from livekit.protocol.room import ListRoomsResponse
 from parameterized import parameterized
 from test_following import FollowingTestCase
+from twisted.internet.defer import Deferred
 
 from synapse_lk_jwt import store
+from synapse_lk_jwt.membership import CONCURRENT_CALLS
 from synapse_lk_jwt.sfu import rooms
 from synapse_lk_jwt.sfu.names import livekit_room_name
 
@@ -341,3 +343,32 @@ class SlotTests(AttackTestCase):
         self.pump()
         assert self.users_there() == {self.rita}
         assert self.room == livekit_room_name(self.room_id, SLOT)
+
+    def test_leave_from_many_slots_lists_few_of_them_at_a_time(self) -> None:
+        self.connect("bob on one device")
+        self.get_success(
+            self.store.db_pool.simple_insert_many(
+                table="synapse_lk_jwt_calls",
+                keys=("livekit_room", "room_id", "seen_ms"),
+                values=[(f"slot{number}", self.room_id, 0) for number in range(20)],
+                desc="test",
+            )
+        )
+        (before,) = self.get_success(
+            self.store.db_pool.simple_select_onecol(
+                table="synapse_lk_jwt_calls",
+                keyvalues={"room_id": self.room_id},
+                retcol="COUNT(*)",
+                desc="test",
+            )
+        )
+        self.sfu.asked.clear()
+        self.sfu.answers_wait_for = Deferred()
+        self.join_remotely(self.bob, "leave")
+        self.pump()
+        assert len(self.sfu.asked) == CONCURRENT_CALLS
+        self.sfu.answers_wait_for, waiting = None, self.sfu.answers_wait_for
+        waiting.callback(None)
+        self.pump()
+        assert len({room for _, room in self.sfu.asked}) == before
+        assert self.users_there() == set()
