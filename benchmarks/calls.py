@@ -129,6 +129,7 @@ def delegate(synapse: Synapse, participants: Sequence[Participant]) -> None:
             {
                 "delay_id": p.delay_id,
                 "user_id": p.user.user_id,
+                "room_id": p.room_id,
                 "livekit_room": p.livekit_room,
                 "member": p.identity,
                 "event_type": MEMBER,

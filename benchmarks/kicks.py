@@ -33,14 +33,22 @@ HANGING_CALLS = 20
 GOAL_MS = 250
 
 
-def _kick(sfu: StubSfu, admin: User, participants: Sequence[Participant]) -> list[float]:
-    """Kicks one participant after the other; seconds from each request to RemoveParticipant."""
+def _kick(
+    sfu: StubSfu, admin: User, participants: Sequence[Participant]
+) -> tuple[list[float], list[float]]:
+    """Kicks one participant after the other.
+
+    Returns:
+        Seconds from each request to RemoveParticipant, and seconds from each answer.
+    """
     calls.join(sfu, participants)
     sent: dict[str, float] = {}
+    answered: dict[str, float] = {}
 
     def kick(participant: Participant) -> None:
         sent[participant.identity] = time.monotonic()
         admin.kick(participant.room_id, participant.user.user_id)
+        answered[participant.identity] = time.monotonic()
 
     def removed() -> dict[str, float]:
         return {
@@ -58,7 +66,12 @@ def _kick(sfu: StubSfu, admin: User, participants: Sequence[Participant]) -> lis
         for done in kicks:
             done.result()
     wait_until(lambda: len(removed()) >= len(participants), "all of them removed", 120)
-    return [at - sent[identity] for identity, at in removed().items()]
+    at = removed()
+    return (
+        [at[identity] - sent[identity] for identity in sent],
+        # The module may have seen the kick before Synapse answered.
+        [max(0.0, at[identity] - answered[identity]) for identity in sent],
+    )
 
 
 @contextmanager
@@ -112,15 +125,16 @@ def measure(directory: Path, is_quick: bool) -> None:
             f"\n{len(participants)} kicks in {CALLS} rooms, one every {EVERY_SEC} s, from the"
             f" request to RemoveParticipant (goal: p99 below {GOAL_MS} ms)"
         )
-        print(f"{'':16}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}{'CPU':>7}")
+        print(f"{'':16}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}{'CPU':>7}{'module p99 ms':>14}")
 
         def row(name: str) -> None:
             used, began = synapse.main.cpu_seconds(), time.monotonic()
-            times = _kick(sfu, admin, participants)
+            times, after_answer = _kick(sfu, admin, participants)
             cpu = (synapse.main.cpu_seconds() - used) / (time.monotonic() - began)
             p50, p99, most = (1000 * calls.quantile(times, part) for part in (0.5, 0.99, 1))
             print(
                 f"{name:16}{p50:8.0f}{p99:8.0f}{most:8.0f}{cpu:7.2f}"
+                f"{1000 * calls.quantile(after_answer, 0.99):14.0f}"
                 f"  {'met' if p99 < GOAL_MS else 'missed'}",
                 flush=True,
             )
