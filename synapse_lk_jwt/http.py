@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from OpenSSL.SSL import Error as TlsError
 from synapse.api.errors import FederationDeniedError
+from synapse.http import RequestTimedOutError
 from synapse.logging.context import (
     PreserveLoggingContext,
     make_deferred_yieldable,
@@ -54,6 +55,8 @@ NETWORK_ERRORS = (
     # Also what Twisted's HTTP parser makes of an answer that is not HTTP.
     ResponseFailed,
     PotentialDataLoss,
+    # What Synapse's client makes of a connection that ends, or cannot be made, without an answer.
+    RequestTimedOutError,
 )
 
 _MAX_REPR = 300

@@ -18,8 +18,10 @@ from synapse.appservice import ApplicationService
 from synapse.crypto.context_factory import FederationPolicyForHTTPS
 from synapse.http.matrixfederationclient import MatrixFederationHttpClient
 from synapse.rest import ClientRestResource
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionLost
+from twisted.python.failure import Failure
+from twisted.web.client import ResponseNeverReceived
 
 from synapse_lk_jwt.homeserver import (
     CONNECTION_LIFETIME_SEC,
@@ -52,6 +54,20 @@ class RequestTests(ModuleTestCase):
         self.reactor.advance(1)
         assert cancelled == ["CreateRoom"]
         self.assert_error(channel, 503, Codes.UNKNOWN)
+
+    def test_request_that_livekit_drops_unanswered_is_tried_again_and_then_503(self) -> None:
+        asked: list[str] = []
+
+        def request(method: bytes, uri: bytes, *more: Any, **others: Any) -> "Deferred[Any]":
+            asked.append(uri.decode("ascii").rpartition("/")[2])
+            return fail(ResponseNeverReceived([Failure(ConnectionLost())]))
+
+        client = self.hs.get_simple_http_client()
+        del client.request
+        client.agent = Mock(request=request)
+        channel = self.post("/get_token", self.get_token_body())
+        self.assert_error(channel, 503, Codes.UNKNOWN)
+        assert asked.count("CreateRoom") == 2
 
 
 class ClientTests(ModuleTestCase):
