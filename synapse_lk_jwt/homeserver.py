@@ -7,8 +7,8 @@ against the oldest and the newest Synapse that is supported.
 
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from copy import copy
 from inspect import signature
 from io import BytesIO
@@ -57,6 +57,7 @@ from twisted.web.resource import Resource
 from zope.interface import implementer
 
 from synapse_lk_jwt.access import Standing
+from synapse_lk_jwt.compat import Feature
 from synapse_lk_jwt.delegation import ENCRYPTED_TYPE, MEMBERSHIP_TYPES, sticky_key
 
 logger = logging.getLogger(__name__)
@@ -112,13 +113,21 @@ class Homeserver:
         database_error: the base class of what the database's driver raises.
         runs_background_tasks: whether this is the one process that does what must not be done by
             several.
-        has_delayed_events: whether users may schedule delayed events (`max_event_delay_duration`).
+        has_delayed_events: whether users may schedule delayed events (`max_event_delay_duration`),
+            and the module may delegate them.
+        has_state_changes: whether the stream of state changes can be followed.
         config: Synapse's configuration, for `check/setup.py`.
         check_command: a sentence that tells what to run to find out what is wrong.
     """
 
-    def __init__(self, api: ModuleApi) -> None:
+    def __init__(self, api: ModuleApi, off: Collection[Feature] = ()) -> None:
+        """
+        Args:
+            api: Synapse's module API.
+            off: the features that lack something of this Synapse.
+        """
         self._api = api
+        self._off = off
         # Untyped: Synapse's caches confuse mypy without a plugin that Synapse does not publish.
         self._hs: Any = api._hs
         self._store: Any = self._hs.get_datastores().main
@@ -133,7 +142,8 @@ class Homeserver:
         self.database_error: type[Exception] = self._store.database_engine.module.Error
         self.runs_background_tasks: bool = api.should_run_background_tasks()
         self.config: Any = self._hs.config
-        self.has_delayed_events = has_delayed_events(self.config)
+        self.has_delayed_events = Feature.DELEGATION not in off and has_delayed_events(self.config)
+        self.has_state_changes = Feature.STATE_CHANGES not in off
         files = "".join(f" -c {quote(name)}" for name in self.config.config_files)
         self.check_command = f"Run '{sys.executable} -m synapse_lk_jwt check{files}'"
         self._federation_client: MatrixFederationHttpClient | None = None
@@ -178,15 +188,16 @@ class Homeserver:
         user = await self._store.get_user_by_id(user_id)
         if user is None:
             # Application services may act as their sender without ever registering it.
-            return self._store.get_app_service_by_user_id(user_id) is not None
+            return await self._app_service(user_id) is not None
         return not (
             user.is_deactivated
             or user.locked
             or user.suspended
-            or await self._store.is_user_erased(user_id)
+            or (Feature.ERASED_USERS not in self._off and await self._store.is_user_erased(user_id))
             # Synapse does not ask this of users of application services.
             or (
                 user.appservice_id is None
+                and Feature.EXPIRED_ACCOUNTS not in self._off
                 and await self._hs.get_account_validity_handler().is_user_expired(user_id)
             )
         )
@@ -242,6 +253,8 @@ class Homeserver:
         Raises:
             synapse.api.errors.ResourceLimitError: 403, as Synapse itself answers.
         """
+        if Feature.SERVER_LIMITS in self._off:
+            return
         server = self.config.server
         if server.hs_disabled or server.limit_usage_by_mau:
             requester = create_requester(user_id, app_service=await self._app_service(user_id))
@@ -249,13 +262,21 @@ class Homeserver:
 
     async def is_exempt_from_limits(self, user_id: str) -> bool:
         """Whether a user belongs to an application service with `rate_limited: false`. Cached."""
-        if not self._store.get_app_services() or not self.is_mine(user_id):
+        if not self._app_services() or not self.is_mine(user_id):
             return False
         service = await self._app_service(user_id)
         return service is not None and not service.is_rate_limited()
 
+    def _app_services(self) -> Sequence[ApplicationService]:
+        if Feature.APPLICATION_SERVICES in self._off:
+            return ()
+        services: Sequence[ApplicationService] = self._store.get_app_services()
+        return services
+
     async def _app_service(self, user_id: str) -> ApplicationService | None:
         """The application service that a local user belongs to, if any. Cached."""
+        if Feature.APPLICATION_SERVICES in self._off:
+            return None
         service: ApplicationService | None = self._store.get_app_service_by_user_id(user_id)
         if service is None:
             user = await self._store.get_user_by_id(user_id)
@@ -265,11 +286,13 @@ class Homeserver:
 
     async def is_room_blocked(self, room_id: str) -> bool:
         """Whether the admin has blocked a room, or shut it down and blocked it. Cached."""
-        return bool(await self._store.is_room_blocked(room_id))
+        return Feature.BLOCKED_ROOMS not in self._off and bool(
+            await self._store.is_room_blocked(room_id)
+        )
 
     async def device_ids(self, user_id: str) -> Collection[str]:
         """The devices of a local user; none of other servers' users. A database read."""
-        if not self.is_mine(user_id):
+        if Feature.DEVICES in self._off or not self.is_mine(user_id):
             return ()
         devices: Mapping[str, Any] = await self._store.get_devices_by_user(user_id)
         return devices.keys()
@@ -305,10 +328,14 @@ class Homeserver:
 
     async def has_partial_state(self, room_id: str) -> bool:
         """Whether this homeserver does not know yet who is in a room that it has just joined."""
-        return bool(await self._store.is_partial_state_room(room_id))
+        return Feature.PARTIAL_STATE not in self._off and bool(
+            await self._store.is_partial_state_room(room_id)
+        )
 
     async def acl_allows(self, server_name: str, room_id: str) -> bool:
         """Whether the room's `m.room.server_acl` lets the server take part. Cached."""
+        if Feature.SERVER_ACLS in self._off:
+            return True
         state = self._hs.get_storage_controllers().state
         acl = await state.get_server_acl_for_room(room_id)
         # ACLs know no ports.
@@ -338,9 +365,12 @@ class Homeserver:
             content: a JSON body; a request that has one is signed.
 
         Raises:
-            FederationDeniedError: if `federation_domain_whitelist` does not hold the server.
+            FederationDeniedError: if `federation_domain_whitelist` does not hold the server, or
+                this Synapse lacks what the request needs.
             synapse_lk_jwt.http.NETWORK_ERRORS: if the server cannot be asked.
         """
+        if Feature.OTHER_SERVERS in self._off:
+            raise FederationDeniedError(server_name)
         whitelist = self._hs.config.federation
         if not whitelist.is_domain_allowed_according_to_federation_whitelist(server_name):
             raise FederationDeniedError(server_name)
@@ -647,17 +677,19 @@ class Homeserver:
 
         Returns:
             None if it will be served, else why not.
+
+        Raises:
+            ImportError: if this Synapse has no registries. The caller checks that first.
         """
-        if getattr(self._hs.config.experimental, "msc4512_enabled", False):
-            for service in self._store.get_app_services():
-                claimed = service.proxy_prefix
+        experimental = getattr(self._hs.config, "experimental", None)
+        if getattr(experimental, "msc4512_enabled", False):
+            for service in self._app_services():
+                claimed = getattr(service, "proxy_prefix", None)
                 if claimed and overlap(prefix, claimed):
                     return f"the application service {service.id!r} claims {claimed}"
-        try:
-            from synapse.federation.transport.server import SERVLET_GROUPS as FEDERATION_GROUPS
-            from synapse.rest import SERVLET_GROUPS as CLIENT_GROUPS
-        except ImportError:
-            return "this Synapse has no registry of servlets"
+        from synapse.federation.transport.server import SERVLET_GROUPS as FEDERATION_GROUPS
+        from synapse.rest import SERVLET_GROUPS as CLIENT_GROUPS
+
         setattr(self._hs, _SERVLETS, (client, federation))
         _put_first(CLIENT_GROUPS, _register_client_servlet)
         _put_first(FEDERATION_GROUPS, _FederationServlet)
@@ -666,13 +698,18 @@ class Homeserver:
     def register_web_resource(self, path: str, resource: Resource) -> bool:
         """Has Synapse serve a resource; returns False if another module has taken its path."""
         self._api.register_web_resource(path, resource)
+        if Feature.PATHS in self._off:
+            return True
         return self._hs._module_web_resources.get(path) is resource
 
     @property
     def transports(self) -> list[JsonDict]:
         """What `rtc/transports` says; nothing if Synapse does not serve it."""
         config = self._hs.config
-        return config.matrix_rtc.transports if config.experimental.msc4143_enabled else []
+        if Feature.TRANSPORTS in self._off or not config.experimental.msc4143_enabled:
+            return []
+        transports: list[JsonDict] = config.matrix_rtc.transports
+        return transports
 
     def advertise(self, livekit_url: str | None, service_url: str) -> None:
         """Adds the service to `rtc/transports` (MSC4143) and `.well-known/matrix/client`.
@@ -689,11 +726,14 @@ class Homeserver:
         if livekit_url is not None:
             transport["url"] = livekit_url
         config = self._hs.config
-        config.matrix_rtc.transports = _with_livekit(
-            "rtc/transports", config.matrix_rtc.transports, transport
-        )
-        config.experimental.msc4143_enabled = True
+        if Feature.TRANSPORTS not in self._off:
+            config.matrix_rtc.transports = _with_livekit(
+                "rtc/transports", config.matrix_rtc.transports, transport
+            )
+            config.experimental.msc4143_enabled = True
 
+        if Feature.WELL_KNOWN in self._off:
+            return
         key = "org.matrix.msc4143.rtc_foci"
         well_known = dict(config.server.extra_well_known_client_content)
         foci = well_known.get(key, [])
@@ -713,7 +753,7 @@ def has_delayed_events(config: Any) -> bool:
     # Synapse 1.140 has the second one only.
     if hasattr(server, "msc4140_enabled"):
         return bool(server.msc4140_enabled)
-    return bool(server.max_event_delay_ms)
+    return bool(getattr(server, "max_event_delay_ms", None))
 
 
 def _federation_client(hs: Any) -> MatrixFederationHttpClient:
@@ -812,24 +852,38 @@ def _put_first(groups: dict[str, Any], servlet: Any) -> None:
     groups.update({_GROUP: (servlet,), **others})
 
 
+@contextmanager
+def _log_exceptions() -> Iterator[None]:
+    """Logs an exception of a servlet, which Synapse registers while it starts its listeners.
+
+    These must start, even if a newer Synapse registers servlets in another way.
+    """
+    try:
+        yield
+    except Exception:
+        logger.exception("Could not serve an endpoint of MSC4195. Other endpoints are not affected")
+
+
 def _register_client_servlet(hs: Any, http_server: HttpServer) -> None:
     for client, _ in filter(None, [getattr(hs, _SERVLETS, None)]):
         for servlet in client:
-            servlet.register(http_server)
+            with _log_exceptions():
+                servlet.register(http_server)
 
 
 class _FederationServlet:
     """Stands in Synapse's registry of federation servlets for the ones of each homeserver."""
 
     def __init__(self, hs: Any, **kwargs: Any) -> None:
-        self._servlets = [
-            federation(hs=hs, **kwargs)
-            for _, federation in filter(None, [getattr(hs, _SERVLETS, None)])
-        ]
+        self._servlets: list[FederationServlet] = []
+        for _, federation in filter(None, [getattr(hs, _SERVLETS, None)]):
+            with _log_exceptions():
+                self._servlets.append(federation(hs=hs, **kwargs))
 
     def register(self, server: HttpServer) -> None:
         for servlet in self._servlets:
-            servlet.register(server)
+            with _log_exceptions():
+                servlet.register(server)
 
 
 def livekits(entries: Any) -> list[Mapping[str, Any]]:

@@ -98,10 +98,11 @@ class Membership:
         )
         self._recheck_until_ms: dict[str, int] = {}
         if homeserver.runs_background_tasks:
-            homeserver.on_new_data(self._on_new_data)
-            # What happened while this process was down.
-            homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
-            homeserver.repeat(STORE_MS, "synapse_lk_jwt_follow", self._follow_and_store)
+            if homeserver.has_state_changes:
+                homeserver.on_new_data(self._on_new_data)
+                # What happened while this process was down.
+                homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
+                homeserver.repeat(STORE_MS, "synapse_lk_jwt_follow", self._follow_and_store)
             homeserver.repeat(RECHECK_MS, "synapse_lk_jwt_recheck", self._recheck)
 
     def joined(self, livekit_room: str, participant: CallParticipant) -> None:

@@ -11,6 +11,7 @@ from synapse.module_api import ModuleApi
 from synapse_lk_jwt.access import Access
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
+from synapse_lk_jwt.compat import Feature, describe, missing_hooks
 from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
@@ -35,7 +36,18 @@ class LiveKitJwtModule:
     """Hands out LiveKit access tokens to Matrix users."""
 
     def __init__(self, config: LiveKitJwtConfig, api: ModuleApi) -> None:
-        homeserver = Homeserver(api)
+        missing = missing_hooks(api._hs)
+        if Feature.TOKENS in missing:
+            missing = {Feature.TOKENS: missing[Feature.TOKENS]}
+        for feature, hooks in missing.items():
+            logger.error(
+                "synapse-lk-jwt does not support this version: %s. Upgrade synapse-lk-jwt, or"
+                " return to an older Synapse",
+                describe(feature, hooks),
+            )
+        if Feature.TOKENS in missing:
+            return
+        homeserver = Homeserver(api, missing.keys())
         service_url = config.service_url_at(api.public_baseurl)
         try:
             # Ahead of what the module itself adds.
@@ -82,8 +94,10 @@ class LiveKitJwtModule:
             issuer.owners_kept_ms,
         )
         core = Core(homeserver, issuer, limits, leaves, config.livekit_url)
-        not_served = _serve_homeserver_endpoints(core)
-        if not_served is not None:
+        if Feature.HOMESERVER_ENDPOINTS in missing:
+            # That has been logged.
+            not_served: str | None = "this Synapse lacks what they need"
+        elif (not_served := _serve_homeserver_endpoints(core)) is not None:
             logger.error(
                 "MSC4195's homeserver endpoints are not served: %s. %s",
                 not_served,
@@ -118,15 +132,10 @@ class LiveKitJwtModule:
 
 def _serve_homeserver_endpoints(core: Core) -> str | None:
     """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
-    try:
-        # They stand on Synapse's internals, without which the service endpoints do well.
-        from synapse_lk_jwt.web.client import (
-            DelegateDelayedLeaveRestServlet,
-            GetTokenRestServlet,
-        )
-        from synapse_lk_jwt.web.federation import GetTokenFederationServlet
-    except ImportError as e:
-        return f"this Synapse lacks what they stand on ({e})"
+    # These import internals of Synapse that the service endpoints do without.
+    from synapse_lk_jwt.web.client import DelegateDelayedLeaveRestServlet, GetTokenRestServlet
+    from synapse_lk_jwt.web.federation import GetTokenFederationServlet
+
     homeserver = core.homeserver
     client: list[RestServlet] = [GetTokenRestServlet(core, RemoteSfus(homeserver))]
     if homeserver.has_delayed_events:

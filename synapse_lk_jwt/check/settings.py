@@ -2,13 +2,13 @@
 """What can be told from the configuration alone."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, PUBLIC_BASEURL, Setup
+from synapse_lk_jwt.compat import describe, missing_in_installed_synapse
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
 from synapse_lk_jwt.homeserver import livekits, overlap
 from synapse_lk_jwt.identifiers import is_server_name
@@ -32,33 +32,17 @@ def check(setup: Setup) -> Iterator[Finding]:
     yield from _federation(setup)
 
 
-def missing_hooks() -> list[str]:
-    """What the module stands on and this Synapse lacks."""
-    missing = []
-    for name, purpose in (
-        ("synapse.config.matrixrtc", "rtc/transports"),
-        ("synapse.rest.client.delayed_events", "delayed events"),
-    ):
-        if find_spec(name) is None:
-            missing.append(purpose)
-    for name in ("synapse.rest", "synapse.federation.transport.server"):
-        if not hasattr(__import__(name, fromlist=["SERVLET_GROUPS"]), "SERVLET_GROUPS"):
-            missing.append(f"a registry of servlets in {name}")
-    return missing
-
-
 def _hooks() -> Iterator[Finding]:
-    missing = missing_hooks()
-    if missing:
+    missing = missing_in_installed_synapse()
+    for feature, hooks in missing.items():
         yield wrong(
             "Synapse",
-            f"this version lacks {', '.join(missing)}: MSC4195's homeserver endpoints, or the"
-            " discovery of calls, are not there",
+            describe(feature, hooks),
             "the environment that Synapse is installed in",
             "pip install --upgrade matrix-synapse synapse-lk-jwt",
         )
-    else:
-        yield ok("Synapse", "has all that the module stands on")
+    if not missing:
+        yield ok("Synapse", "has the classes and methods that the module uses")
 
 
 def _delayed_events(setup: Setup) -> Iterator[Finding]:
