@@ -56,11 +56,19 @@ class Issuer:
     can_update_own_metadata: bool
 
     @property
+    def usable_after_removal_ms(self) -> int:
+        """How long a participant that was removed may hold a token, in milliseconds.
+
+        LiveKit sends a new token with every connection, also with one that is ended at once.
+        """
+        return max(self.token_lifetime_ms, REFRESHED_TOKEN_MS)
+
+    @property
     def owners_kept_ms(self) -> int | None:
         """How long owners are noted after they were last seen; None if tokens alone name them."""
         if not self.can_update_own_metadata:
             return None
-        return max(self.token_lifetime_ms, REFRESHED_TOKEN_MS) + UNSEEN_MS
+        return self.usable_after_removal_ms + UNSEEN_MS
 
     async def check_membership(self, user_id: str, room_id: str, *, strict: bool = False) -> None:
         """Refuses those who cannot be in a call of a Matrix room.

@@ -4,7 +4,8 @@
 The stream of state changes drives this, from a stored position on, so that nothing is missed while
 the homeserver is down. A self-hosted LiveKit does not revoke tokens. So the module checks every
 participant that joins. For as long as tokens live after a removal it also lists the rooms every two
-seconds: LiveKit sends no webhook for a participant that brings up no media.
+seconds: LiveKit sends no webhook for a participant that brings up no media. Each removal starts
+that time anew, because LiveKit sends a new token with every connection.
 """
 
 import logging
@@ -152,6 +153,9 @@ class Membership:
                 may_stay[user_id] = await self._may_be_in(user_id, room_id)
             if not may_stay[user_id]:
                 unwanted.append((participant.identity, user_id, listing.asked_ms))
+        if unwanted:
+            # Each connection has brought the participant another token of LiveKit's.
+            self._recheck_while_tokens_live(room_id)
         await self._remove(livekit_room, room_id, unwanted, cause)
         await self.remove_too_long(livekit_room, room_id, listing)
 
@@ -326,8 +330,7 @@ class Membership:
         gone = {user for user in changed if await self._is_gone(user, room_id)}
         if not gone and ALL_USERS not in changed:
             return
-        until_ms = homeserver.clock.time_msec() + self._issuer.token_lifetime_ms
-        self._recheck_until_ms[room_id] = until_ms
+        self._recheck_while_tokens_live(room_id)
         failures: list[SfuError] = []
 
         async def process(livekit_room: str) -> None:
@@ -398,6 +401,13 @@ class Membership:
             return False
         membership = await self._homeserver.membership(user_id, room_id)
         return membership not in ("invite", "knock")
+
+    def _recheck_while_tokens_live(self, room_id: str) -> None:
+        """Has the calls of a Matrix room listed for as long as a removed user may hold a token."""
+        # Other processes remove participants as well, but do not list their rooms.
+        if self._homeserver.runs_background_tasks:
+            now_ms = self._homeserver.clock.time_msec()
+            self._recheck_until_ms[room_id] = now_ms + self._issuer.usable_after_removal_ms
 
     async def _recheck(self) -> None:
         """Lists the calls that a removed user may still have a token for."""

@@ -133,6 +133,41 @@ class SilentParticipantTests(AttackTestCase):
         assert len(self.sfu.asked) == asked
 
 
+    def test_banned_user_who_connects_with_tokens_of_livekit_is_removed_each_time(self) -> None:
+        self.connect("alice")
+        self.join_remotely(self.bob, "ban")
+        for _ in range(4):
+            # With this connection LiveKit sends a token that is good for ten minutes more.
+            self.connect("bob on one device")
+            self.advance_by(3)
+            assert self.identities() == [self.alices_identity]
+            self.advance_by(590)
+
+
+class SilentParticipantWithShortTokenTests(AttackTestCase):
+    module_config = {"sanity_check_interval": 0, "token_lifetime": "60s"}
+
+    def test_banned_user_with_a_token_of_livekit_is_removed_after_the_token_lifetime(self) -> None:
+        self.connect("alice")
+        self.join_remotely(self.bob, "ban")
+        self.advance_by(590)
+        self.connect("bob on one device")
+        self.advance_by(3)
+        assert self.identities() == [self.alices_identity]
+
+
+class SilentInactiveUserTests(AttackTestCase):
+    def test_suspended_user_who_connects_again_is_removed_within_seconds(self) -> None:
+        self.connect("alice")
+        self.connect("bob on one device")
+        self.get_success(self.store.set_user_suspended_status(self.bob, True))
+        self.advance_by(31)
+        assert self.identities() == [self.alices_identity]
+        self.connect("bob on one device")
+        self.advance_by(3)
+        assert self.identities() == [self.alices_identity]
+
+
 class UnansweredRemovalTests(AttackTestCase):
     def test_participant_that_leaves_by_itself_meanwhile_is_no_failure(self) -> None:
         self.connect("bob on one device")
