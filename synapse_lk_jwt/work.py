@@ -73,10 +73,13 @@ class WorkByKey(Generic[T]):
         self._start()
 
     def retry(self) -> None:
-        """Adds all work that has failed once more."""
+        """Adds all work that has failed once more, behind what other keys wait with."""
         postponed, self._postponed = self._postponed, {}
-        for key, items in postponed.items():
-            self.add(key, items)
+        waiting = self._waiting
+        # What has failed may hang again. In front of a new key it would take each place that ends.
+        self._waiting = {k: {**v, **waiting.pop(k, {})} for k, v in postponed.items()}
+        self._waiting.update(waiting)
+        self._start()
 
     def __contains__(self, key: str) -> bool:
         """Whether there is work for a key that is not done."""

@@ -111,6 +111,25 @@ def test_work_by_key_failed_work_is_kept_until_it_is_retried(error: Exception) -
     assert "room" not in work.queue
 
 
+def test_work_by_key_failed_work_that_is_retried_does_not_delay_a_new_key() -> None:
+    work = Work(postpone_failures=True)
+    for number in range(MAX_RUNNING):
+        work.queue.add(str(number), {"user": number})
+        work.background.reactor.advance(QUICK_SEC)
+    work.queue.add("failed", {"user": 1})
+    work.end("0")
+    work.end("failed", NotDone())
+    work.queue.add("0", {"user": 0})
+    work.background.reactor.advance(QUICK_SEC)
+    work.queue.add("new", {"user": 1})
+    work.queue.retry()
+    work.end("1")
+    assert "new" in work.begun
+    assert "failed" not in work.begun
+    work.end("2")
+    assert "failed" in work.begun
+
+
 def test_work_by_key_expected_failure_is_not_raised() -> None:
     work = Work()
     work.queue.add("expected", {})
