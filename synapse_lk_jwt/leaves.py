@@ -114,6 +114,21 @@ class DelayedLeaves:
             elif not delegation.is_settled or not (sids.items() <= delegation.identities.items()):
                 await self._store.seen(delay_id, delegation.livekit_room, sids, asked_ms)
 
+    async def doubt_absent(self, delegations: Iterable[Tracked], listing: Listing) -> None:
+        """Asks once more for the participants of delegations that a listing lacks.
+
+        Args:
+            delegations: those of one LiveKit room, as they were ahead of the listing.
+            listing: the participants of that room.
+        """
+        listed = {p.identity: p for p in listing.participants}
+        for delegation in delegations:
+            there = [listed[i] for i in delegation.identities if i in listed]
+            if delegation.is_connected and not connected(
+                there, delegation.identities, is_known=True
+            ):
+                self.begin(await self._store.happened(delegation.delay_id, Happened.LEFT))
+
     async def _do_what_is_due(self) -> None:
         # All of it: what is left for the next second would be more every second, and too late in
         # the end.

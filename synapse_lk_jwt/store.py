@@ -702,25 +702,27 @@ class Store:
 
         return await self._write("due", due)
 
-    async def tracked(self) -> list[Tracked]:
-        """All delegations whose leave is not on its way yet."""
+    async def tracked(self, livekit_room: str | None = None) -> list[Tracked]:
+        """All delegations, or those of one LiveKit room, whose leave is not on its way yet."""
+        of_room, args = ("d.livekit_room = ?", (livekit_room,)) if livekit_room else ("TRUE", ())
 
         def tracked(txn: LoggingTransaction) -> list[Tracked]:
             txn.execute(
                 "SELECT delay_id, d.livekit_room, phase, doubted_ms, tries, identity, sid"
                 " FROM synapse_lk_jwt_delegations AS d"
-                " JOIN synapse_lk_jwt_identities USING (delay_id) WHERE phase <> ?",
-                (Phase.LEAVING.value,),
+                " JOIN synapse_lk_jwt_identities USING (delay_id)"
+                f" WHERE phase <> ? AND {of_room}",
+                (Phase.LEAVING.value, *args),
             )
             found: dict[str, Tracked] = {}
-            for delay_id, livekit_room, phase, doubted_ms, tries, identity, sid in txn:
+            for delay_id, room, phase, doubted_ms, tries, identity, sid in txn:
                 if phase not in _PHASES:
                     # `_read` logs it.
                     continue
                 if delay_id not in found:
                     is_connected = Phase(phase) is Phase.CONNECTED
                     is_settled = is_connected and not doubted_ms and not tries
-                    found[delay_id] = Tracked(delay_id, livekit_room, is_connected, is_settled, {})
+                    found[delay_id] = Tracked(delay_id, room, is_connected, is_settled, {})
                 found[delay_id].identities[identity] = sid
             return list(found.values())
 

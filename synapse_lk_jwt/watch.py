@@ -8,7 +8,6 @@ somebody is gone. The poll finds out what no webhook has told.
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Set
-from contextlib import suppress
 
 import attr
 from livekit.protocol.models import DisconnectReason
@@ -200,12 +199,18 @@ class Watch:
 
     async def _check_after_unreadable(self, livekit_room: str, _: Mapping[str, str]) -> None:
         """Finds out what a webhook said that names the room and nothing else."""
-        self._leaves.begin(await self._store.suspect(livekit_room))
+        delegations = await self._store.tracked(livekit_room)
         room_id = await self._store.room_of(livekit_room)
-        if room_id is not None:
-            with suppress(SfuError):
-                listing = await self._rooms.list_participants(livekit_room)
+        try:
+            # Ahead of any doubt: a participant can cause many such webhooks, and to doubt all
+            # delegations of the room takes a question and two writes for each.
+            listing = await self._rooms.list_participants(livekit_room)
+            await self._leaves.doubt_absent(delegations, listing)
+            if room_id is not None:
                 await self._membership.check(livekit_room, room_id, listing, "joined")
+        except SfuError:
+            # It has been logged. The clock asks again.
+            self._leaves.begin(await self._store.suspect(livekit_room))
 
     async def poll(self) -> None:
         """Checks the whole SFU once, unless a poll is under way."""

@@ -13,9 +13,11 @@ from test_following import FollowingTestCase
 from twisted.internet.defer import Deferred
 
 from synapse_lk_jwt import store
+from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.membership import CONCURRENT_CALLS
 from synapse_lk_jwt.sfu import rooms
 from synapse_lk_jwt.sfu.names import livekit_room_name
+from synapse_lk_jwt.store import Store
 
 
 class AttackTestCase(FollowingTestCase):
@@ -132,7 +134,6 @@ class SilentParticipantTests(AttackTestCase):
         self.advance_by(60)
         assert len(self.sfu.asked) == asked
 
-
     def test_banned_user_who_connects_with_tokens_of_livekit_is_removed_each_time(self) -> None:
         self.connect("alice")
         self.join_remotely(self.bob, "ban")
@@ -230,7 +231,6 @@ class LostCallTests(AttackTestCase):
         # One for each poll, and the first one may be at the start.
         assert len(logs.output) in (1, 2)
         assert all("a bug" in line for line in logs.output)
-        assert list(self.sfu.people[other]) != []
         assert list(self.sfu.people[self.room]) == []
 
     def watch(self) -> Any:
@@ -280,6 +280,27 @@ class LargeWebhookTests(AttackTestCase):
         assert self.post_webhook(self.large("participant_left", alice)).code == 200
         self.advance_by(2)
         assert not self.is_in_call()
+
+
+class ForeignAbortTests(AttackTestCase):
+    def test_webhooks_of_a_long_identity_that_broke_off_ask_for_no_other_participant(self) -> None:
+        alice = self.connect("alice")
+        assert (
+            self.post(
+                "/get_token", self.get_token_body(delay_id=self.delayed(), delay_timeout=1)
+            ).code
+            == 200
+        )
+        self.webhook("participant_joined", alice, room=self.room)
+        self.pump()
+        self.sfu.asked.clear()
+        twin = ParticipantInfo(identity=self.alices_identity + "#" * 5_000)
+        for event in ("participant_connection_aborted", "participant_left"):
+            assert self.webhook(event, twin, room=self.room).code == 200
+            self.pump()
+        assert {name for name, _ in self.sfu.asked} <= {"ListParticipants"}
+        (delegation,) = self.get_success(Store(Homeserver(self.hs.get_module_api())).tracked())
+        assert delegation.is_settled
 
 
 class OwnMetadataTests(AttackTestCase):
