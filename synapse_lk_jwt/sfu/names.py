@@ -57,14 +57,17 @@ def is_connection_of(identity: str, base: str) -> bool:
 
 
 def possible_bases(identity: str) -> Iterator[str]:
-    """The identities whose token the holder of this connection may have used, itself among them.
+    """The identities whose owner may be noted for this connection, itself among them.
 
-    Args:
-        identity: of `MAX_WHOLE_IDENTITY_BYTES` at most, as the work grows with the square of it.
+    A hash has no `#` in it, so that a duplicate connection of a hashed identity begins with the
+    hash and the first `#`. Identities in plain text may have more of them, and name their user
+    themselves: see `user_of_device_identity`. To try each `#` would be hundreds of hashes for one
+    participant.
     """
     yield identity
-    for match in re.finditer("#", identity):
-        yield identity[: match.start()]
+    base, separator, _ = identity.partition("#")
+    if separator:
+        yield base
 
 
 def hash_of_identity(identity: str) -> str:

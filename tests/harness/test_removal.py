@@ -16,7 +16,7 @@ from synapse_lk_jwt import store
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.membership import CONCURRENT_CALLS
 from synapse_lk_jwt.sfu import rooms
-from synapse_lk_jwt.sfu.names import livekit_room_name
+from synapse_lk_jwt.sfu.names import hash_of_identity, livekit_room_name
 from synapse_lk_jwt.store import Store
 
 
@@ -315,6 +315,26 @@ class OwnMetadataTests(AttackTestCase):
         self.join_remotely(self.bob, "ban")
         self.pump()
         assert self.identities() == []
+
+    def test_ban_attributes_replaced_at_join_device_with_signs_removes_the_user(self) -> None:
+        body = self.sfu_get_body(
+            openid_token=self.openid_token(self.bob, self.bobs_token), device_id="A#B#C"
+        )
+        hidden = self.sfu.join(self.assert_jwt(self.post("/sfu/get", body)), "#twin")
+        hidden.attributes["synapse_lk_jwt"] = "x"
+        self.join_remotely(self.bob, "ban")
+        self.pump()
+        assert self.identities() == []
+
+    def test_poll_thousand_duplicate_connections_of_signs_note_few_owners(self) -> None:
+        hidden = self.connect("bob, MSC4195")
+        for number in range(1_000):
+            identity = f"{hidden.identity}#{number}".ljust(320, "#")
+            self.sfu.people[self.room][identity] = ParticipantInfo(identity=identity, sid="PA_x")
+        with patch.object(store, "hash_of_identity", wraps=hash_of_identity) as hashed:
+            self.advance_by(31)
+        # The polls at the start, and half a minute later.
+        assert hashed.call_count <= 2 * 2 * 1_001
 
     def test_issue_more_identities_than_a_client_needs_is_rate_limited(self) -> None:
         with patch.object(store, "MAX_OWNED", 3):
