@@ -12,7 +12,7 @@ from synapse.api.errors import SynapseError
 from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.delegation import Action, Happened
+from synapse_lk_jwt.delegation import SENDING_MS, Action, Happened
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.sfu.participants import CallParticipant, Listing
 from synapse_lk_jwt.sfu.rooms import RoomService, SfuError
@@ -42,8 +42,9 @@ class DelayedLeaves:
         self._store = store
         self._rooms = rooms
         self._questions: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_ask", self._ask)
-        # The delayed leaves that this process is sending, or about to.
-        self._sending: set[str] = set()
+        # The delayed leaves that this process is sending, or about to, and until when no other
+        # process is asked to, in milliseconds since the epoch.
+        self._sending: dict[str, int] = {}
         self._sends: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_send", self._send_all)
         if homeserver.has_delayed_events:
             homeserver.repeat(CLOCK_MS, "synapse_lk_jwt_due", self._do_what_is_due)
@@ -88,7 +89,8 @@ class DelayedLeaves:
                 # While a room is slow the clock asks for the same leave again.
                 if task.delay_id in self._sending:
                     continue
-                self._sending.add(task.delay_id)
+                now_ms = self._homeserver.clock.time_msec()
+                self._sending[task.delay_id] = now_ms + SENDING_MS - CLOCK_MS
                 work = self._sends
             work.add(task.livekit_room, {task.delay_id: task})
 
@@ -170,9 +172,15 @@ class DelayedLeaves:
         try:
             await concurrently_execute(self._send, tasks.values(), CONCURRENT_SENDS)
         finally:
-            self._sending.difference_update(tasks)
+            for delay_id in tasks:
+                self._sending.pop(delay_id, None)
 
     async def _send(self, task: Task) -> None:
+        is_late = self._homeserver.clock.time_msec() >= self._sending[task.delay_id]
+        if is_late and not self._homeserver.runs_background_tasks:
+            # It has waited for the other leaves of a large call. By now the process with the clock
+            # sends it, or is about to.
+            return
         await self._store.happened(task.delay_id, await self._try_to_send(task))
 
     async def _try_to_send(self, task: Task) -> Happened:

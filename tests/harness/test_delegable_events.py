@@ -4,7 +4,7 @@
 import json
 import logging
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 from harness_base import SLOT
 from livekit.protocol.models import ParticipantInfo
@@ -241,6 +241,43 @@ class SentOnceTests(EventsTestCase):
             noted.callback([])
             self.pump()
             assert sent.call_count == 1
+        assert self.rows() == []
+
+    def test_leave_that_waits_too_long_on_a_worker_is_sent_by_the_clock_alone(self) -> None:
+        worker = Homeserver(self.hs.get_module_api())
+        worker.runs_background_tasks = False
+        tables = Store(worker)
+        leaves = DelayedLeaves(worker, tables, Mock())
+        self.call()
+        room = self.sfu.requests[-1][1].name
+        there = ParticipantInfo(identity=f"{self.alice}:D", sid="PA_x")
+        for number in range(2):
+            member = {"id": f"{number}", "claimed_user_id": self.alice, "claimed_device_id": "D"}
+            delay_id = self.schedule(RTC_MEMBER, {"sticky_key": f"{number}"}, sticky=True)
+            assert self.delegate(delay_id, member=member).code == 200
+        assert self.webhook("participant_joined", there).code == 200
+        # For longer than clients that change their identity.
+        self.advance_by(3)
+        waits: Deferred[None] = Deferred()
+        sent: list[str] = []
+
+        async def send(homeserver: Homeserver, event: Any) -> None:
+            if homeserver is worker:
+                await make_deferred_yieldable(waits)
+            sent.append(event["content"]["sticky_key"])
+
+        with (
+            patch.object(Homeserver, "send", send),
+            patch("synapse_lk_jwt.leaves.CONCURRENT_SENDS", 1),
+        ):
+            for task in self.get_success(tables.left(room, there.identity, there.sid)):
+                absent = tables.happened(task.delay_id, Happened.ABSENT)
+                leaves.begin(self.get_success(absent))
+            self.advance_by(12)
+            waits.callback(None)
+            self.pump()
+        # The clock does not know that the worker is still sending one of them.
+        assert len(sent) == 3, sent
         assert self.rows() == []
 
 
