@@ -3,11 +3,14 @@
 
 import re
 from typing import Any, TypeGuard
+from urllib.parse import urlsplit
 
 from synapse.types import UserID, get_domain_from_id
 from synapse.util.stringutils import parse_and_validate_server_name
 
 MAX_USER_ID_BYTES = 255
+
+_DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 
 # Unicode's category Cc. Identifiers end up in logs, where these could forge or colour a line.
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -35,6 +38,32 @@ def is_server_name(name: str) -> bool:
         return False
     # Synapse reads the port with int(), which also takes signs, blanks and other scripts' digits.
     return port is None or (0 < port < 65536 and name.endswith(f":{port}"))
+
+
+def is_same_url(url: str, other: str) -> bool:
+    """Whether two URLs name the same place (RFC 3986, section 6.2.3).
+
+    Scheme and host are compared without regard to case. The scheme's default port and the path `/`
+    may be left out.
+    """
+    return url == other or (normal := _normal_url(url)) is not None and normal == _normal_url(other)
+
+
+def _normal_url(url: str) -> tuple[object, ...] | None:
+    """What URLs of the same place have in common; None if this is no URL."""
+    # `urlsplit` removes control characters, and spaces around the URL.
+    if re.search(r"[\x00-\x20\x7f]", url):
+        return None
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return None
+    if port is None:
+        port = _DEFAULT_PORTS.get(parts.scheme)
+    user, _, _ = parts.netloc.rpartition("@")
+    rest = (parts.path or "/", parts.query, parts.fragment)
+    return (parts.scheme, user, parts.hostname, port, *rest)
 
 
 def is_room_id(room_id: str) -> bool:

@@ -4,6 +4,7 @@
 import logging
 import re
 
+import attr
 from synapse.api.errors import HttpResponseException
 from synapse.http.client import is_unknown_endpoint
 from synapse.types import JsonDict
@@ -21,8 +22,8 @@ UNSTABLE_PATH = "/_matrix/federation/unstable/io.element.msc4195/rtc/livekit/get
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 64 * 1024
 
-# How long a server that knows the unstable path only is asked there first.
-REMEMBER_UNSTABLE_SEC = 3600
+# How long a server is first asked in the way that it understood last.
+REMEMBER_WAY_SEC = 3600
 
 JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
@@ -45,13 +46,26 @@ class RemoteFailure(Exception):
     """The other homeserver gave no proper answer. The text says why, for the log alone."""
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Way:
+    """How a server wants to be asked.
+
+    Attributes:
+        is_unstable: at the unstable path.
+        is_nested: with `member: {"id": …}` instead of `member_id`.
+    """
+
+    is_unstable: bool = False
+    is_nested: bool = False
+
+
 class RemoteSfus:
     """Asks other homeservers for tokens of their SFUs."""
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
-        self._unstable: TTLCache[str, bool] = TTLCache(
-            cache_name="synapse_lk_jwt_unstable_servers",
+        self._ways: TTLCache[str, _Way] = TTLCache(
+            cache_name="synapse_lk_jwt_federation_ways",
             server_name=homeserver.server_name,
             timer=homeserver.clock.time,
         )
@@ -95,19 +109,41 @@ class RemoteSfus:
         raise RemoteFailure(f"{server_name} answered {status} {errcode}")
 
     async def _ask(self, server_name: str, content: JsonDict) -> tuple[int, bytes]:
-        """The answer at the stable path, or at the unstable one where that is all there is."""
-        paths = [STABLE_PATH, UNSTABLE_PATH]
-        if server_name in self._unstable:
-            paths.reverse()
-        for path in paths:
-            response = await self._homeserver.federation_request(
-                "POST", server_name, path, content=content
-            )
-            body = await read_body(response, MAX_ANSWER_BYTES)
-            if not is_unknown_endpoint(HttpResponseException(response.code, "", body)):
-                break
-        if path == UNSTABLE_PATH and response.code == 200:
-            self._unstable.set(server_name, True, REMEMBER_UNSTABLE_SEC)
+        """The answer at the stable path, or at the unstable one where that is all there is.
+
+        lk-jwt-service 0.7 knows `member_id` in the form of an earlier MSC only, and rejects a body
+        with fields that it does not know. So a server that rejects one form is asked in the other.
+        """
+        way = self._ways.get(server_name, _Way())
+        status, body = await self._ask_in(way, server_name, content)
+        if is_unknown_endpoint(HttpResponseException(status, "", body)):
+            way = attr.evolve(way, is_unstable=not way.is_unstable)
+            status, body = await self._ask_in(way, server_name, content)
+        if status == 400 and _errcode(body) in ("M_BAD_JSON", "M_NOT_JSON"):
+            way = attr.evolve(way, is_nested=not way.is_nested)
+            status, body = await self._ask_in(way, server_name, content)
+        if status == 200 and way != _Way():
+            self._ways.set(server_name, way, REMEMBER_WAY_SEC)
         else:
-            self._unstable.pop(server_name, None)
-        return response.code, body
+            self._ways.pop(server_name, None)
+        return status, body
+
+    async def _ask_in(self, way: _Way, server_name: str, content: JsonDict) -> tuple[int, bytes]:
+        if way.is_nested:
+            content = {**content, "member": {"id": content["member_id"]}}
+            del content["member_id"]
+        response = await self._homeserver.federation_request(
+            "POST",
+            server_name,
+            UNSTABLE_PATH if way.is_unstable else STABLE_PATH,
+            content=content,
+        )
+        return response.code, await read_body(response, MAX_ANSWER_BYTES)
+
+
+def _errcode(body: bytes) -> object:
+    try:
+        answer = parse_json(body)
+    except ValueError:
+        return None
+    return answer.get("errcode") if isinstance(answer, dict) else None

@@ -10,6 +10,7 @@ from synapse.module_api import Requester
 from synapse.types import JsonDict
 
 from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.identifiers import is_same_url
 from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.remote import RemoteSfus
 from synapse_lk_jwt.sfu.names import (
@@ -25,6 +26,8 @@ from synapse_lk_jwt.web.errors import (
     check_url,
     counts_refusals,
     no_such_delayed_event,
+    no_such_sfu,
+    other_sfu,
 )
 from synapse_lk_jwt.web.requests import (
     HomeserverDelegateRequest,
@@ -80,15 +83,18 @@ class GetTokenRestServlet(RestServlet):
         await self._core.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
             await self._core.issuer.check_membership(user_id, body.room_id, strict=True)
-            server_name = body.server_name
-            if server_name is None or self._core.homeserver.is_own_name(server_name):
-                check_url(body.url, self._core.livekit_url)
+            # Our SFU's URL decides, whichever server the client names with it.
+            if is_same_url(body.url, self._core.livekit_url):
                 identity = member_identity(user_id, body.member_id)
                 token = await self._core.issuer.issue(
                     user_id, body.room_id, body.slot_id, identity, "client_get_token"
                 )
+            elif body.server_name is None:
+                raise no_such_sfu()
+            elif self._core.homeserver.is_own_name(body.server_name):
+                raise other_sfu()
             else:
-                token = await self._ask(server_name, user_id, body)
+                token = await self._ask(body.server_name, user_id, body)
         respond(request, 200, {"jwt": token})
 
     async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
@@ -141,7 +147,8 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
         await self._core.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
             await self._core.issuer.check_membership(user_id, body.room_id, strict=True)
-        check_url(body.url, self._core.livekit_url)
+        if body.url is not None:
+            check_url(body.url, self._core.livekit_url)
         identities = [member_identity(user_id, body.member_id)]
         if requester.device_id is not None:
             # The client may have joined with a token of the service endpoints.

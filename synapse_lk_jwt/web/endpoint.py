@@ -18,6 +18,20 @@ def authorization(request: SynapseRequest) -> str:
     return (request.getHeader(b"Authorization") or b"").decode("latin-1")
 
 
+class Directory(UnrecognizedRequestResource):
+    """A path with others below it; what is not there is 404 `M_UNRECOGNIZED`, with CORS.
+
+    Empty path segments are ignored: clients append `/sfu/get` to a service URL that may end with a
+    slash, and some proxies double slashes.
+    """
+
+    def __init__(self) -> None:
+        Resource.__init__(self)
+
+    def getChild(self, path: bytes, request: Request) -> Resource:
+        return UnrecognizedRequestResource() if path else self
+
+
 class Endpoint(DirectServeJsonResource):
     """One path with one verb."""
 
@@ -37,4 +51,4 @@ class Endpoint(DirectServeJsonResource):
         respond(request, code, response_object)
 
     def getChild(self, path: bytes, request: Request) -> Resource:
-        return UnrecognizedRequestResource()
+        return UnrecognizedRequestResource() if path else self

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 from synapse.api.errors import Codes, LimitExceededError, SynapseError
 
 from synapse_lk_jwt import metrics
+from synapse_lk_jwt.identifiers import is_same_url
 from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.remote import RemoteFailure, RemoteRefusal
 from synapse_lk_jwt.sfu.rooms import SfuError
@@ -101,8 +102,23 @@ def check_url(url: str, livekit_url: str) -> None:
     Raises:
         SynapseError: 400 `M_INVALID_PARAM`.
     """
-    if url != livekit_url:
-        raise Refusal("other_sfu", 400, "url is not an SFU of this homeserver", Codes.INVALID_PARAM)
+    if not is_same_url(url, livekit_url):
+        raise other_sfu()
+
+
+def other_sfu() -> SynapseError:
+    """The error for a URL that is not our SFU's."""
+    return Refusal("other_sfu", 400, "url is not an SFU of this homeserver", Codes.INVALID_PARAM)
+
+
+def no_such_sfu() -> SynapseError:
+    """The error for another server's SFU whose server the client does not name.
+
+    The same as of a homeserver without this endpoint: the client then asks the service of that SFU.
+    """
+    return Refusal(
+        "other_sfu", 404, "url is not an SFU of this homeserver; name its server", Codes.NOT_FOUND
+    )
 
 
 def no_such_delayed_event() -> SynapseError:

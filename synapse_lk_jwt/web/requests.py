@@ -6,8 +6,8 @@ checks are done here, and no message quotes anything but the name of a field.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import attr
 from synapse.api.errors import Codes, SynapseError
@@ -17,6 +17,8 @@ from synapse_lk_jwt.http import parse_json
 from synapse_lk_jwt.identifiers import is_clean, is_room_id, is_server_name, is_user_id
 from synapse_lk_jwt.openid import OpenIdToken
 from synapse_lk_jwt.sfu.names import DEFAULT_SLOT
+
+T = TypeVar("T")
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_STRING_BYTES = 512
@@ -41,6 +43,14 @@ def read_body(request: SynapseRequest, max_bytes: int = MAX_BODY_BYTES) -> bytes
     if len(body) > max_bytes:
         raise SynapseError(413, f"Body is larger than {max_bytes} bytes", Codes.TOO_LARGE)
     return body
+
+
+def is_body_empty(request: SynapseRequest) -> bool:
+    """Whether a request has no body."""
+    assert request.content is not None
+    is_empty = not request.content.read(1)
+    request.content.seek(0)
+    return is_empty
 
 
 def read_json_object(request: SynapseRequest) -> "Fields":
@@ -85,21 +95,25 @@ class Fields:
 
     def string(self, name: str, max_bytes: int = MAX_STRING_BYTES) -> str:
         """A string that is not empty, too long, or impossible to store."""
-        value = self.string_or_empty(name, max_bytes)
-        if not value:
-            raise bad_json(self.name_of(name), "must not be empty")
-        return value
-
-    def string_or_empty(self, name: str, max_bytes: int = MAX_STRING_BYTES) -> str:
-        """As `string`, but may be empty."""
         value = self._value(name)
         if not isinstance(value, str):
             raise bad_json(self.name_of(name), "must be a string")
+        if not value:
+            raise bad_json(self.name_of(name), "must not be empty")
         if not is_clean(value):
             raise bad_json(self.name_of(name), "must not contain NUL or lone surrogates")
         if len(value.encode("utf-8")) > max_bytes:
             raise bad_json(self.name_of(name), f"must not be longer than {max_bytes} bytes")
         return value
+
+    def optional(self, name: str, check: Callable[[str], T], zero: str | int = "") -> T | None:
+        """What another method gives for a field; None if the field is absent.
+
+        `null` and the zero value of the field's type count as absent: typed clients send these.
+        """
+        value = self._values.get(name)
+        is_zero = type(value) is type(zero) and value == zero
+        return None if value is None or is_zero else check(name)
 
     def positive_integer(self, name: str) -> int:
         """An integer from 1 to 2^53 - 1."""
@@ -122,6 +136,10 @@ class Fields:
             raise bad_json(self.name_of(name), "must be a user ID")
         return value
 
+    def url(self, name: str) -> str:
+        """A URL, which may be longer than other strings. Its form is not checked."""
+        return self.string(name, MAX_URL_BYTES)
+
     def server_name(self, name: str) -> str:
         """A Matrix server name."""
         value = self.string(name)
@@ -142,8 +160,12 @@ def _openid_token(fields: Fields) -> OpenIdToken:
 
 def _delay_id(fields: Fields, *, mandatory: bool = False) -> str | None:
     """The delayed event (MSC4140) that a client wants to hand over, if any."""
-    if not mandatory and "delay_id" not in fields and "delay_timeout" not in fields:
-        return None
+    if not mandatory:
+        delay_id = fields.optional("delay_id", fields.string)
+        delay_timeout = fields.optional("delay_timeout", fields.positive_integer, zero=0)
+        if delay_id is None and delay_timeout is None:
+            return None
+    # One without the other is an error that names the other.
     delay_id = fields.string("delay_id")
     fields.positive_integer("delay_timeout")
     return delay_id
@@ -174,7 +196,7 @@ class SfuGetRequest:
         Raises:
             SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
         """
-        device_id = fields.string_or_empty("device_id") if "device_id" in fields else ""
+        device_id = fields.optional("device_id", fields.string) or ""
         if re.match(r"[0-9]+:", device_id):
             # '@a:host' with device '8448:X' would be the same participant as '@a:host:8448' with X.
             raise bad_json("device_id", "must not begin with digits and a colon")
@@ -234,10 +256,12 @@ class GetTokenRequest:
 
 def _member_id(fields: Fields) -> str:
     """The MatrixRTC member's ID, as the homeserver endpoints take it."""
-    if "member_id" in fields or "member" not in fields:
-        return fields.string("member_id")
-    # Clients in the field still send the form that the MSC had before it was accepted.
-    return fields.object("member").string("id")
+    member_id = fields.optional("member_id", fields.string)
+    if member_id is not None:
+        return member_id
+    # Clients and lk-jwt-service 0.7 send the form that the MSC had before it was accepted.
+    member = fields.optional("member", fields.object)
+    return fields.string("member_id") if member is None else member.string("id")
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -266,11 +290,11 @@ class HomeserverGetTokenRequest:
             SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
         """
         return cls(
-            url=fields.string("url", MAX_URL_BYTES),
+            url=fields.url("url"),
             room_id=fields.room_id("room_id"),
             slot_id=fields.string("slot_id"),
             member_id=_member_id(fields),
-            server_name=fields.server_name("server_name") if "server_name" in fields else None,
+            server_name=fields.optional("server_name", fields.server_name),
         )
 
 
@@ -279,14 +303,14 @@ class HomeserverDelegateRequest:
     """The body of MSC4195's client-server `delegate_delayed_leave`.
 
     Attributes:
-        url: the SFU.
+        url: the SFU; None for the only one of this homeserver.
         room_id: the Matrix room.
         slot_id: the slot in it.
         member_id: the MatrixRTC member's ID.
         delay_id: the delayed event to take over.
     """
 
-    url: str
+    url: str | None
     room_id: str
     slot_id: str
     member_id: str
@@ -300,7 +324,7 @@ class HomeserverDelegateRequest:
             SynapseError: 400 `M_BAD_JSON`, naming the first field that is wrong.
         """
         return cls(
-            url=fields.string("url", MAX_URL_BYTES),
+            url=fields.optional("url", fields.url),
             room_id=fields.room_id("room_id"),
             slot_id=fields.string("slot_id"),
             member_id=_member_id(fields),
@@ -335,8 +359,8 @@ class FederationGetTokenRequest:
         """
         return cls(
             user_id=fields.user_id("user_id"),
-            url=fields.string("url", MAX_URL_BYTES),
+            url=fields.url("url"),
             room_id=fields.room_id("room_id"),
             slot_id=fields.string("slot_id"),
-            member_id=fields.string("member_id"),
+            member_id=_member_id(fields),
         )

@@ -5,11 +5,9 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 
-from synapse.api.errors import Codes, SynapseError
-from synapse.http.server import UnrecognizedRequestResource
+from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict
-from twisted.web.resource import Resource
 
 from synapse_lk_jwt import metrics, openid
 from synapse_lk_jwt.openid import InvalidToken, OpenIdToken
@@ -24,12 +22,13 @@ from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
 from synapse_lk_jwt.web.core import Core
-from synapse_lk_jwt.web.endpoint import Endpoint
+from synapse_lk_jwt.web.endpoint import Directory, Endpoint
 from synapse_lk_jwt.web.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
 from synapse_lk_jwt.web.requests import (
     GetTokenRequest,
     SfuGetRequest,
     bad_json,
+    is_body_empty,
     read_json_object,
 )
 from synapse_lk_jwt.web.webhook import SfuWebhookResource
@@ -37,8 +36,8 @@ from synapse_lk_jwt.web.webhook import SfuWebhookResource
 logger = logging.getLogger(__name__)
 
 
-class ServiceResource(UnrecognizedRequestResource):
-    """Everything below the path prefix; what is not there is 404 `M_UNRECOGNIZED`, with CORS."""
+class ServiceResource(Directory):
+    """Everything below the path prefix."""
 
     def __init__(
         self,
@@ -48,9 +47,9 @@ class ServiceResource(UnrecognizedRequestResource):
         check: CheckResource,
         sealer: Sealer,
     ) -> None:
-        Resource.__init__(self)
+        super().__init__()
         homeserver = core.homeserver
-        sfu = UnrecognizedRequestResource()
+        sfu = Directory()
         sfu.putChild(b"get", SfuGetResource(core))
         self.putChild(b"sfu", sfu)
         self.putChild(b"get_token", GetTokenResource(core))
@@ -191,11 +190,20 @@ class DelegateDelayedLeaveResource(_TokenEndpoint):
 
     POST /_synapse/client/livekit/jwt/delegate_delayed_leave HTTP/1.1
 
-    As `/get_token`, with `delay_id` and `delay_timeout`.
+    As `/get_token`, with `delay_id` and `delay_timeout`. An empty body is answered as if the path
+    did not exist.
     """
 
-    @counts_refusals("delegate_delayed_leave")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        if is_body_empty(request):
+            # A client probes whether it can delegate, without saying whose user it is. After any
+            # other answer users of other servers, who cannot, would schedule their own leave an
+            # hour ahead. Users of this homeserver learn it from MSC4195's endpoint.
+            raise UnrecognizedRequestError(code=404)
+        return await self._delegate_leave(request)
+
+    @counts_refusals("delegate_delayed_leave")
+    async def _delegate_leave(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = GetTokenRequest.from_json(read_json_object(request), must_delegate=True)
         assert body.delay_id is not None
         # Ahead of the look-up: delayed events of other servers' users are there.

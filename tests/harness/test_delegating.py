@@ -218,9 +218,7 @@ class WaysInTests(DelegationTestCase):
                 self.post("/delegate_delayed_leave", body), 400, Codes.BAD_JSON
             )
             assert error.startswith(f"{missing}: ")
-        channel = self.post("/delegate_delayed_leave", b"")
-        self.assert_error(channel, 400, Codes.NOT_JSON)
-        assert channel.headers.hasHeader("Access-Control-Allow-Origin")
+        self.assert_error(self.post("/delegate_delayed_leave", b"{"), 400, Codes.NOT_JSON)
         self.join_remotely(self.rita)
         token = self.remote_token(self.rita)
         body = self.get_token_body(
@@ -245,7 +243,7 @@ class WaysInTests(DelegationTestCase):
             assert channel.headers.hasHeader("Access-Control-Allow-Origin")
             channel = self.delegate_homeserver(self.homeserver_body(delay_id="x"), prefix=prefix)
             self.assert_error(channel, 400, Codes.INVALID_PARAM)
-        for name in ("url", "room_id", "slot_id", "member_id", "delay_id"):
+        for name in ("room_id", "slot_id", "member_id", "delay_id"):
             body = self.homeserver_body(delay_id=delay_id)
             del body[name]
             error = self.assert_error(self.delegate_homeserver(body), 400, Codes.BAD_JSON)

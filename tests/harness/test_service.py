@@ -71,7 +71,7 @@ class EndpointTests(ModuleTestCase):
             channel = self.make_request(method, f"{P}/sfu/get", shorthand=False)
             assert channel.code == 405, (method, channel.result)
             assert channel.headers.hasHeader("Access-Control-Allow-Origin")
-        for path in ("", "/", "/sfu", "/sfu/get/", "/sfu/get/x", "/get_tokens", "/healthz/x",
+        for path in ("", "/", "/sfu", "/sfu/", "/sfu/get/x", "/get_tokens", "/healthz/x",
                      "/delegate_delayed_leave", "/sfu_webhook/x"):  # fmt: skip
             channel = self.post(path, {})
             self.assert_error(channel, 404, Codes.UNRECOGNIZED)
@@ -95,7 +95,7 @@ class EndpointTests(ModuleTestCase):
         long = "x" * 513
         wrong: list[tuple[str, str, list[Any]]] = [
             ("/sfu/get", "room", [None, 1, "", "room", "!", "!\0", "!\ud800", f"!{long}"]),
-            ("/sfu/get", "device_id", [None, 1, "8448:X", "1:", "\0", "\udfff", long, "x" * 250]),
+            ("/sfu/get", "device_id", [1, "8448:X", "1:", "\0", "\udfff", long, "x" * 250]),
             ("/sfu/get", "openid_token", [None, 1, "", []]),
             ("/sfu/get", "openid_token.access_token", [None, 1, "", "\0", long]),
             (
