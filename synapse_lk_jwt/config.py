@@ -20,6 +20,7 @@ from synapse.config._base import Config, ConfigError
 from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.access import ServerList
+from synapse_lk_jwt.discovery import Advertise
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class LiveKitJwtConfig:
         can_update_own_metadata: the LiveKit grant of that name.
         path_prefix: path of the service endpoints, without a slash at the end.
         service_url: what to advertise, or None for `public_baseurl` + `path_prefix`.
-        advertise: whether to add the service to `rtc/transports` and `.well-known`.
+        advertise: what to add to `rtc/transports` and `.well-known`.
         sanity_check_interval_ms: milliseconds between two polls of the SFU; 0 is off.
         rc_token: rate of token requests per user.
         rc_openid: rate of OpenID look-ups on other servers per client address.
@@ -94,7 +95,7 @@ class LiveKitJwtConfig:
     can_update_own_metadata: bool
     path_prefix: str
     service_url: str | None
-    advertise: bool
+    advertise: Advertise
     sanity_check_interval_ms: int
     rc_token: RatelimitSettings
     rc_openid: RatelimitSettings
@@ -183,7 +184,7 @@ class _Parser:
             ),
             "path_prefix": self._value("path_prefix", _path_prefix, DEFAULT_PATH_PREFIX),
             "service_url": self._value("service_url", _http_url, "") or None,
-            "advertise": self._value("advertise", _boolean, True),
+            "advertise": self._value("advertise", _advertise, Advertise.SERVICE),
             "sanity_check_interval_ms": self._sanity_check_interval(),
             "rc_token": self._rate("rc_token", per_second=1, burst_count=20),
             "rc_openid": self._rate("rc_openid", per_second=10, burst_count=100),
@@ -379,6 +380,21 @@ def _boolean(value: Any) -> bool:
         # Only the environment has no other way to say it, but a quoted value is as clear.
         return value.strip().lower() in ("true", "1")
     raise _Wrong("must be true or false")
+
+
+def _advertise(value: Any) -> Advertise:
+    # YAML reads a bare `off` as false.
+    values: dict[Any, Advertise] = {True: Advertise.SERVICE, False: Advertise.OFF}
+    values |= {"true": Advertise.SERVICE, "false": Advertise.OFF}
+    values |= {advertise.value: advertise for advertise in Advertise}
+    if isinstance(value, str):
+        value = value.strip().lower()
+    if not isinstance(value, str | bool) or value not in values:
+        raise _Wrong(
+            "must be service, both, msc4195 or off. Write 'service' unless all clients are new"
+            " (docs/compatibility.md)"
+        )
+    return values[value]
 
 
 def _rooms_elsewhere(value: Any) -> bool:

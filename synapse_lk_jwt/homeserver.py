@@ -6,10 +6,12 @@ against the oldest and the newest Synapse that is supported.
 """
 
 import logging
+import re
 import sys
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import copy
+from importlib.metadata import version
 from inspect import signature
 from io import BytesIO
 from shlex import quote
@@ -29,6 +31,7 @@ from synapse.http.client import SimpleHttpClient
 from synapse.http.matrixfederationclient import MatrixFederationHttpClient
 from synapse.http.server import HttpServer
 from synapse.http.servlet import RestServlet
+from synapse.http.site import SynapseRequest
 from synapse.logging.context import make_deferred_yieldable, run_in_background
 from synapse.module_api import ModuleApi
 from synapse.storage._base import db_to_json
@@ -66,6 +69,15 @@ logger = logging.getLogger(__name__)
 # that holds them.
 _GROUP = "synapse_lk_jwt"
 _SERVLETS = "_synapse_lk_jwt_servlets"
+
+# The same for what clients discover us by.
+_DISCOVERY = "_synapse_lk_jwt_discovery"
+
+_NO_REGISTRY = "this Synapse has no registry of servlets"
+
+# The feature in `/versions` that announces `rtc/transports`, and the Synapse that names it itself.
+MSC4143 = "org.matrix.msc4143"
+VERSIONS_NAME_MSC4143 = (1, 156)
 
 # How long a connection to another homeserver may last. A little longer than its requests may take.
 CONNECTION_LIFETIME_SEC = 12
@@ -691,7 +703,7 @@ class Homeserver:
         from synapse.rest import SERVLET_GROUPS as CLIENT_GROUPS
 
         setattr(self._hs, _SERVLETS, (client, federation))
-        _put_first(CLIENT_GROUPS, _register_client_servlet)
+        _put_first(CLIENT_GROUPS, _register_client_servlets)
         _put_first(FEDERATION_GROUPS, _FederationServlet)
         return None
 
@@ -711,35 +723,49 @@ class Homeserver:
         transports: list[JsonDict] = config.matrix_rtc.transports
         return transports
 
-    def advertise(self, livekit_url: str | None, service_url: str) -> None:
-        """Adds the service to `rtc/transports` (MSC4143) and `.well-known/matrix/client`.
+    def advertise(
+        self,
+        transports: Sequence[Mapping[str, str]],
+        foci: Sequence[Mapping[str, str]],
+        servlet: RestServlet,
+    ) -> str | None:
+        """Adds entries to `rtc/transports` (MSC4143) and `.well-known/matrix/client`.
 
         What the admin has set stays; nothing is added to a list that names a LiveKit already. Must
         be called before the listeners start: that is when Synapse reads these settings.
 
         Args:
-            livekit_url: the SFU's URL, for clients that ask the homeserver endpoints of MSC4195 for
-                their tokens; None where they are not served.
-            service_url: where the service endpoints are.
+            transports: the entries for `rtc/transports`.
+            foci: the entries for `.well-known/matrix/client`.
+            servlet: serves `rtc/transports` at the stable path, unless Synapse does.
+
+        Returns:
+            None if the stable path will be served, else why not.
         """
-        transport = _livekit(service_url)
-        if livekit_url is not None:
-            transport["url"] = livekit_url
         config = self._hs.config
         if Feature.TRANSPORTS not in self._off:
             config.matrix_rtc.transports = _with_livekit(
-                "rtc/transports", config.matrix_rtc.transports, transport
+                "rtc/transports", config.matrix_rtc.transports, transports
             )
             config.experimental.msc4143_enabled = True
 
-        if Feature.WELL_KNOWN in self._off:
-            return
-        key = "org.matrix.msc4143.rtc_foci"
-        well_known = dict(config.server.extra_well_known_client_content)
-        foci = well_known.get(key, [])
-        if isinstance(foci, list):
-            well_known[key] = _with_livekit(".well-known", foci, _livekit(service_url))
-            config.server.extra_well_known_client_content = well_known
+        if Feature.WELL_KNOWN not in self._off:
+            key = "org.matrix.msc4143.rtc_foci"
+            well_known = dict(config.server.extra_well_known_client_content)
+            own_foci = well_known.get(key, [])
+            if foci and isinstance(own_foci, list):
+                well_known[key] = _with_livekit(".well-known", own_foci, foci)
+                config.server.extra_well_known_client_content = well_known
+
+        try:
+            from synapse.rest import SERVLET_GROUPS
+        except ImportError:
+            return _NO_REGISTRY
+        setattr(self._hs, _DISCOVERY, servlet)
+        _put_first(SERVLET_GROUPS, _register_client_servlets)
+        # Behind Synapse's own, so that a Synapse that serves the path goes on to do so.
+        SERVLET_GROUPS.setdefault(_DISCOVERY, (_register_discovery,))
+        return None
 
 
 def overlap(prefix: str, other: str) -> bool:
@@ -861,14 +887,52 @@ def _log_exceptions() -> Iterator[None]:
     try:
         yield
     except Exception:
-        logger.exception("Could not serve an endpoint of MSC4195. Other endpoints are not affected")
+        logger.exception("Could not serve an endpoint of the module. Other endpoints are not affected")
 
 
-def _register_client_servlet(hs: Any, http_server: HttpServer) -> None:
+def _register_client_servlets(hs: Any, http_server: HttpServer) -> None:
     for client, _ in filter(None, [getattr(hs, _SERVLETS, None)]):
         for servlet in client:
             with _log_exceptions():
                 servlet.register(http_server)
+    if hasattr(hs, _DISCOVERY) and _synapse_version() < VERSIONS_NAME_MSC4143:
+        with _log_exceptions():
+            _VersionsServlet(hs).register(http_server)
+
+
+def _register_discovery(hs: Any, http_server: HttpServer) -> None:
+    for servlet in filter(None, [getattr(hs, _DISCOVERY, None)]):
+        with _log_exceptions():
+            servlet.register(http_server)
+
+
+def _synapse_version() -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version("matrix-synapse"))[:2]))
+
+
+class _VersionsServlet(RestServlet):
+    """Synapse's `/versions`, which in addition names MSC4143.
+
+    matrix-js-sdk 45 looks there before it asks for `rtc/transports`.
+    """
+
+    # Not the letters of Synapse's own pattern: a servlet that is registered later with the same one
+    # takes the place of this one.
+    PATTERNS = (re.compile("^/_matrix/client/(?:versions)$"),)
+    CATEGORY = "Client API requests"
+
+    def __init__(self, hs: Any) -> None:
+        from synapse.rest.client.versions import VersionsRestServlet
+
+        super().__init__()
+        self._own = VersionsRestServlet(hs)
+
+    async def on_GET(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        code, content = await self._own.on_GET(request)
+        return code, {
+            **content,
+            "unstable_features": {**content["unstable_features"], MSC4143: True},
+        }
 
 
 class _FederationServlet:
@@ -887,22 +951,26 @@ class _FederationServlet:
 
 
 def livekits(entries: Any) -> list[Mapping[str, Any]]:
-    """The entries of type `livekit` in a list of transports or foci; none if it is no list."""
+    """The LiveKits in a list of transports or foci; none if it is no list.
+
+    `m.livekit` is the type that MSC4195 has since it was accepted.
+    """
     if not isinstance(entries, list):
         return []
-    return [e for e in entries if isinstance(e, Mapping) and e.get("type") == "livekit"]
+    types = ("livekit", "m.livekit")
+    return [e for e in entries if isinstance(e, Mapping) and e.get("type") in types]
 
 
-def _livekit(service_url: str) -> dict[str, str]:
-    return {"type": "livekit", "livekit_service_url": service_url}
+def name_of(entry: Mapping[str, Any]) -> str:
+    """Where an entry of a list of transports or foci sends clients, for messages."""
+    return str(entry.get("livekit_service_url") or entry.get("url") or "no service")
 
 
-def _with_livekit(where: str, entries: list[Any], ours: dict[str, str]) -> list[Any]:
+def _with_livekit(where: str, entries: list[Any], ours: Sequence[Mapping[str, str]]) -> list[Any]:
     """The entries and, unless one of them is a LiveKit, ours behind them."""
     there = livekits(entries)
-    if ours in there:
-        return entries
-    if there:
-        logger.info("%s names a LiveKit that is set by hand, and stays as it is", where)
-        return entries
-    return [*entries, ours]
+    if not there:
+        return [*entries, *ours]
+    if any(entry not in there for entry in ours):
+        logger.info("%s names a LiveKit in homeserver.yaml, and stays as it is", where)
+    return entries

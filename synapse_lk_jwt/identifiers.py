@@ -46,7 +46,8 @@ def is_same_url(url: str, other: str) -> bool:
     Scheme and host are compared without regard to case. The scheme's default port and the path `/`
     may be left out.
     """
-    return url == other or (normal := _normal_url(url)) is not None and normal == _normal_url(other)
+    normal = _normal_url(url)
+    return normal is not None and normal == _normal_url(other)
 
 
 def _normal_url(url: str) -> tuple[object, ...] | None:

@@ -8,11 +8,13 @@ from typing import Any
 from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
+from synapse_lk_jwt import discovery
 from synapse_lk_jwt.access import Access
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
 from synapse_lk_jwt.compat import Feature, describe, missing_hooks
 from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.discovery import Advertise
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.leaves import DelayedLeaves
@@ -27,6 +29,7 @@ from synapse_lk_jwt.store import Store
 from synapse_lk_jwt.watch import Watch
 from synapse_lk_jwt.web.check import CheckResource
 from synapse_lk_jwt.web.core import Core
+from synapse_lk_jwt.web.discovery import TransportsRestServlet
 from synapse_lk_jwt.web.service import ServiceResource
 
 logger = logging.getLogger(__name__)
@@ -111,9 +114,7 @@ class LiveKitJwtModule:
                 config.path_prefix,
                 homeserver.check_command,
             )
-        if config.advertise:
-            # Clients take `url` as a promise that the homeserver endpoints are there.
-            homeserver.advertise(None if not_served else config.livekit_url, service_url)
+        _advertise(homeserver, config, service_url, has_msc4195=not_served is None)
         for warning in config.warnings:
             logger.warning("%s", warning)
         if setup is not None:
@@ -128,6 +129,33 @@ class LiveKitJwtModule:
             synapse.module_api.errors.ConfigError: naming all keys that are wrong.
         """
         return parse_config(config)
+
+
+def _advertise(
+    homeserver: Homeserver, config: LiveKitJwtConfig, service_url: str, *, has_msc4195: bool
+) -> None:
+    """Has Synapse announce what the configuration says, as far as it is served."""
+    advertise = config.advertise.where_served(has_msc4195)
+    if advertise is not config.advertise:
+        logger.error(
+            "advertise: %s cannot take effect without MSC4195's homeserver endpoints. Only the"
+            " service at %s is announced. Write advertise: service, or remove the cause above",
+            config.advertise.value,
+            service_url,
+        )
+    if advertise is Advertise.OFF:
+        return
+    not_served = homeserver.advertise(
+        discovery.transports(advertise, config.livekit_url, service_url),
+        discovery.foci(advertise, service_url),
+        TransportsRestServlet(homeserver),
+    )
+    if not_served is not None:
+        logger.error(
+            "Clients that look at the stable path of rtc/transports do not find LiveKit: %s. %s",
+            not_served,
+            homeserver.check_command,
+        )
 
 
 def _serve_homeserver_endpoints(core: Core) -> str | None:

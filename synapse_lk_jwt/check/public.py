@@ -11,14 +11,17 @@ from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.running import MODULES, NoModuleThere, Running, State
 from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.check.sfu import Sfu
-from synapse_lk_jwt.homeserver import livekits
+from synapse_lk_jwt.discovery import Advertise
+from synapse_lk_jwt.homeserver import MSC4143, livekits
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
 CORS = "Access-Control-Allow-Origin"
 ORIGIN = "https://call.example.com"
 MAX_REDIRECTS = 3
 
+VERSIONS = "/_matrix/client/versions"
 TRANSPORTS = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
+STABLE_TRANSPORTS = "/_matrix/client/v1/rtc/transports"
 GET_TOKEN = "/_matrix/client/v1/rtc/livekit/get_token"  # noqa: S105
 
 
@@ -109,46 +112,80 @@ class Public:
     async def _matrix(self, state: State) -> list[Finding]:
         """The paths below `/_matrix`, which may be served by another process."""
         findings = []
-        for method, path, check, is_served in (
-            ("GET", TRANSPORTS, "rtc/transports", bool(state["transports"])),
-            ("POST", GET_TOKEN, "MSC4195", state["not_served"] is None),
-        ):
-            if not is_served:
-                # That has been told, and is not the proxy's.
-                continue
+        # What is not served has been told, and is not the proxy's.
+        if state["transports"]:
+            findings += [
+                await self._versions(),
+                await self._served("rtc/transports", "GET", *self._transport_paths()),
+            ]
+        if state["not_served"] is None:
+            findings.append(await self._served("MSC4195", "POST", GET_TOKEN))
+        return findings
+
+    def _transport_paths(self) -> tuple[str, ...]:
+        if self._setup.module.advertise is Advertise.OFF:
+            # Synapse's own path; the module adds nothing.
+            return (TRANSPORTS,)
+        return (TRANSPORTS, STABLE_TRANSPORTS)
+
+    async def _versions(self) -> Finding:
+        """Whether clients learn that they may ask for `rtc/transports`."""
+        url = f"{self._setup.public_baseurl}{VERSIONS}"
+        try:
+            answer = await self._probe.request("GET", url)
+        except NoAnswer as e:
+            return warning("/versions", f"at {url} cannot be told: {e}")
+        content = answer.json
+        features = content.get("unstable_features") if isinstance(content, dict) else None
+        if answer.status != 200 or not isinstance(features, dict):
+            return wrong(
+                "/versions",
+                f"{url} is answered {_describe(answer)}, not by Synapse",
+                PROXY,
+                *self._proxy_lines("/_matrix"),
+            )
+        if features.get(MSC4143) is True:
+            return ok("/versions", f"names {MSC4143}, at {url}")
+        return wrong(
+            "/versions",
+            f"{url} does not name {MSC4143}, and new clients ask for rtc/transports only where it"
+            " does: the process that the proxy asks there has not loaded the module, advertise is"
+            " off, or a cache has kept an answer for up to an hour",
+            "the configuration that this process is started with; then restart it",
+            *MODULES,
+        )
+
+    async def _served(self, check: str, method: str, *paths: str) -> Finding:
+        """Whether paths that take an access token are there."""
+        for path in paths:
             url = f"{self._setup.public_baseurl}{path}"
             try:
                 answer = await self._probe.request(method, url)
             except NoAnswer as e:
-                findings.append(warning(check, f"at {url} cannot be told: {e}"))
-                continue
-            if answer.status == 401 and isinstance(answer.json, dict):
-                findings.append(ok(check, f"is served at {self._setup.public_baseurl}"))
-            elif answer.status == 404 and isinstance(answer.json, dict):
-                findings.append(
-                    wrong(
-                        check,
-                        f"is not served at {url}: the process that the proxy asks there has not"
-                        " loaded the module",
-                        "the configuration that this process is started with; then restart it",
-                        *MODULES,
-                    )
+                return warning(check, f"at {url} cannot be told: {e}")
+            if answer.status == 404 and isinstance(answer.json, dict):
+                return wrong(
+                    check,
+                    f"is not served at {url}: the process that the proxy asks there has not"
+                    " loaded the module",
+                    "the configuration that this process is started with; then restart it",
+                    *MODULES,
                 )
-            else:
-                findings.append(
-                    wrong(
-                        check,
-                        f"{url} is answered {_describe(answer)}, not by Synapse",
-                        PROXY,
-                        *self._proxy_lines("/_matrix"),
-                    )
+            if answer.status != 401 or not isinstance(answer.json, dict):
+                return wrong(
+                    check,
+                    f"{url} is answered {_describe(answer)}, not by Synapse",
+                    PROXY,
+                    *self._proxy_lines("/_matrix"),
                 )
-        return findings
+        return ok(check, f"is served at {self._setup.public_baseurl}")
 
     # .well-known/matrix/client
 
     async def _well_known(self) -> Finding:
         setup = self._setup
+        if setup.module.advertise is Advertise.MSC4195:
+            return ok(".well-known", "is not needed: advertise is msc4195, which it cannot name")
         host, _ = parse_server_name(setup.server_name)
         url = f"https://{host}/.well-known/matrix/client"
         try:

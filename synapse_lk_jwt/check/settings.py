@@ -10,8 +10,9 @@ from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.compat import describe, missing_in_installed_synapse
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
-from synapse_lk_jwt.homeserver import livekits, overlap
-from synapse_lk_jwt.identifiers import is_server_name
+from synapse_lk_jwt.discovery import Advertise, transports
+from synapse_lk_jwt.homeserver import livekits, name_of, overlap
+from synapse_lk_jwt.identifiers import is_same_url, is_server_name
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
 RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}
@@ -118,41 +119,55 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
         "- type: livekit",
         f"  livekit_service_url: {ours}",
     ]
+    advertise, url = setup.module.advertise, setup.module.livekit_url
     by_hand = livekits(setup.transports)
-    named = [str(e.get("livekit_service_url", "")).rstrip("/") for e in by_hand]
-    if not by_hand and not setup.module.advertise:
+    announced = by_hand or transports(advertise, url, ours)
+    named = " and ".join(dict.fromkeys(map(name_of, announced)))
+    if not announced:
         yield wrong(
             "rtc/transports",
             "is empty: advertise is off, and matrix_rtc names nothing; clients say that calls are"
             " not supported",
             setup.block,
-            "advertise: true",
+            "advertise: service",
         )
-    elif by_hand and ours not in named:
+    elif not any(
+        is_same_url(name_of(entry).rstrip("/"), place.rstrip("/"))
+        for entry in announced
+        for place in (ours, url)
+    ):
         yield wrong(
             "rtc/transports",
-            f"names {' and '.join(named) or 'no service'}, which was set by hand, and not this"
-            f" module ({ours})",
+            f"names {named}, which was set by hand, and not this module ({ours})",
             setup.file("matrix_rtc"),
             "matrix_rtc:",
             "  transports: []    # or without the key: the module adds itself",
         )
-    elif by_hand and by_hand[named.index(ours)].get("url") != setup.module.livekit_url:
+    elif any("livekit_service_url" in e and "url" in e for e in announced):
         yield warning(
             "rtc/transports",
-            "was set by hand without the url of livekit_url, which the newest clients ask for",
+            "was set by hand with url beside livekit_service_url: some clients take the one and"
+            " some the other, and these do not see each other in a call",
             setup.file("matrix_rtc"),
             "matrix_rtc:",
-            "  transports:",
-            *(f"    {line}" for line in entry),
-            f"      url: {setup.module.livekit_url}",
+            "  transports: []    # or without the key: the module adds itself",
+        )
+    elif advertise.names_msc4195 and any(
+        entry not in announced for entry in transports(advertise, url, ours)
+    ):
+        yield warning(
+            "rtc/transports",
+            f"names {named}, which was set by hand: advertise: {advertise.value} has no effect",
+            setup.file("matrix_rtc"),
+            "matrix_rtc:",
+            "  transports: []    # or without the key: the module adds itself",
         )
     else:
-        yield ok("rtc/transports", f"names {ours}")
+        yield ok("rtc/transports", f"names {named}")
     if setup.foci is not None:
-        foci = [str(e.get("livekit_service_url", "")).rstrip("/") for e in livekits(setup.foci)]
-        # The module adds itself to a list that names no LiveKit.
-        is_added_to = setup.module.advertise and isinstance(setup.foci, list) and not foci
+        foci = [name_of(e).rstrip("/") for e in livekits(setup.foci)]
+        # The module adds itself to a list that names no LiveKit, unless that is not wanted.
+        is_added_to = advertise is not Advertise.OFF and isinstance(setup.foci, list) and not foci
         if ours not in foci and not is_added_to:
             yield wrong(
                 ".well-known",

@@ -124,7 +124,13 @@ class MemberTests(ModuleTestCase):
 
 class UrlTests(ModuleTestCase):
     @parameterized.expand(
-        ["WSS://SFU.example.com", f"{URL}/", f"{URL}:443", f"{URL}:443/", "wss://SFU.EXAMPLE.COM:443/"]
+        [
+            "WSS://SFU.example.com",
+            f"{URL}/",
+            f"{URL}:443",
+            f"{URL}:443/",
+            "wss://SFU.EXAMPLE.COM:443/",
+        ]
     )
     def test_client_get_token_with_other_spelling_of_the_url_is_answered(self, url: str) -> None:
         for server_name in ({}, {"server_name": "test"}):
@@ -160,7 +166,9 @@ class UrlTests(ModuleTestCase):
         self, server_name: str
     ) -> None:
         self.join_remotely(self.rita)
-        said = self.assert_token(self.post_homeserver(self.homeserver_body(server_name=server_name)))
+        said = self.assert_token(
+            self.post_homeserver(self.homeserver_body(server_name=server_name))
+        )
         assert said["sub"] == member_identity(self.alice, "member")
         assert self.others.requests == []
 
@@ -288,7 +296,15 @@ class PathTests(ModuleTestCase):
         self.assert_error(self.post("//sfu_webhook", b"{}"), 401, Codes.UNAUTHORIZED)
 
     @parameterized.expand(
-        ["//", "//sfu", "//sfu//", "/sfu/get//x", "//x//sfu/get", "/get_token//sfu/get", "//SFU/get"]
+        [
+            "//",
+            "//sfu",
+            "//sfu//",
+            "/sfu/get//x",
+            "//x//sfu/get",
+            "/get_token//sfu/get",
+            "//SFU/get",
+        ]
     )
     def test_wrong_path_with_empty_segments_is_404(self, path: str) -> None:
         channel = self.post(path, self.sfu_get_body())

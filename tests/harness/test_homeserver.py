@@ -33,6 +33,7 @@ from synapse_lk_jwt.sfu.names import member_identity
 from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
 
 PREFIXES = ("v1", "unstable/io.element.msc4195")
+SERVICE = {"type": "livekit", "livekit_service_url": f"https://matrix.test{P}"}
 JWT = "aGVhZA.Ym9keQ.c2ln"
 
 
@@ -315,47 +316,6 @@ class FullAccessTests(ModuleTestCase):
         assert len(self.sfu.requests) == 1
 
 
-class DiscoveryTests(ModuleTestCase):
-    def discovered(self) -> tuple[Any, Any]:
-        path = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
-        transports = self.make_request("GET", path, access_token=self.alices_token)
-        foci = self.hs.config.server.extra_well_known_client_content
-        return transports.json_body.get("rtc_transports"), foci.get("org.matrix.msc4143.rtc_foci")
-
-    def test_the_service_is_advertised(self) -> None:
-        transports, foci = self.discovered()
-        ours = {"type": "livekit", "livekit_service_url": f"https://matrix.test{P}"}
-        assert foci == [ours]
-        assert transports == [{**ours, "url": URL}]
-
-
-class AdminsOwnTests(DiscoveryTests):
-    own = {"type": "livekit", "livekit_service_url": "https://own.example.com"}
-
-    def default_config(self) -> dict[str, Any]:
-        return {
-            **super().default_config(),
-            "experimental_features": {"msc4143_enabled": True},
-            "matrix_rtc": {"transports": [self.own]},
-            "extra_well_known_client_content": {
-                "org.matrix.msc4143.rtc_foci": [self.own],
-                "org.example": 1,
-            },
-        }
-
-    def test_the_service_is_advertised(self) -> None:
-        transports, foci = self.discovered()
-        assert foci == [self.own]
-        assert transports == [self.own]
-
-
-class NotAdvertisedTests(DiscoveryTests):
-    module_config = {"advertise": False}
-
-    def test_the_service_is_advertised(self) -> None:
-        assert self.discovered() == (None, None)
-
-
 class HookTests(ModuleTestCase):
     """What the homeserver endpoints stand on."""
 
@@ -444,8 +404,7 @@ class HookTests(ModuleTestCase):
         (line,) = (line for line in logs.output if "not served" in line)
         assert "not served: the application service 'livekit' claims rtc/livekit" in line
         assert P in second._module_web_resources
-        (transport,) = second.config.matrix_rtc.transports
-        assert "url" not in transport
+        assert second.config.matrix_rtc.transports == [SERVICE]
 
     def test_a_synapse_without_them(self) -> None:
         with (
@@ -459,5 +418,4 @@ class HookTests(ModuleTestCase):
         (line,) = (line for line in logs.output if "not served" in line)
         assert "MSC4195's homeserver endpoints are not served: this Synapse has no" in line
         assert P in second._module_web_resources
-        (transport,) = second.config.matrix_rtc.transports
-        assert "url" not in transport
+        assert second.config.matrix_rtc.transports == [SERVICE]

@@ -12,6 +12,7 @@ from synapse.config.ratelimiting import RatelimitSettings
 from synapse_lk_jwt import LiveKitJwtModule
 from synapse_lk_jwt.access import ServerList
 from synapse_lk_jwt.config import KEYS, LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.discovery import Advertise
 
 SECRET = "a-secret-that-no-message-may-ever-show"
 SMALLEST = {
@@ -34,7 +35,7 @@ DEFAULT = LiveKitJwtConfig(
     can_update_own_metadata=False,
     path_prefix="/_synapse/client/livekit/jwt",
     service_url=None,
-    advertise=True,
+    advertise=Advertise.SERVICE,
     sanity_check_interval_ms=30_000,
     rc_token=RatelimitSettings(key="rc_token", per_second=1, burst_count=20),
     rc_openid=RatelimitSettings(key="rc_openid", per_second=10, burst_count=100),
@@ -103,7 +104,7 @@ def test_every_key(tmp_path: Path) -> None:
         can_update_own_metadata=True,
         path_prefix="/livekit/jwt",
         service_url="https://example.com/livekit/jwt",
-        advertise=False,
+        advertise=Advertise.OFF,
         sanity_check_interval_ms=0,
         rc_token=RatelimitSettings(key="rc_token", per_second=0.5, burst_count=5),
         rc_openid=RatelimitSettings(key="rc_openid", per_second=2, burst_count=100),
@@ -166,7 +167,8 @@ def test_all_problems_are_told_at_once() -> None:
         "livekit_url: is missing; write livekit_url: wss://sfu.example.com",
         "livekit_key: is missing; write livekit_key or livekit_key_path",
         "livekit_secret: is missing",
-        "advertise: must be true or false",
+        "advertise: must be service, both, msc4195 or off. Write 'service' unless all clients are"
+        " new (docs/compatibility.md)",
         "rc_token: per_second must be a number above 0",
     ):
         assert problem in message
@@ -332,3 +334,27 @@ def test_the_sample_holds_the_defaults() -> None:
     assert attr.evolve(
         config, warnings=(), livekit_internal_url="https://sfu.example.com", service_url=None
     ) == attr.evolve(DEFAULT)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (True, Advertise.SERVICE),
+        ("true", Advertise.SERVICE),
+        ("service", Advertise.SERVICE),
+        ("both", Advertise.BOTH),
+        ("Both ", Advertise.BOTH),
+        ("msc4195", Advertise.MSC4195),
+        ("MSC4195", Advertise.MSC4195),
+        (False, Advertise.OFF),
+        ("false", Advertise.OFF),
+        ("off", Advertise.OFF),
+    ],
+)
+def test_advertise_with_a_known_value_is_accepted(value: Any, expected: Advertise) -> None:
+    assert parse_config({**SMALLEST, "advertise": value}, {}).advertise is expected
+
+
+@pytest.mark.parametrize("value", ["on", "", 1, 0, None, [], ["service"], {}, "service,msc4195"])
+def test_advertise_with_another_value_is_rejected(value: Any) -> None:
+    assert "advertise: must be service, both, msc4195 or off" in error({"advertise": value})

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients discover: the transports (MSC4143) that this homeserver announces.
+
+An entry decides which endpoints a client asks for tokens, and so which participant identity it
+takes. Clients copy an entry into their call membership, where others read the identity from it. So
+no entry names both kinds of endpoint.
+"""
+
+from enum import Enum
+
+
+class Advertise(Enum):
+    """What to announce, as the configuration has it."""
+
+    SERVICE = "service"
+    BOTH = "both"
+    MSC4195 = "msc4195"
+    OFF = "off"
+
+    @property
+    def names_msc4195(self) -> bool:
+        """Whether clients are sent to MSC4195's homeserver endpoints."""
+        return self in (Advertise.BOTH, Advertise.MSC4195)
+
+    def where_served(self, has_msc4195: bool) -> "Advertise":
+        """What can be announced.
+
+        An empty list ends in 'calls are not supported', so the service takes the place of MSC4195's
+        endpoints where these are not served.
+        """
+        return self if has_msc4195 or not self.names_msc4195 else Advertise.SERVICE
+
+
+def transports(advertise: Advertise, livekit_url: str, service_url: str) -> list[dict[str, str]]:
+    """The entries for `rtc/transports`, the one that new clients prefer first."""
+    return {
+        Advertise.SERVICE: [_service(service_url)],
+        Advertise.BOTH: [_msc4195(livekit_url), _service(service_url)],
+        Advertise.MSC4195: [_msc4195(livekit_url)],
+        Advertise.OFF: [],
+    }[advertise]
+
+
+def foci(advertise: Advertise, service_url: str) -> list[dict[str, str]]:
+    """The entries for `.well-known/matrix/client`, where clients look for services only."""
+    return [_service(service_url)] if advertise in (Advertise.SERVICE, Advertise.BOTH) else []
+
+
+def _service(service_url: str) -> dict[str, str]:
+    return {"type": "livekit", "livekit_service_url": service_url}
+
+
+def _msc4195(livekit_url: str) -> dict[str, str]:
+    return {"type": "m.livekit", "url": livekit_url}
