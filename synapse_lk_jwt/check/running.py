@@ -18,7 +18,6 @@ from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wron
 from synapse_lk_jwt.check.setup import MAIN, MODULE, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
-from synapse_lk_jwt.discovery import transports
 from synapse_lk_jwt.homeserver import livekits, name_of
 from synapse_lk_jwt.sfu.names import CHECK_ROOM
 
@@ -200,16 +199,16 @@ class Running:
 
     def _transports(self, state: State) -> list[Finding]:
         """Whether the running process says what these files say."""
-        module = self.setup.module
         announced = livekits(state["transports"])
         if not announced:
             text = "is empty, or not served, by the running Synapse: has it been restarted since?"
             return [warning("rtc/transports", text)]
-        advertise = module.advertise.where_served(has_msc4195=state["not_served"] is None)
-        expected = livekits(list(self.setup.transports)) or transports(
-            advertise, module.livekit_url, self.setup.service_url
-        )
-        if announced != expected:
+        if livekits(list(self.setup.transports)):
+            is_old = not self.setup.is_among(announced)
+        else:
+            expected = self.setup.announced(has_msc4195=state["not_served"] is None)
+            is_old = bool(expected) and announced != expected
+        if is_old:
             named = " and ".join(map(name_of, announced))
             text = f"names {named}, as the running Synapse has it: restart it"
             return [warning("rtc/transports", text)]

@@ -12,7 +12,7 @@ from synapse_lk_jwt.compat import describe, missing_in_installed_synapse
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
 from synapse_lk_jwt.discovery import Advertise, transports
 from synapse_lk_jwt.homeserver import livekits, name_of, overlap
-from synapse_lk_jwt.identifiers import is_same_url, is_server_name
+from synapse_lk_jwt.identifiers import is_server_name
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
 RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}
@@ -120,8 +120,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
         f"  livekit_service_url: {ours}",
     ]
     advertise, url = setup.module.advertise, setup.module.livekit_url
-    by_hand = livekits(setup.transports)
-    announced = by_hand or transports(advertise, url, ours)
+    announced = setup.announced()
     named = " and ".join(dict.fromkeys(map(name_of, announced)))
     if not announced:
         yield wrong(
@@ -131,11 +130,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
             setup.block,
             "advertise: service",
         )
-    elif not any(
-        is_same_url(name_of(entry).rstrip("/"), place.rstrip("/"))
-        for entry in announced
-        for place in (ours, url)
-    ):
+    elif not setup.is_among(announced):
         yield wrong(
             "rtc/transports",
             f"names {named}, which was set by hand, and not this module ({ours})",

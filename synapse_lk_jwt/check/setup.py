@@ -3,7 +3,7 @@
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -19,7 +19,9 @@ from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, wrong
 from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
-from synapse_lk_jwt.homeserver import has_delayed_events
+from synapse_lk_jwt.discovery import transports
+from synapse_lk_jwt.homeserver import has_delayed_events, livekits, name_of
+from synapse_lk_jwt.identifiers import is_same_url
 
 MODULE = "synapse_lk_jwt.LiveKitJwtModule"
 FOCI = "org.matrix.msc4143.rtc_foci"
@@ -114,6 +116,24 @@ class Setup:
     def service_url(self) -> str:
         """Where clients are told that the service endpoints are."""
         return self.module.service_url_at(self.public_baseurl)
+
+    def announced(self, *, has_msc4195: bool = True) -> list[Mapping[str, Any]]:
+        """The LiveKits that `rtc/transports` names, by hand or by the module.
+
+        Args:
+            has_msc4195: whether MSC4195's homeserver endpoints are served.
+        """
+        module = self.module
+        advertise = module.advertise.where_served(has_msc4195)
+        return livekits(list(self.transports)) or [
+            *transports(advertise, module.livekit_url, self.service_url)
+        ]
+
+    def is_among(self, entries: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether one of the entries sends clients to this module."""
+        own = (self.service_url, self.module.livekit_url.rstrip("/"))
+        places = [name_of(entry).rstrip("/") for entry in entries]
+        return any(is_same_url(place, url) for place in places for url in own)
 
     def file(self, key: str) -> str:
         """The file to write a top-level key to."""

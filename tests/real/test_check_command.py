@@ -36,6 +36,7 @@ ALL = {
     "webhooks",
     "service",
     "preflight",
+    "/versions",
     "MSC4195",
     ".well-known",
 }

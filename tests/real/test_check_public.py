@@ -10,7 +10,7 @@ import pytest
 from realparts.check import Finding
 from realparts.livekit import LiveKit
 from realparts.nginx import UPGRADE, Servers, proxy
-from realparts.public import Public
+from realparts.public import Public, stage
 from realparts.service import PREFIX
 from realparts.sets import module_config, running
 from realparts.synapse import Synapse
@@ -168,11 +168,30 @@ def test_a_process_that_is_in_trouble(public: Public, faulty: Servers) -> None:
 @pytest.mark.parametrize("server", ["no matrix", "down", "page"])
 def test_the_paths_below_matrix(server: str, public: Public, faulty: Servers) -> None:
     report = public.check.run(config={"public_baseurl": faulty.url(server)})
-    for check in ("rtc/transports", "MSC4195"):
+    for check in ("/versions", "rtc/transports", "MSC4195"):
         finding = report.the("wrong", check)
         assert "not by Synapse" in finding.text
         assert "reverse proxy" in str(finding.file)
         assert finding.lines[0] == "location /_matrix {"
+
+
+@pytest.mark.parametrize("advertise", ["both", "msc4195", "off"])
+def test_check_of_a_homeserver_with_each_advertise_is_clean(
+    advertise: str, public: Public, tmp_path: Path
+) -> None:
+    second = stage(tmp_path, "s", public.livekit, advertise=advertise)
+    entry = {"type": "livekit", "livekit_service_url": second.service_url}
+    if advertise == "off":
+        # As the admin does who announces the module without it.
+        second.synapse.extra_config |= {
+            "matrix_rtc": {"transports": [entry]},
+            "experimental_features": {"msc4143_enabled": True},
+        }
+    with running(second.synapse, second.nginx):
+        report = second.check.run()
+    names = {finding.check: finding.verdict for finding in report.findings}
+    for check in ("/versions", "rtc/transports", "MSC4195", "service"):
+        assert names[check] == "ok", str(report)
 
 
 # .well-known/matrix/client

@@ -66,7 +66,15 @@ def test_nothing_is_advertised(public: Public) -> None:
     ("transports", "text"),
     [
         ([OTHER], f"names {OLD}, which was set by hand"),
-        ([{"type": "livekit", "url": "wss://old.example.com"}], "names no service, which was set"),
+        (
+            [{"type": "livekit", "url": "wss://old.example.com"}],
+            "names wss://old.example.com, which",
+        ),
+        (
+            [{"type": "m.livekit", "url": "wss://old.example.com"}],
+            "names wss://old.example.com, wh",
+        ),
+        ([{"type": "m.livekit"}], "names no service, which was set by hand"),
     ],
 )
 def test_another_service_is_advertised(transports: list[Any], text: str, public: Public) -> None:
@@ -75,11 +83,35 @@ def test_another_service_is_advertised(transports: list[Any], text: str, public:
     assert report.status == 1
 
 
-def test_our_service_is_advertised_by_hand_and_without_the_sfu(public: Public) -> None:
-    entry = {"type": "livekit", "livekit_service_url": public.service_url}
+def test_check_of_entry_by_hand_that_mixes_both_kinds_warns(public: Public) -> None:
+    url = public.nginx.url("livekit").replace("https:", "wss:")
+    entry = {"type": "livekit", "livekit_service_url": public.service_url, "url": url}
     report = mended(public, "rtc/transports", {"matrix_rtc": {"transports": [entry]}})
-    assert "without the url of livekit_url" in report.the("warning", "rtc/transports").text
+    text = report.the("warning", "rtc/transports").text
+    assert "with url beside livekit_service_url" in text
     assert report.status == 0
+
+
+@pytest.mark.parametrize("advertise", ["both", "msc4195"])
+def test_check_of_advertise_that_hand_set_entries_override_warns(
+    advertise: str, public: Public
+) -> None:
+    entry = {"type": "livekit", "livekit_service_url": public.service_url}
+    config = {"matrix_rtc": {"transports": [entry]}}
+    report = public.check.run(config=config, module={"advertise": advertise})
+    finding = report.the("warning", "rtc/transports")
+    assert f"advertise: {advertise} has no effect" in finding.text
+    assert finding.pasted == {"matrix_rtc": {"transports": []}}
+
+
+@pytest.mark.parametrize("advertise", ["both", "msc4195"])
+def test_check_before_restart_with_another_advertise_asks_for_a_restart(
+    advertise: str, public: Public
+) -> None:
+    report = public.check.run(module={"advertise": advertise})
+    assert report.bad == {"rtc/transports": "warning"}, str(report)
+    text = report.the("warning", "rtc/transports").text
+    assert text == f"names {public.service_url}, as the running Synapse has it: restart it"
 
 
 @pytest.mark.parametrize("foci", [[OTHER], [{**OTHER, "livekit_service_url": 7}]])

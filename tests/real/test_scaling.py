@@ -87,9 +87,10 @@ def test_tokens_of_every_endpoint_from_every_process(
     for prefix in ("v1", "unstable/io.element.msc4195"):
         assert service.homeserver_get_token(alice.at(url), body, prefix).ok()["jwt"]
         assert federation_get_token(other, servers, url, rita, room_id, prefix).ok()["jwt"]
-    answer = alice.at(url).call("GET", "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports")
-    (transport,) = answer.ok()["rtc_transports"]
-    assert transport["url"] == LIVEKIT_URL
+    for path in ("unstable/org.matrix.msc4143", "v1"):
+        answer = alice.at(url).call("GET", f"/_matrix/client/{path}/rtc/transports")
+        (transport,) = answer.ok()["rtc_transports"]
+        assert transport["livekit_service_url"].endswith(service.PREFIX)
 
 
 def federation_get_token(

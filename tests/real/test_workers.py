@@ -39,7 +39,11 @@ def test_discovery_on_every_process(process: str, cluster: Cluster) -> None:
     service_url = cluster.synapse.client_url + service.PREFIX
     answer = alice.call("GET", "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports")
     ours = {"type": "livekit", "livekit_service_url": service_url}
-    assert answer.ok() == {"rtc_transports": [{**ours, "url": cluster.livekit.url}]}
+    assert answer.ok() == {"rtc_transports": [ours]}
+    answer = alice.call("GET", "/_matrix/client/v1/rtc/transports")
+    assert answer.ok() == {"rtc_transports": [ours], "transports": [ours]}
+    versions = http("GET", f"{cluster.urls[process]}/_matrix/client/versions").ok()
+    assert versions["unstable_features"]["org.matrix.msc4143"] is True
     well_known = http("GET", f"{cluster.urls[process]}/.well-known/matrix/client").ok()
     assert well_known["org.matrix.msc4143.rtc_foci"] == [ours]
 
