@@ -23,17 +23,20 @@ class Stage:
     Everybody on B is restricted on A, and LiveKit makes no room by itself.
     """
 
-    def __init__(self, directory: Path, config_of_a: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: Path, config_of_a: Mapping[str, Any] | None = None, **module: Any
+    ) -> None:
         """
         Args:
             directory: for files and logs.
             config_of_a: top-level keys for A's `homeserver.yaml`.
+            module: keys of the module's block on A.
 
         Raises:
             MissingTool
         """
         self.livekit = LiveKit(directory)
-        self.a = Synapse("a", directory, self.module_config(), config_of_a)
+        self.a = Synapse("a", directory, {**self.module_config(), **module}, config_of_a)
         self.service_url = self.a.client_url + service.PREFIX
         self.livekit.webhook_urls = [f"{self.service_url}/sfu_webhook"]
         # B's own LiveKit has no part in the play, and is not there.
@@ -67,9 +70,16 @@ class BrowserStage(Stage):
     Element Call publishes on the SFU that the user's own homeserver names.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """As that of `Stage`."""
-        super().__init__(directory, {"experimental_features": _FOR_ELEMENT_CALL})
+    def __init__(self, directory: Path, **module: Any) -> None:
+        """
+        Args:
+            directory: for files and logs.
+            module: keys of the module's block on A.
+
+        Raises:
+            MissingTool
+        """
+        super().__init__(directory, {"experimental_features": _FOR_ELEMENT_CALL}, **module)
         self.b.module_config = None
         self.b.extra_config = {
             "experimental_features": {**_FOR_ELEMENT_CALL, "msc4143_enabled": True},

@@ -19,6 +19,7 @@ from realparts.matrix import User
 from realparts.process import MissingTool, wait_until
 from realparts.skips import missing_tool
 from realparts.stage import Stage
+from synapse_lk_jwt.discovery import Advertise, transports
 from synapse_lk_jwt.sfu.names import livekit_room_name, member_identity
 
 PROJECT = Path(__file__).resolve().parent / "js-sdk"
@@ -66,10 +67,16 @@ def sdk() -> Sdk:
         missing_tool(e)
 
 
+@pytest.fixture(scope="module", params=["service", "both", "msc4195"])
+def advertise(request: pytest.FixtureRequest) -> str:
+    value: str = request.param
+    return value
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def two(advertise: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     try:
-        stage = Stage(tmp_path_factory.mktemp("two"))
+        stage = Stage(tmp_path_factory.mktemp("two"), advertise=advertise)
     except MissingTool as e:
         missing_tool(e)
     try:
@@ -85,16 +92,21 @@ def body(user: User, room_id: str, **more: str) -> dict[str, Any]:
     return {"room_id": room_id, "slot_id": service.SLOT, "member": member, **more}
 
 
-def test_tokens_of_the_own_sfu_and_of_another_homeservers(sdk: Sdk, two: Stage) -> None:
+def test_tokens_of_the_own_sfu_and_of_another_homeservers(
+    sdk: Sdk, two: Stage, advertise: str
+) -> None:
     alice, rita = two.a.register("alice1"), two.b.register("rita1")
     room_id = alice.create_room(invite=[rita.user_id])
     rita.join(room_id, via=[two.a.server_name])
 
-    [[transport]], _ = sdk.call(alice, ["_unstable_getRTCTransports"])
-    a = {"url": transport["url"], "server_name": two.a.server_name}
+    [found], _ = sdk.call(alice, ["_unstable_getRTCTransports"])
+    url = two.livekit.url
+    assert found == transports(Advertise(advertise), url, two.service_url)
+    # The SDK is asked with a URL, from wherever its user has it.
+    a = {"url": url, "server_name": two.a.server_name}
     # Alice's own homeserver need not be named. For Rita it is another one's.
     for user, asked in (
-        (alice, body(alice, room_id, url=transport["url"])),
+        (alice, body(alice, room_id, url=url)),
         (alice, body(alice, room_id, **a)),
         (rita, body(rita, room_id, **a)),
     ):
@@ -126,11 +138,12 @@ def test_what_the_sdk_says_where_there_is_no_token(sdk: Sdk, two: Stage) -> None
             {**body(alice, room_id, url=two.livekit.url), "delay_id": "syd_unknown"},
         ],
     )
-    invalid, forbidden = (
+    not_found, invalid, forbidden = (
+        {"status": 404, "errcode": "M_NOT_FOUND"},
         {"status": 400, "errcode": "M_INVALID_PARAM"},
         {"status": 403, "errcode": "M_FORBIDDEN"},
     )
-    assert results == [invalid, forbidden, invalid, invalid]
+    assert results == [not_found, forbidden, invalid, invalid]
 
 
 def test_a_leave_that_is_handed_over_is_sent(sdk: Sdk, two: Stage) -> None:
