@@ -28,7 +28,7 @@ class Directory(UnrecognizedRequestResource):
     def __init__(self) -> None:
         Resource.__init__(self)
 
-    def getChild(self, path: bytes, request: Request) -> Resource:
+    def getChild(self, path: bytes | str, request: Request) -> Resource:
         return UnrecognizedRequestResource() if path else self
 
 

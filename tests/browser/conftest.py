@@ -63,8 +63,9 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    scene = getattr(item, "funcargs", {}).get("scene")
-    if report.failed and report.when == "call" and isinstance(scene, Scene):
+    values = getattr(item, "funcargs", {}).values()
+    scene = next((value for value in values if isinstance(value, Scene)), None)
+    if report.failed and report.when == "call" and scene is not None:
         directory = FAILURES / item.name
         scene.write_down(directory)
         report.sections.append(

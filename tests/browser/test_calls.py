@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser
 
 from realparts.browser import Person, Scene
 from realparts.matrix import User
-from realparts.process import wait_until
+from realparts.process import MissingTool, wait_until
+from realparts.skips import missing_tool
 from realparts.stage import BrowserStage
 
 MODES = ["compatibility", "matrix_2_0"]
@@ -195,3 +197,62 @@ def test_livekit_goes_and_comes_back(scene: Scene) -> None:
     person.open(room_id)
     person.join()
     person.wait_for_videos(1)
+
+
+# Where the homeserver announces more than the service, or something else. Element Call 0.26.1 takes
+# the first entry of type `livekit` and skips others, so that few tests are needed.
+
+
+@pytest.fixture(scope="module")
+def other_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserStage]:
+    try:
+        stage = BrowserStage(tmp_path_factory.mktemp("advertise"), advertise="both")
+    except MissingTool as e:
+        missing_tool(e)
+    try:
+        stage.start()
+        yield stage
+    finally:
+        stage.stop()
+
+
+@pytest.fixture
+def both(browser: Browser, other_stage: BrowserStage) -> Iterator[Scene]:
+    """The people of a homeserver with `advertise: both`."""
+    scene = Scene(browser, other_stage)
+    yield scene
+    scene.end()
+
+
+@pytest.fixture
+def msc4195(both: Scene) -> Iterator[Scene]:
+    """The people of a homeserver with `advertise: msc4195`."""
+    homeserver = both.stage.a
+    before = homeserver.module_config
+    homeserver.module_config = {**(before or {}), "advertise": "msc4195"}
+    homeserver.restart()
+    yield both
+    homeserver.module_config = before
+    homeserver.restart()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_call_with_both_announced_connects_and_a_closed_tab_leaves(mode: str, both: Scene) -> None:
+    alice, bob, room_id = call_of_two(both, mode)
+    # The leave is delegated, though the service's own endpoint denies it to an empty request.
+    assert [url for url in bob.requests if "org.matrix.msc4140.delay=3600000" in url] != []
+    # A client that leaves within two seconds is looked for once more.
+    bob.wait_for_videos(2, frames=40)
+    bob.close_tab()
+    wait_until(
+        lambda: in_the_call(alice.user, room_id) == {alice.user.user_id}, "end of Bob's membership"
+    )
+    alice.wait_for_videos(1)
+
+
+def test_call_with_msc4195_announced_alone_is_not_supported(msc4195: Scene) -> None:
+    alice = msc4195.of_a("alice")
+    person = msc4195.person(alice, matrix_rtc_mode="matrix_2_0")
+    person.open(msc4195.stage.room(alice))
+    person.join()
+    person.wait_for_text("Call is not supported")

@@ -55,7 +55,7 @@ class AdvertiseTests(DiscoveryTestCase):
     foci_added: Any
 
     def default_config(self) -> dict[str, Any]:
-        config = super().default_config()
+        config: dict[str, Any] = super().default_config()
         if self.advertise is not None:
             config["modules"][0]["config"]["advertise"] = self.advertise
         return config
