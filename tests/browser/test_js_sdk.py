@@ -126,7 +126,9 @@ def test_what_the_sdk_says_where_there_is_no_token(sdk: Sdk, two: Stage) -> None
     alice, rita = two.a.register("alice2"), two.b.register("rita2")
     room_id = alice.create_room(invite=[rita.user_id])
     other_sfu = body(alice, room_id, url="wss://elsewhere.example.com")
-    other_server = body(alice, room_id, url=two.livekit.url, server_name=two.b.server_name)
+    other_server = body(
+        alice, room_id, url="wss://sfu-of-b.example.com", server_name=two.b.server_name
+    )
     results, _ = sdk.call(
         alice,
         ["_unstable_getLivekitToken", other_sfu],

@@ -310,3 +310,15 @@ class PathTests(ModuleTestCase):
         channel = self.post(path, self.sfu_get_body())
         self.assert_error(channel, 404, Codes.UNRECOGNIZED)
         assert channel.headers.getRawHeaders("Access-Control-Allow-Origin") == ["*"]
+
+
+class ServiceUrlTests(ModuleTestCase):
+    module_config: ClassVar[dict[str, Any]] = {"service_url": f"https://matrix.test{P}/"}
+
+    @parameterized.expand(["", "/"])
+    def test_client_that_appends_to_a_service_url_with_slash_is_answered(self, slash: str) -> None:
+        (entry,) = self.hs.config.matrix_rtc.transports
+        url = entry["livekit_service_url"].rstrip("/") + slash
+        path = urlsplit(f"{url}/sfu/get").path
+        channel = self.make_request("POST", path, self.sfu_get_body(), shorthand=False)
+        self.assert_token(channel)
