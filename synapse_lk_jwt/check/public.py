@@ -112,7 +112,7 @@ class Public:
     async def _matrix(self, state: State) -> list[Finding]:
         """The paths below `/_matrix`, which may be served by another process."""
         findings = []
-        # What is not served has been told, and is not the proxy's.
+        # What the running Synapse does not serve is reported by another check.
         if state["transports"]:
             findings += [
                 await self._versions(),
@@ -134,7 +134,7 @@ class Public:
         try:
             answer = await self._probe.request("GET", url)
         except NoAnswer as e:
-            return warning("/versions", f"at {url} cannot be told: {e}")
+            return warning("/versions", f"at {url} cannot be checked: {e}")
         content = answer.json
         features = content.get("unstable_features") if isinstance(content, dict) else None
         if answer.status != 200 or not isinstance(features, dict):
@@ -162,7 +162,7 @@ class Public:
             try:
                 answer = await self._probe.request(method, url)
             except NoAnswer as e:
-                return warning(check, f"at {url} cannot be told: {e}")
+                return warning(check, f"at {url} cannot be checked: {e}")
             if answer.status == 404 and isinstance(answer.json, dict):
                 return wrong(
                     check,

@@ -141,8 +141,8 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
     elif any("livekit_service_url" in e and "url" in e for e in announced):
         yield warning(
             "rtc/transports",
-            "was set by hand with url beside livekit_service_url: some clients take the one and"
-            " some the other, and these do not see each other in a call",
+            "has an entry in homeserver.yaml with url beside livekit_service_url. Some clients use"
+            " the one and some the other, and these do not see each other in a call",
             setup.file("matrix_rtc"),
             "matrix_rtc:",
             "  transports: []    # or without the key: the module adds itself",
@@ -152,7 +152,8 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
     ):
         yield warning(
             "rtc/transports",
-            f"names {named}, which was set by hand: advertise: {advertise.value} has no effect",
+            f"names {named}, from homeserver.yaml, so that advertise: {advertise.value} has no"
+            " effect",
             setup.file("matrix_rtc"),
             "matrix_rtc:",
             "  transports: []    # or without the key: the module adds itself",

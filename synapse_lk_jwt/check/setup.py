@@ -118,7 +118,7 @@ class Setup:
         return self.module.service_url_at(self.public_baseurl)
 
     def announced(self, *, has_msc4195: bool = True) -> list[Mapping[str, Any]]:
-        """The LiveKits that `rtc/transports` names, by hand or by the module.
+        """The LiveKits that `rtc/transports` names: the admin's entries, else the module's.
 
         Args:
             has_msc4195: whether MSC4195's homeserver endpoints are served.
