@@ -7,14 +7,17 @@ problems are collected and told in one go; no secret is ever part of a message.
 """
 
 import difflib
+import ipaddress
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import attr
+import idna
 import yaml
 from synapse.config._base import Config, ConfigError
 from synapse.config.ratelimiting import RatelimitSettings
@@ -54,6 +57,14 @@ SYNAPSE_PATHS = (
 # Synapse hands everything below these to one resource, so nothing of ours would be reached there.
 SYNAPSE_SUBTREES = ("/_matrix", "/_synapse/admin", "/_synapse/metrics", "/health")
 
+# What people put around a value: by hand, or `docker --env-file`, which takes quotes literally.
+QUOTES = ('""', "''", "``", "“”", "‘’")
+
+# Characters that no font shows, beside those that Unicode's categories name.
+BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
+    map(chr, range(0xFE00, 0xFE10))
+)
+
 # LiveKit complains about shorter secrets in its log, and so does RFC 7518 (section 3.2) for HS256.
 RECOMMENDED_SECRET_LENGTH = 32
 
@@ -63,10 +74,12 @@ class LiveKitJwtConfig:
     """The configuration as working values: whoever holds one need not check again.
 
     Attributes:
-        livekit_url: the WebSocket URL handed to clients, as the admin wrote it.
+        livekit_url: the WebSocket URL handed to clients, without a slash at the end.
         livekit_internal_url: where LiveKit's API is, `http(s)://`, without a slash at the end.
         livekit_key: LiveKit's API key.
         livekit_secret: the secret of that key.
+        other_livekit_pairs: the other pairs of key and secret in livekit_key_file. Tokens are not
+            signed with them; webhooks and participants of theirs are recognised.
         full_access_homeservers: servers whose users may start calls; our own need not be listed.
         remote_can_publish: other servers whose users may publish.
         require_room_membership: whether users must be joined to the Matrix room to get a token.
@@ -87,6 +100,7 @@ class LiveKitJwtConfig:
     livekit_internal_url: str
     livekit_key: str
     livekit_secret: str = attr.ib(repr=False)
+    other_livekit_pairs: Mapping[str, str] = attr.ib(repr=False)
     full_access_homeservers: ServerList
     remote_can_publish: ServerList
     require_room_membership: bool
@@ -156,7 +170,15 @@ class _Parser:
             raise ConfigError("must be a mapping of keys to values")
         self._config = config
         # An empty variable counts as unset: compose files and unit files pass them on like that.
-        self._environ = {name: value for name, value in environ.items() if value.strip()}
+        self._environ: dict[str, str] = {}
+        self._quoted: set[str] = set()
+        for name, value in environ.items():
+            text = _strip(value)
+            unquoted = _strip(text[1:-1]) if _is_quoted(text) else text
+            if unquoted:
+                self._environ[name] = unquoted
+                if unquoted != text:
+                    self._quoted.add(name)
         self._problems: list[tuple[str, str]] = []
         self._warnings: list[str] = []
 
@@ -169,14 +191,16 @@ class _Parser:
             self._problems.append(
                 ("livekit_url", "is missing; write livekit_url: wss://sfu.example.com")
             )
-        livekit_url = self._value("livekit_url", _websocket_url, "", "LIVEKIT_URL")
+        livekit_url = self._livekit_url()
         internal_url = self._value("livekit_internal_url", _api_url, "")
-        key, secret = self._credentials()
+        pairs = self._credentials()
 
         values: dict[str, Any] = {
             "full_access_homeservers": self._full_access_homeservers(),
-            "remote_can_publish": self._value("remote_can_publish", _servers, ServerList(("*",))),
-            "require_room_membership": self._value("require_room_membership", _boolean, True),
+            "remote_can_publish": self._remote_can_publish(),
+            "require_room_membership": self._value(
+                "require_room_membership", _boolean, True, "LIVEKIT_REQUIRE_MEMBERSHIP"
+            ),
             "believe_rooms_elsewhere": self._value("rooms_elsewhere", _rooms_elsewhere, True),
             "token_lifetime_ms": self._token_lifetime(),
             "can_update_own_metadata": self._value(
@@ -192,13 +216,13 @@ class _Parser:
         if self._problems:
             raise self._error()
 
-        assert key is not None
-        assert secret is not None
+        (key, secret), *others = pairs.items()
         return LiveKitJwtConfig(
             livekit_url=livekit_url,
             livekit_internal_url=internal_url or _api_url(livekit_url),
             livekit_key=key,
             livekit_secret=secret,
+            other_livekit_pairs=dict(others),
             warnings=tuple(self._warnings),
             **values,
         )
@@ -210,8 +234,13 @@ class _Parser:
         return ConfigError(f"{len(lines)} problems\n  " + "\n  ".join(lines))
 
     def _check(self, key: str, check: Callable[[Any], T], value: Any, default: T) -> T:
+        if key in self._quoted:
+            self._warnings.append(
+                f"{key} has quotes around its value, which are left out: docker --env-file passes"
+                " quotes on. Remove them. If they belong to the value, write it in homeserver.yaml."
+            )
         try:
-            return check(value)
+            return check(_clean(value))
         except _Wrong as e:
             self._problems.append((key, str(e)))
             return default
@@ -226,38 +255,30 @@ class _Parser:
             return self._check(variable, check, self._environ[variable], default)
         return default
 
-    def _credentials(self) -> tuple[str | None, str | None]:
-        """LiveKit's API key and secret; None for what is missing or wrong, which is noted."""
-        four = ("livekit_key", "livekit_key_path", "livekit_secret", "livekit_secret_path")
-        given = [key for key in four if key in self._config]
-        if "livekit_key_file" in self._config:
-            if given:
-                self._problems.append(
-                    ("livekit_key_file", f"holds key and secret; remove {' and '.join(given)}")
-                )
-                return None, None
-            return self._key_file("livekit_key_file", self._config["livekit_key_file"])
-
-        variables = (
-            "LIVEKIT_KEY",
-            "LIVEKIT_KEY_FROM_FILE",
-            "LIVEKIT_SECRET",
-            "LIVEKIT_SECRET_FROM_FILE",
+    def _livekit_url(self) -> str:
+        url = self._value("livekit_url", _livekit_url, "", "LIVEKIT_URL")
+        if not url.startswith("http"):
+            return url
+        websocket_url = url.replace("http", "ws", 1)
+        self._warnings.append(
+            f"livekit_url is {url}, and clients need a WebSocket URL. The module uses"
+            f" {websocket_url}. Write livekit_url: {websocket_url}"
         )
-        if "LIVEKIT_KEY_FILE" in self._environ and not given:
-            both = [name for name in variables if name in self._environ]
-            if both:
-                self._problems.append(
-                    ("LIVEKIT_KEY_FILE", f"holds key and secret; unset {' and '.join(both)}")
-                )
-                return None, None
-            return self._key_file("LIVEKIT_KEY_FILE", self._environ["LIVEKIT_KEY_FILE"])
+        return websocket_url
 
-        key = self._text_or_file("livekit_key", "LIVEKIT_KEY")
-        secret = self._text_or_file("livekit_secret", "LIVEKIT_SECRET")
-        if secret is not None:
-            self._check_secret_length(secret)
-        return key, secret
+    def _credentials(self) -> dict[str, str]:
+        """LiveKit's API keys and secrets, the one to sign with first; problems are noted."""
+        in_block = "livekit_key_file" in self._config
+        secrets_in_block = _given(self._config, "livekit_secret", "livekit_secret_path")
+        if in_block or ("LIVEKIT_KEY_FILE" in self._environ and not secrets_in_block):
+            pairs = self._key_file(in_block)
+        else:
+            key = self._text_or_file("livekit_key", "LIVEKIT_KEY")
+            secret = self._text_or_file("livekit_secret", "LIVEKIT_SECRET")
+            pairs = {} if key is None or secret is None else {key: secret}
+        for key, secret in pairs.items():
+            self._warn_of_pair(key, secret)
+        return pairs
 
     def _text_or_file(self, key: str, variable: str) -> str | None:
         """One of key and secret: written out, or in a file of its own."""
@@ -277,20 +298,60 @@ class _Parser:
         )
         return None
 
-    def _key_file(self, name: str, path: Any) -> tuple[str | None, str | None]:
-        pair = self._check(name, _key_and_secret_file, path, None)
-        if pair is None:
-            return None, None
-        self._check_secret_length(pair[1])
-        return pair
+    def _key_file(self, in_block: bool) -> dict[str, str]:
+        """The pairs of a key file, the one that livekit_key chooses first."""
+        values: Mapping[str, Any] = self._config if in_block else self._environ
+        name = "livekit_key_file" if in_block else "LIVEKIT_KEY_FILE"
+        verb = "remove" if in_block else "unset"
+        secrets = (
+            ("livekit_secret", "livekit_secret_path")
+            if in_block
+            else ("LIVEKIT_SECRET", "LIVEKIT_SECRET_FROM_FILE")
+        )
+        given = _given(values, *secrets)
+        if given:
+            self._problems.append((name, f"holds the secret; {verb} {' and '.join(given)}"))
+            return {}
+        pairs = self._check(name, _pairs_of_file, values[name], {})
+        chooses = _given(self._config, "livekit_key", "livekit_key_path")
+        # A variable says nothing about the only pair of a file that the block names.
+        if not in_block or len(pairs) > 1:
+            chooses += _given(self._environ, "LIVEKIT_KEY", "LIVEKIT_KEY_FROM_FILE")
+        if not pairs or (len(pairs) == 1 and not chooses):
+            return pairs
+        if not chooses:
+            # No key is shown here: in a file with the two swapped it is a secret.
+            self._problems.append(
+                (name, f"holds {len(pairs)} pairs; write livekit_key: and the key to use")
+            )
+            return {}
+        key = self._text_or_file("livekit_key", "LIVEKIT_KEY")
+        if key is None:
+            return {}
+        if key not in pairs:
+            text = f"is none of the {len(pairs)} keys in {name}; write one of them"
+            self._problems.append((chooses[0], text))
+            return {}
+        return {key: pairs.pop(key), **pairs}
 
-    def _check_secret_length(self, secret: str) -> None:
+    def _warn_of_pair(self, key: str, secret: str) -> None:
         if len(secret) < RECOMMENDED_SECRET_LENGTH:
             self._warnings.append(
-                f"livekit_secret has fewer than {RECOMMENDED_SECRET_LENGTH} characters and can be"
-                " guessed by whoever holds a token. Make a longer one with"
+                f"livekit_secret has fewer than {RECOMMENDED_SECRET_LENGTH} characters and"
+                " can be guessed by any participant who holds a token. Create a longer one with"
                 " 'livekit-server generate-keys' and give it to LiveKit too."
             )
+        for option, value in (("livekit_key", key), ("livekit_secret", secret)):
+            if _is_quoted(value):
+                self._warnings.append(
+                    f"{option} begins and ends with quotes, which are used as a part of it."
+                    " Remove them unless LiveKit's configuration has them too."
+                )
+            if re.fullmatch(r"\S+:\s+\S+", value):
+                self._warnings.append(
+                    f"{option} looks like 'key: secret'. Write one of the two alone, or name the"
+                    " file with livekit_key_file."
+                )
 
     def _full_access_homeservers(self) -> ServerList:
         key = "full_access_homeservers"
@@ -308,8 +369,7 @@ class _Parser:
     def _full_access_from_environment(self) -> ServerList:
         name, legacy = "LIVEKIT_FULL_ACCESS_HOMESERVERS", "LIVEKIT_LOCAL_HOMESERVERS"
         for variable in (name, legacy):
-            # A variable that holds nothing but separators lists nobody, and so counts as empty.
-            if not re.sub(r"[,\s]+", "", self._environ.get(variable, "")):
+            if not self._lists_servers(variable):
                 continue
             if variable == legacy:
                 self._warnings.append(
@@ -318,6 +378,19 @@ class _Parser:
                 )
             return self._check(variable, _servers, self._environ[variable], ServerList(()))
         return ServerList(("*",))
+
+    def _remote_can_publish(self) -> ServerList:
+        variable = "LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS"
+        return self._value(
+            "remote_can_publish",
+            _servers,
+            ServerList(("*",)),
+            variable if self._lists_servers(variable) else None,
+        )
+
+    def _lists_servers(self, variable: str) -> bool:
+        """Whether a variable has more than separators; one that has not counts as empty."""
+        return bool(re.sub(r"[,\s]+", "", self._environ.get(variable, "")))
 
     def _token_lifetime(self) -> int:
         lifetime = self._value("token_lifetime", _token_lifetime, 900_000)
@@ -365,6 +438,47 @@ def _unknown(key: str) -> str:
     return f"is not a key of this module; did you mean {near[0]}?"
 
 
+def _given(values: Mapping[str, Any], *names: str) -> list[str]:
+    return [name for name in names if name in values]
+
+
+def _strip(text: str) -> str:
+    """A text without white space and byte-order marks around it."""
+    return re.sub(r"^[\s\ufeff]+|[\s\ufeff]+$", "", text)
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] + text[-1] in QUOTES
+
+
+def _clean(value: Any) -> Any:
+    """A value as every option takes it: a string, or a list of strings, free of what is not seen.
+
+    Raises:
+        _Wrong: if an invisible character is inside.
+    """
+    if isinstance(value, list):
+        return [_clean(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    text = _strip(value)
+    for character in text:
+        if _is_invisible(character):
+            raise _Wrong(
+                f"has an invisible character (U+{ord(character):04X}); remove it, or type the value"
+                " again"
+            )
+    return text
+
+
+def _is_invisible(character: str) -> bool:
+    if character in " \t\n\r":
+        # Each option decides about these by itself.
+        return False
+    category = unicodedata.category(character)
+    return category[0] == "C" or category in ("Zs", "Zl", "Zp") or character in BLANK
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise _Wrong("must be a string; put the value in quotes")
@@ -407,36 +521,118 @@ def _rooms_elsewhere(value: Any) -> bool:
 
 
 def _url(value: Any, schemes: tuple[str, ...], example: str) -> str:
-    text = _text(value).strip()
-    wrong = _Wrong(f"must be a URL such as {example}")
-    if re.search(r"[\x00-\x20\x7f-\uffff\\]", text) or len(text) > 2048:
-        raise wrong
+    """Reads a URL of one of some schemes, the one to recommend first.
+
+    Returns:
+        The URL with scheme and host in lower case, and without a slash at the end.
+
+    Raises:
+        _Wrong: for anything that not all clients, proxies and Synapse take for the same URL.
+    """
+    text = _text(value)
+    # No part of the URL is shown before this: a password may be in it.
+    if "@" in text:
+        raise _Wrong(f"must be a URL without user and password, such as {example}")
+    if re.search(r"\s", text) or len(text) > 2048:
+        raise _Wrong(f"must be one URL without spaces, such as {example}")
+    if "?" in text or "#" in text:
+        raise _Wrong(f"must be a URL without '?' and '#', such as {example}")
     try:
         parts = urlsplit(text)
+        name = parts.hostname
+    except ValueError:
+        what = "IPv6 address in brackets" if "[" in text or "]" in text else "host name"
+        raise _Wrong(f"has no valid {what}; write a URL such as {example}") from None
+    if parts.scheme not in schemes or not parts.netloc:
+        instead = f", not {parts.scheme}://" if "://" in text and parts.scheme else ""
+        begins = " or ".join(f"{scheme}://" for scheme in schemes)
+        raise _Wrong(f"must begin with {begins}{instead}, such as {example}")
+    host = _host(name or "", parts, example)
+    port = _port(parts, f"{parts.scheme}://{host}:7880")
+    if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", parts.path):
+        raise _Wrong(f"has characters in its path that must be written as %XX, such as {example}")
+    if re.search(r"/\.\.?(/|$)", parts.path):
+        raise _Wrong(f"must be a URL without '.' and '..' in its path, such as {example}")
+    return f"{parts.scheme}://{host}{port}{parts.path}".rstrip("/")
+
+
+def _host(name: str, parts: SplitResult, example: str) -> str:
+    """The host of a URL as it belongs into one."""
+    if "[" in parts.netloc or name.count(":") > 1 or parts.netloc.count(":") > 1:
+        return _ipv6_host(name, parts, example)
+    if not name.isascii():
+        try:
+            ascii_name = idna.encode(name, uts46=True).decode("ascii")
+        except idna.IDNAError:
+            ascii_name = "xn--…"
+        raise _Wrong(
+            f"has letters in its host name {name!r} that are not ASCII, which Synapse and LiveKit"
+            f" do not resolve; write {ascii_name}"
+        )
+    if "_" in name:
+        raise _Wrong(
+            f"has '_' in its host name {name!r}, which Synapse's HTTP client refuses; give the"
+            f" container an alias such as {name.replace('_', '-')!r} and write that"
+        )
+    name = name.removesuffix(".")
+    labels = name.split(".")
+    if len(name) > 253 or not all(
+        re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", label) for label in labels
+    ):
+        raise _Wrong(f"has no valid host name; write a URL such as {example}")
+    if labels[-1].isdigit() and not _is_address(name, ipaddress.IPv4Address):
+        raise _Wrong(f"has no valid IPv4 address ({name}); write four numbers from 0 to 255")
+    return name
+
+
+def _ipv6_host(name: str, parts: SplitResult, example: str) -> str:
+    if "[" not in parts.netloc:
+        address = parts.netloc
+        if _is_address(address, ipaddress.IPv6Address):
+            raise _Wrong(
+                f"has an IPv6 address without brackets; write {parts.scheme}://[{address}]"
+            )
+        raise _Wrong(f"has more than one port; write a URL such as {example}")
+    if not _is_address(name, ipaddress.IPv6Address) or "%" in name:
+        raise _Wrong(
+            f"has no valid IPv6 address in brackets; write {parts.scheme}://[2001:db8::1] without"
+            " a zone"
+        )
+    return f"[{name}]"
+
+
+def _is_address(text: str, kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address]) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _port(parts: SplitResult, example: str) -> str:
+    """The port of a URL, with its colon."""
+    try:
         port = parts.port
     except ValueError:
-        raise wrong from None
-    if parts.scheme not in schemes or not parts.hostname or port == 0:
-        raise wrong
-    if not re.fullmatch(r"[A-Za-z0-9.-]+|[0-9A-Fa-f:.]+", parts.hostname):
-        raise wrong
-    if parts.username is not None or "?" in text or "#" in text:
-        raise _Wrong(f"must be a plain URL without user, '?' and '#', such as {example}")
-    return text
+        port = 0
+    if port is None:
+        return ""
+    if port == 0:
+        raise _Wrong(f"must have a port from 1 to 65535, such as {example}")
+    return f":{port}"
 
 
-def _websocket_url(value: Any) -> str:
-    return _url(value, ("ws", "wss"), "wss://sfu.example.com")
+def _livekit_url(value: Any) -> str:
+    return _url(value, ("wss", "ws", "https", "http"), "wss://sfu.example.com")
 
 
 def _api_url(value: Any) -> str:
     url = _url(value, ("http", "https", "ws", "wss"), "http://127.0.0.1:7880")
-    return re.sub(r"^ws", "http", url).rstrip("/")
+    return re.sub(r"^ws", "http", url)
 
 
 def _http_url(value: Any) -> str:
-    url = _url(value, ("http", "https"), f"https://matrix.example.com{DEFAULT_PATH_PREFIX}")
-    return url.rstrip("/")
+    return _url(value, ("https", "http"), f"https://matrix.example.com{DEFAULT_PATH_PREFIX}")
 
 
 def _path_prefix(value: Any) -> str:
@@ -509,8 +705,8 @@ def _seconds(value: Any) -> int:
 
 
 def _credential(value: Any) -> str:
-    text = _text(value).strip()
-    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+    text = _text(_clean(value))
+    if re.search(r"[\t\n\r]", text):
         raise _Wrong("must be one line of text; copy it from LiveKit's configuration")
     return text
 
@@ -519,7 +715,7 @@ def _read_file(path: Any) -> str:
     name = _text(path)
     try:
         with open(name, encoding="utf-8") as file:
-            text = file.read().strip()
+            text = _strip(file.read())
     except (OSError, ValueError) as e:
         # A ValueError quotes what it could not decode, and that may be the secret.
         cause = e.strerror if isinstance(e, OSError) else "it is not a text file"
@@ -539,28 +735,37 @@ def _credential_file(path: Any) -> str:
         raise _Wrong(f"{path!r} {e}") from None
 
 
-def _key_and_secret_file(path: Any) -> tuple[str, str]:
+def _pairs_of_file(path: Any) -> dict[str, str]:
     """Reads LiveKit's `key_file`: YAML, a map of API keys to secrets."""
     text = _read_file(path)
     wrong = _Wrong(
-        f"{path!r} must hold exactly one line 'key: secret', as LiveKit's own key_file does"
+        f"{path!r} must hold lines 'key: secret' and nothing else, as LiveKit's own key_file does"
     )
     try:
-        # BaseLoader leaves scalars as they are written: a secret of digits stays a string.
-        pairs = yaml.load(text, Loader=yaml.BaseLoader)  # noqa: S506
+        # Scalars are taken as they are written: a secret of digits stays a string.
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
         # The error quotes the line.
         raise wrong from None
-    if isinstance(pairs, str) and ":" in pairs:
+    if isinstance(node, yaml.MappingNode):
+        nodes = [part for pair in node.value for part in pair]
+        if not all(isinstance(part, yaml.ScalarNode) for part in nodes):
+            raise wrong
+        pairs = [(key.value, secret.value) for key, secret in node.value]
+    else:
         # The stand-alone service also takes 'key:secret', without the blank.
-        key, _, secret = pairs.partition(":")
-        pairs = {key: secret}
-    if not isinstance(pairs, dict) or len(pairs) != 1:
+        lines = [line.partition(":") for line in text.splitlines() if not line.startswith("#")]
+        pairs = [(key, secret) for key, _, secret in lines if key or secret]
+    found: dict[str, str] = {}
+    for number, pair in enumerate(pairs, 1):
+        try:
+            key, secret = map(_credential, pair)
+        except _Wrong as e:
+            # Not the key: where the two are swapped it is the secret.
+            raise _Wrong(f"{path!r}: key or secret of pair {number} {e}") from None
+        if key in found:
+            raise _Wrong(f"{path!r} has the key of pair {number} twice; remove one of them")
+        found[key] = secret
+    if not found:
         raise wrong
-    ((key, secret),) = pairs.items()
-    if not isinstance(key, str) or not isinstance(secret, str):
-        raise wrong
-    try:
-        return _credential(key), _credential(secret)
-    except _Wrong:
-        raise wrong from None
+    return found

@@ -63,9 +63,14 @@ class LiveKitJwtModule:
                 " than they know (%s)",
                 type(e).__name__,
             )
-        signer = TokenSigner(config.livekit_key, config.livekit_secret, homeserver.clock.time_msec)
+        signer = TokenSigner(
+            config.livekit_key,
+            config.livekit_secret,
+            homeserver.clock.time_msec,
+            config.other_livekit_pairs,
+        )
         store = Store(homeserver)
-        sealer = Sealer(config.livekit_secret)
+        sealer = Sealer(config.livekit_secret, *config.other_livekit_pairs.values())
         rooms = RoomService(
             homeserver, config.livekit_internal_url, signer, sealer, store.note_call
         )

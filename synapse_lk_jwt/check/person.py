@@ -56,8 +56,8 @@ class Person:
         self._setup = setup
         self._sfu = sfu
         self._state = state["user"]
-        self._sealer = Sealer(setup.module.livekit_secret)
         module = setup.module
+        self._sealer = Sealer(module.livekit_secret, *module.other_livekit_pairs.values())
         access = Access(
             setup.server_name, module.full_access_homeservers, module.remote_can_publish
         )

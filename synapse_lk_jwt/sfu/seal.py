@@ -11,6 +11,7 @@ import json
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 
 import attr
 from cryptography.exceptions import InvalidTag
@@ -42,11 +43,16 @@ class Owner:
 
 
 class Sealer:
-    """Seals and opens with a key that only holders of the SFU's API secret can derive."""
+    """Seals and opens with keys that only holders of the SFU's API secrets can derive."""
 
-    def __init__(self, secret: str) -> None:
-        key = HKDF(SHA256(), 32, salt=None, info=b"synapse-lk-jwt: owner of a participant")
-        self._cipher = AESGCM(key.derive(secret.encode("utf-8")))
+    def __init__(self, secret: str, *others: str) -> None:
+        """
+        Args:
+            secret: the API secret to seal with.
+            others: further API secrets to open with. A participant keeps the attributes of the
+                token that it joined with, also after another secret was chosen.
+        """
+        self._cipher, *self._others = map(_cipher, (secret, *others))
 
     def seal(self, owner: Owner, identity: str) -> dict[str, str]:
         """The attributes for the token of a participant identity."""
@@ -68,8 +74,19 @@ class Sealer:
             return None
         try:
             data = urlsafe_b64decode(sealed)
-            text = self._cipher.decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:], None)
+            text = self._decrypt(data[:_NONCE_BYTES], data[_NONCE_BYTES:])
             sealed_for, *owner = parse_json(text)
             return Owner(*owner) if is_connection_of(identity, sealed_for) else None
         except (ValueError, TypeError, InvalidTag):
             return None
+
+    def _decrypt(self, nonce: bytes, sealed: bytes) -> bytes:
+        for cipher in (self._cipher, *self._others):
+            with suppress(InvalidTag):
+                return cipher.decrypt(nonce, sealed, None)
+        raise InvalidTag
+
+
+def _cipher(secret: str) -> AESGCM:
+    key = HKDF(SHA256(), 32, salt=None, info=b"synapse-lk-jwt: owner of a participant")
+    return AESGCM(key.derive(secret.encode("utf-8")))

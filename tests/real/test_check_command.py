@@ -211,11 +211,11 @@ def test_workers_of_all_kinds(worker: dict[str, Any], text: str, public: Public)
 
 
 def test_a_mistake_in_the_block(public: Public) -> None:
-    report = public.check.run(module={"livekit_url": "http://x", "full_acess_homeservers": []})
+    report = public.check.run(module={"livekit_url": "ftp://x", "full_acess_homeservers": []})
     (finding,) = report.findings
     assert (report.status, finding.verdict, finding.check) == (1, "wrong", "module")
     assert finding.file == "changed.json"
-    assert "livekit_url: must be a URL such as wss://sfu.example.com" in finding.text
+    assert "livekit_url: must begin with wss://" in finding.text
     assert "full_acess_homeservers: is not a key of this module" in finding.text
 
 

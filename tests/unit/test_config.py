@@ -27,6 +27,7 @@ DEFAULT = LiveKitJwtConfig(
     livekit_internal_url="https://sfu.example.com",
     livekit_key="APIkey",
     livekit_secret=SECRET,
+    other_livekit_pairs={},
     full_access_homeservers=ServerList(("*",)),
     remote_can_publish=ServerList(("*",)),
     require_room_membership=True,
@@ -96,6 +97,7 @@ def test_every_key(tmp_path: Path) -> None:
         livekit_internal_url="http://10.0.0.1:7880",
         livekit_key="APIfile",
         livekit_secret=SECRET,
+        other_livekit_pairs={},
         full_access_homeservers=ServerList(("example.org", "*.example.com")),
         remote_can_publish=ServerList(()),
         require_room_membership=False,
@@ -176,17 +178,10 @@ def test_all_problems_are_told_at_once() -> None:
 
 NO_RATES: list[Any] = [0, -1, "1", True, float("nan"), float("inf"), None]
 WRONG: list[tuple[str, Any, str]] = [
-    *(("livekit_url", value, "must be a URL such as wss://") for value in (
-        "https://a.org", "sfu.example.com", "wss://", "wss://a.org:x", "wss://a b", "wss://a\n.org",
-        "wss://a.org:0", "wss://a_b.org", "wss://[::1",
-    )),
-    *(("livekit_url", value, "must be a plain URL") for value in (
-        "wss://user@a.org", "wss://a.org/?a=b", "wss://a.org/#a",
-    )),
     ("livekit_url", 1, "must be a string"),
     ("livekit_url", "", "is empty"),
-    ("livekit_internal_url", "ftp://a.org", "must be a URL such as http://127.0.0.1:7880"),
-    ("service_url", "wss://a.org", "must be a URL such as https://"),
+    ("livekit_internal_url", "ftp://a.org", "or wss://, not ftp://"),
+    ("service_url", "wss://a.org", "must begin with https:// or http://, not wss://"),
     ("livekit_key", 1, "must be a string; put the value in quotes"),
     ("livekit_secret", "", "is empty"),
     ("livekit_secret", f"{SECRET}\nmore", "must be one line"),
@@ -249,7 +244,7 @@ def test_two_sources_for_one_secret(tmp_path: Path) -> None:
     pair = tmp_path / "pair"
     pair.write_text(f"key: {SECRET}")
     both = {**SMALLEST, "livekit_key_file": str(pair)}
-    assert "remove livekit_key and livekit_secret" in error(both)
+    assert "holds the secret; remove livekit_secret" in error(both)
     environ = {"LIVEKIT_KEY_FILE": str(pair), "LIVEKIT_SECRET": SECRET}
     assert "unset LIVEKIT_SECRET" in error({"livekit_url": "wss://a.org"}, environ)
     environ = {"LIVEKIT_KEY": "k", "LIVEKIT_SECRET": SECRET, "LIVEKIT_SECRET_FROM_FILE": "/x"}
@@ -279,7 +274,8 @@ def test_key_files(text: str, pair: tuple[str, str], tmp_path: Path) -> None:
         "",
         " \n",
         SECRET,
-        f"a: {SECRET}\nb: {SECRET}",
+        f"a: {SECRET}\nbc",
+        f"keys:\n  a: {SECRET}",
         f"key: [{SECRET}",
         f"- {SECRET}",
         f"a: {{b: {SECRET}}}",
@@ -288,7 +284,7 @@ def test_key_files(text: str, pair: tuple[str, str], tmp_path: Path) -> None:
 def test_bad_key_files(text: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(text)
     message = error({"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "keys")})
-    assert "must hold exactly one line 'key: secret'" in message or "is empty" in message
+    assert "must hold lines 'key: secret' and nothing else" in message or "is empty" in message
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
@@ -358,3 +354,369 @@ def test_advertise_with_a_known_value_is_accepted(value: Any, expected: Advertis
 @pytest.mark.parametrize("value", ["on", "", 1, 0, None, [], ["service"], {}, "service,msc4195"])
 def test_advertise_with_another_value_is_rejected(value: Any) -> None:
     assert "advertise: must be service, both, msc4195 or off" in error({"advertise": value})
+
+
+# URLs in the shapes that admins write them in
+
+URL_OPTIONS = {
+    "livekit_url": "wss://sfu.example.com",
+    "livekit_internal_url": "http://127.0.0.1:7880",
+    "service_url": "https://matrix.example.com/_synapse/client/livekit/jwt",
+}
+URLS: list[tuple[str, str, str]] = [
+    ("{scheme}a.org/", "{scheme}a.org", "a slash at the end"),
+    ("{scheme}a.org//", "{scheme}a.org", "two slashes at the end"),
+    ("{scheme}a.org/livekit/", "{scheme}a.org/livekit", "a slash behind a path"),
+    ("{SCHEME}SFU.Example.ORG/Path", "{scheme}sfu.example.org/Path", "capitals"),
+    ("{scheme}a.org.", "{scheme}a.org", "a dot at the end"),
+    ("{scheme}a.org.:7880/x", "{scheme}a.org:7880/x", "a dot ahead of the port"),
+    ("{scheme}a.org:", "{scheme}a.org", "a colon without a port"),
+    ("{scheme}a.org:07880", "{scheme}a.org:7880", "a zero ahead of the port"),
+    ("{scheme}a.org:65535", "{scheme}a.org:65535", "the last port"),
+    ("{scheme}[::1]:7880", "{scheme}[::1]:7880", "an IPv6 address"),
+    ("{scheme}[2001:DB8::1]/", "{scheme}[2001:db8::1]", "an IPv6 address in capitals"),
+    ("{scheme}127.0.0.1:7880", "{scheme}127.0.0.1:7880", "an IPv4 address"),
+    ("{scheme}localhost:7880", "{scheme}localhost:7880", "localhost"),
+    ("{scheme}livekit:7880", "{scheme}livekit:7880", "a container"),
+    ("{scheme}xn--bcher-kva.example", "{scheme}xn--bcher-kva.example", "punycode"),
+    (" {scheme}a.org\n", "{scheme}a.org", "white space around it"),
+    ("\ufeff{scheme}a.org", "{scheme}a.org", "a byte-order mark"),
+    ("\xa0{scheme}a.org\xa0", "{scheme}a.org", "non-breaking spaces around it"),
+    ("{scheme}a.org/a%20b~c", "{scheme}a.org/a%20b~c", "an escaped path"),
+]
+
+
+@pytest.mark.parametrize("option", URL_OPTIONS)
+@pytest.mark.parametrize(("written", "used", "what"), URLS, ids=[what for _, _, what in URLS])
+def test_url_written_with_is_accepted(option: str, written: str, used: str, what: str) -> None:
+    scheme = URL_OPTIONS[option].partition("://")[0] + "://"
+    names = {"scheme": scheme, "SCHEME": scheme.upper()}
+    config = parse(full_access_homeservers=[], **{option: written.format(**names)})
+    assert getattr(config, option) == used.format(**names)
+    assert config.warnings == ()
+
+
+BAD_URLS: list[tuple[str, str]] = [
+    ("sfu.example.com", "must begin with"),
+    ("sfu.example.com:7880", "must begin with"),
+    ("localhost:7880", "must begin with"),
+    ("//sfu.example.com", "must begin with"),
+    ("{scheme}:a.org", "must begin with"),
+    ("{scheme}:/a.org", "must begin with"),
+    ("{scheme}:///a.org", "must begin with"),
+    ("{scheme}://", "must begin with"),
+    ("{scheme}:\\\\a.org", "must begin with"),
+    ("ftp://a.org", ", not ftp://"),
+    ("{scheme}:// a.org", "without spaces"),
+    ("{scheme}://a.org {scheme}://b.org", "one URL"),
+    ("{scheme}://a.org, {scheme}://b.org", "one URL"),
+    ("{scheme}://a.org,{scheme}://b.org", "no valid host name"),
+    ("{scheme}://a\n.org", "without spaces"),
+    ("{scheme}://a\u200b.org", "has an invisible character (U+200B)"),
+    ("{scheme}://a\xa0b.org", "has an invisible character (U+00A0)"),
+    ("{scheme}://user:a-secret-that-no-message-may-ever-show@a.org", "without user and password"),
+    ("{scheme}://a-secret-that-no-message-may-ever-show@a.org", "without user and password"),
+    ("{scheme}://a.org/?a=b", "without '?' and '#'"),
+    ("{scheme}://a.org?", "without '?' and '#'"),
+    ("{scheme}://a.org#", "without '?' and '#'"),
+    ("{scheme}://a.org:0", "a port from 1 to 65535"),
+    ("{scheme}://a.org:65536", "a port from 1 to 65535"),
+    ("{scheme}://a.org:x", "a port from 1 to 65535"),
+    ("{scheme}://a.org:-1", "a port from 1 to 65535"),
+    ("{scheme}://a.org:7880:7881", "more than one port"),
+    ("{scheme}://live_kit:7880", "an alias such as 'live-kit'"),
+    ("{scheme}://sfu.b\xfccher.example", "write sfu.xn--bcher-kva.example"),
+    ("{scheme}://sfu.stra\xdfe.example", "write sfu.xn--strae-oqa.example"),
+    ("{scheme}://\u0430.org", "are not ASCII"),
+    ("{scheme}://a..org", "no valid host name"),
+    ("{scheme}://.a.org", "no valid host name"),
+    ("{scheme}://.", "no valid host name"),
+    ("{scheme}://-a.org", "no valid host name"),
+    ("{scheme}://%61.org", "no valid host name"),
+    ("{scheme}://a\\b.org", "no valid host name"),
+    ("{scheme}://<sfu.example.com>", "no valid host name"),
+    ("'{scheme}://a.org'", "must begin with"),
+    ("{scheme}://" + 64 * "a" + ".org", "no valid host name"),
+    ("{scheme}://10.0.0.256", "no valid IPv4 address"),
+    ("{scheme}://10.0.1", "no valid IPv4 address"),
+    ("{scheme}://::1", "without brackets; write {scheme}://[::1]"),
+    ("{scheme}://2001:db8::1", "write {scheme}://[2001:db8::1]"),
+    ("{scheme}://[::1", "no valid IPv6 address"),
+    ("{scheme}://[::g]", "no valid IPv6 address"),
+    ("{scheme}://[127.0.0.1]", "no valid IPv6 address"),
+    ("{scheme}://[fe80::1%25eth0]", "without a zone"),
+    ("{scheme}://a.org/gr\xf6\xdfe", "must be written as %XX"),
+    ("{scheme}://a.org/a\\b", "must be written as %XX"),
+    ("{scheme}://a.org/../b", "without '.' and '..'"),
+    ("{scheme}://a.org/" + 2048 * "a", "must be one URL"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", URL_OPTIONS)
+@pytest.mark.parametrize(("written", "text"), BAD_URLS)
+def test_url_that_cannot_be_used_is_refused_with_what_to_write(
+    option: str, written: str, text: str
+) -> None:
+    scheme = URL_OPTIONS[option].partition("://")[0]
+    message = error({**SMALLEST, option: written.replace("{scheme}", scheme)})
+    assert message.startswith(f"{option}: ")
+    assert text.replace("{scheme}", scheme) in message
+
+
+@pytest.mark.parametrize(
+    ("written", "used"),
+    [
+        ("https://sfu.example.com", "wss://sfu.example.com"),
+        ("http://127.0.0.1:7880", "ws://127.0.0.1:7880"),
+        ("HTTPS://SFU.example.com/livekit/", "wss://sfu.example.com/livekit"),
+    ],
+)
+def test_livekit_url_with_http_is_taken_as_websocket_url_with_warning(
+    written: str, used: str
+) -> None:
+    for config in (
+        parse(livekit_url=written, full_access_homeservers=[]),
+        parse_config(
+            {k: v for k, v in SMALLEST.items() if k != "livekit_url"}
+            | {"full_access_homeservers": []},
+            {"LIVEKIT_URL": written},
+        ),
+    ):
+        assert config.livekit_url == used
+        assert config.livekit_internal_url == used.replace("ws", "http", 1)
+        (warning,) = config.warnings
+        assert f"Write livekit_url: {used}" in warning
+
+
+# Byte-order marks, invisible characters, quotes
+
+
+@pytest.mark.parametrize("around", ["\ufeff{}", "\ufeff{}\r\n", " \t{}\n\n", "\xa0{}\u2003"])
+def test_secret_with_byte_order_mark_or_white_space_around_it_is_stripped(
+    around: str, tmp_path: Path
+) -> None:
+    text = around.format(SECRET)
+    (tmp_path / "secret").write_text(text, encoding="utf-8", newline="")
+    (tmp_path / "pair").write_text(around.format(f"APIkey: {SECRET}"), encoding="utf-8", newline="")
+    rest = {"livekit_url": "wss://a.org", "livekit_key": "APIkey"}
+    path = str(tmp_path / "secret")
+    for config, environ in (
+        ({**rest, "livekit_secret": text}, {}),
+        ({**rest, "livekit_secret_path": path}, {}),
+        ({"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "pair")}, {}),
+        (rest, {"LIVEKIT_SECRET": text}),
+        (rest, {"LIVEKIT_SECRET_FROM_FILE": around.format(path)}),
+        ({"livekit_url": "wss://a.org"}, {"LIVEKIT_KEY_FILE": str(tmp_path / "pair")}),
+    ):
+        assert parse_config(config, environ).livekit_secret == SECRET
+
+
+INVISIBLE = "\u200b\u200d\u2060\ufeff\xa0\xad\x00\x07\x7f\x85\u2028\u202e\u2800\u3164\ufe0f\ue000"
+
+
+@pytest.mark.parametrize("character", INVISIBLE, ids=[f"U+{ord(c):04X}" for c in INVISIBLE])
+def test_secret_with_invisible_character_inside_is_refused(character: str, tmp_path: Path) -> None:
+    text = f"{SECRET}{character}x"
+    (tmp_path / "secret").write_text(text, encoding="utf-8", newline="")
+    rest = {"livekit_url": "wss://a.org", "livekit_key": "APIkey"}
+    for config, environ in (
+        ({**rest, "livekit_secret": text}, {}),
+        ({**rest, "livekit_secret_path": str(tmp_path / "secret")}, {}),
+        (rest, {"LIVEKIT_SECRET": text}),
+    ):
+        assert f"has an invisible character (U+{ord(character):04X})" in error(config, environ)
+
+
+@pytest.mark.parametrize("pair", ["APIkey: {}\u200bx", "API\xa0key: {}", "APIkey:{}\u200bx"])
+def test_key_file_with_invisible_character_is_refused(pair: str, tmp_path: Path) -> None:
+    (tmp_path / "pair").write_text(pair.format(SECRET), encoding="utf-8")
+    message = error({"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "pair")})
+    assert "key or secret of pair 1 has an invisible character (U+" in message
+
+
+STRINGS: dict[str, Any] = {
+    "livekit_url": "wss://a.org",
+    "livekit_internal_url": "http://a.org",
+    "service_url": "https://a.org",
+    "livekit_key": "APIkey",
+    "livekit_secret": SECRET,
+    "full_access_homeservers": "a.org",
+    "remote_can_publish": ["a.org", "b.org"],
+    "require_room_membership": "true",
+    "can_update_own_metadata": "false",
+    "rooms_elsewhere": "believe",
+    "token_lifetime": "15m",
+    "sanity_check_interval": "30s",
+    "path_prefix": "/livekit/jwt",
+}
+
+
+@pytest.mark.parametrize("option", STRINGS)
+def test_string_option_with_blanks_around_is_stripped_and_inside_refused(option: str) -> None:
+    value = STRINGS[option]
+
+    def change(form: str) -> Any:
+        if isinstance(value, list):
+            return [form.format(entry) for entry in value]
+        return form.format(value)
+
+    assert parse(**{option: change("\ufeff {}\u2003\n")}) == parse(**{option: value})
+    inside = value[0] if isinstance(value, list) else value
+    message = error({**SMALLEST, option: f"{inside[:-1]}\u200b{inside[-1]}"})
+    assert message == (
+        f"{option}: has an invisible character (U+200B); remove it, or type the value again"
+    )
+
+
+@pytest.mark.parametrize("quotes", ['""', "''", "\u201c\u201d", "``"])
+def test_environment_variable_in_quotes_is_used_without_them_with_warning(
+    quotes: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pair").write_text(f"APIkey: {SECRET}")
+    values = {
+        "LIVEKIT_URL": "wss://sfu.example.com",
+        "LIVEKIT_KEY": "APIkey",
+        "LIVEKIT_SECRET": SECRET,
+        "LIVEKIT_FULL_ACCESS_HOMESERVERS": "a.org b.org",
+        "LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": "c.org",
+        "LIVEKIT_REQUIRE_MEMBERSHIP": "false",
+        "LIVEKIT_CAN_UPDATE_OWN_METADATA": "true",
+        "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS": "5",
+    }
+    with_quotes = {name: f"{quotes[0]}{value}{quotes[1]}" for name, value in values.items()}
+    config = parse_config({}, with_quotes)
+    assert attr.evolve(config, warnings=()) == parse_config({}, values)
+    assert {w.split()[0] for w in config.warnings if "has quotes around its value" in w} == set(
+        values
+    )
+    assert not any(SECRET in warning for warning in config.warnings)
+    path = f"{quotes[0]}{tmp_path / 'pair'}{quotes[1]}"
+    config = parse_config({"livekit_url": "wss://a.org"}, {"LIVEKIT_KEY_FILE": path})
+    assert config.livekit_secret == SECRET
+
+
+def test_environment_variable_with_nothing_in_quotes_counts_as_unset() -> None:
+    assert parse({"LIVEKIT_FULL_ACCESS_HOMESERVERS": '""', "LIVEKIT_KEY_FILE": "''"}) == parse()
+
+
+def test_environment_variable_in_quotes_that_is_not_used_gets_no_warning() -> None:
+    assert parse({"LIVEKIT_SECRET": f'"{SECRET}"', "HOME": '"x"'}) == parse()
+
+
+def test_secret_file_in_quotes_or_with_its_key_gets_warning(tmp_path: Path) -> None:
+    for text, warned in (
+        (f'"{SECRET}"', "begins and ends with quotes"),
+        (f"APIkey: {SECRET}", "looks like 'key: secret'"),
+    ):
+        (tmp_path / "secret").write_text(text)
+        config = parse_config(
+            {
+                "livekit_url": "wss://a.org",
+                "livekit_key": "APIkey",
+                "livekit_secret_path": str(tmp_path / "secret"),
+                "full_access_homeservers": [],
+            },
+            {},
+        )
+        assert config.livekit_secret == text
+        (warning,) = config.warnings
+        assert warning.startswith("livekit_secret ")
+        assert warned in warning
+        assert SECRET not in warning
+
+
+# Key files with several pairs
+
+OLD, NEW = f"old-{SECRET}", f"new-{SECRET}"
+TWO = f"APIold: {OLD}\nAPInew: {NEW}\n"
+
+
+def several(tmp_path: Path, text: str = TWO) -> dict[str, Any]:
+    (tmp_path / "keys").write_text(text)
+    return {"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "keys")}
+
+
+@pytest.mark.parametrize("text", [TWO, f"APIold:{OLD}\nAPInew:{NEW}", f"# ours\n{TWO}"])
+def test_key_file_with_several_pairs_livekit_key_chooses_one(text: str, tmp_path: Path) -> None:
+    block = several(tmp_path, text)
+    (tmp_path / "key").write_text("APInew\n")
+    path = str(tmp_path / "key")
+    for config, environ in (
+        ({**block, "livekit_key": "APInew"}, {}),
+        ({**block, "livekit_key_path": path}, {}),
+        (block, {"LIVEKIT_KEY": "APInew"}),
+        (block, {"LIVEKIT_KEY_FROM_FILE": path}),
+        (
+            {"livekit_url": "wss://a.org", "livekit_key": "APInew"},
+            {"LIVEKIT_KEY_FILE": block["livekit_key_file"], "LIVEKIT_KEY": "APIold"},
+        ),
+        (
+            {"livekit_url": "wss://a.org"},
+            {"LIVEKIT_KEY_FILE": block["livekit_key_file"], "LIVEKIT_KEY": "APInew"},
+        ),
+    ):
+        parsed = parse_config(config, environ)
+        assert (parsed.livekit_key, parsed.livekit_secret) == ("APInew", NEW)
+        assert parsed.other_livekit_pairs == {"APIold": OLD}
+        assert SECRET not in repr(parsed)
+
+
+def test_key_file_with_several_pairs_and_no_choice_is_refused(tmp_path: Path) -> None:
+    message = error(several(tmp_path))
+    assert message == ("livekit_key_file: holds 2 pairs; write livekit_key: and the key to use")
+
+
+@pytest.mark.parametrize("text", [TWO, f"APIold: {OLD}", f"{OLD}: APIold\n{NEW}: APInew"])
+def test_key_file_without_the_chosen_key_is_refused(text: str, tmp_path: Path) -> None:
+    message = error({**several(tmp_path, text), "livekit_key": "APIother"})
+    assert message.startswith("livekit_key: is none of the ")
+    assert "in livekit_key_file" in message
+
+
+def test_key_file_with_one_pair_may_be_named_by_livekit_key(tmp_path: Path) -> None:
+    config = parse_config({**several(tmp_path, f"APInew: {NEW}"), "livekit_key": "APInew"}, {})
+    assert (config.livekit_key, config.other_livekit_pairs) == ("APInew", {})
+
+
+def test_key_file_with_one_pair_in_the_block_stands_alone(tmp_path: Path) -> None:
+    environ = {"LIVEKIT_KEY": "APIother", "LIVEKIT_SECRET": OLD}
+    config = parse_config(several(tmp_path, f"APInew: {NEW}"), environ)
+    assert (config.livekit_key, config.livekit_secret) == ("APInew", NEW)
+
+
+def test_key_file_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+    block = several(tmp_path, f"APIold: {OLD}\nAPIold: {NEW}")
+    assert "has the key of pair 2 twice" in error({**block, "livekit_key": "APIold"})
+
+
+def test_key_file_and_a_secret_are_refused(tmp_path: Path) -> None:
+    block = several(tmp_path)
+    message = error({**block, "livekit_key": "APInew", "livekit_secret_path": "/x"})
+    assert message == "livekit_key_file: holds the secret; remove livekit_secret_path"
+
+
+def test_short_secret_among_several_gets_warning(tmp_path: Path) -> None:
+    block = several(tmp_path, f"APIold: short\nAPInew: {NEW}")
+    config = parse_config({**block, "livekit_key": "APInew", "full_access_homeservers": []}, {})
+    (warning,) = config.warnings
+    assert "fewer than 32 characters" in warning
+
+
+# Variables of the stand-alone service
+
+
+def test_require_membership_variable_is_read_behind_the_block() -> None:
+    environ = {"LIVEKIT_REQUIRE_MEMBERSHIP": "false"}
+    assert parse(environ).require_room_membership is False
+    assert parse(environ, require_room_membership=True).require_room_membership is True
+    message = error(SMALLEST, {"LIVEKIT_REQUIRE_MEMBERSHIP": "no way"})
+    assert message == "LIVEKIT_REQUIRE_MEMBERSHIP: must be true or false"
+
+
+def test_remote_can_publish_variable_is_read_behind_the_block() -> None:
+    environ = {"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": "a.org, *.b.org"}
+    assert parse(environ).remote_can_publish == ServerList(("a.org", "*.b.org"))
+    assert parse(environ, remote_can_publish=[]).remote_can_publish == ServerList(())
+    assert parse({"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": " , "}).remote_can_publish.is_everyone
+    message = error(SMALLEST, {"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": "a/b"})
+    assert message.startswith("LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS: 'a/b' is not a server name")

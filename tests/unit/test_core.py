@@ -207,6 +207,46 @@ def test_what_is_no_webhook_of_livekit(authorization: str) -> None:
     assert not authorization or authorization not in str(raised.value)
 
 
+OLD, NEW = "old" + "s" * 32, "new" + "s" * 32
+
+
+@pytest.mark.parametrize(("key", "secret"), [("APIold", OLD), ("APInew", NEW)])
+def test_webhook_signed_with_any_pair_of_the_key_file_is_accepted(key: str, secret: str) -> None:
+    now = 2_000_000_001
+    signer = TokenSigner("APInew", NEW, lambda: now * 1000, {"APIold": OLD})
+    verify(signer, jwt.encode({**WEBHOOK, "iss": key}, secret))
+    assert OLD not in repr(signer)
+
+
+@pytest.mark.parametrize(
+    ("key", "secret"),
+    [("APIold", NEW), ("APInew", OLD), ("APIother", NEW), ("APIother", OLD)],
+)
+def test_webhook_signed_with_the_secret_of_another_key_is_rejected(key: str, secret: str) -> None:
+    now = 2_000_000_001
+    signer = TokenSigner("APInew", NEW, lambda: now * 1000, {"APIold": OLD})
+    with pytest.raises(InvalidSignature):
+        verify(signer, jwt.encode({**WEBHOOK, "iss": key}, secret))
+
+
+@pytest.mark.parametrize("token", ["", ".", "a.b.c", "a.e30", "a.W10.b", "a.bnVsbA.b"])
+def test_webhook_that_is_no_token_is_rejected_with_several_pairs(token: str) -> None:
+    signer = TokenSigner("APInew", NEW, lambda: 0, {"APIold": OLD})
+    with pytest.raises(InvalidSignature):
+        signer.verify_webhook(token)
+
+
+def test_sealer_opens_what_was_sealed_with_a_secret_chosen_before() -> None:
+    owner = Owner("@me:example.org", "!room", "slot")
+    sealed = Sealer(OLD).seal(owner, "me")
+    sealer = Sealer(NEW, OLD)
+    assert sealer.open(sealed, "me") == owner
+    assert sealer.open(sealed, "other") is None
+    assert Sealer(NEW).open(sealer.seal(owner, "me"), "me") == owner
+    assert Sealer(NEW).open(sealed, "me") is None
+    assert sealer.open({ATTRIBUTE: "AAAA"}, "me") is None
+
+
 def test_seals_are_opened_by_the_same_secret_only() -> None:
     owner = Owner("@älice:example.org", "!room", "m.call#ROOM")
     sealer = Sealer("secret")
