@@ -16,7 +16,8 @@ from inspect import signature
 from io import BytesIO
 from shlex import quote
 from typing import Any, Protocol
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
 
 import attr
 from canonicaljson import encode_canonical_json
@@ -29,6 +30,7 @@ from synapse.crypto.context_factory import FederationPolicyForHTTPS
 from synapse.http import QuieterFileBodyProducer
 from synapse.http.client import SimpleHttpClient
 from synapse.http.matrixfederationclient import MatrixFederationHttpClient
+from synapse.http.proxyagent import parse_proxy
 from synapse.http.server import HttpServer
 from synapse.http.servlet import RestServlet
 from synapse.http.site import SynapseRequest
@@ -107,6 +109,29 @@ class DelayedEvent:
     state_key: str | None
     delay_ms: int
     event: JsonDict
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class ForwardProxy:
+    """A proxy that Synapse's HTTP client sends requests through.
+
+    Attributes:
+        host: its host.
+        port: its port.
+        is_tls: whether Synapse speaks TLS with the proxy itself.
+        authorization: the header `Proxy-Authorization`, None for a proxy without password.
+    """
+
+    host: str
+    port: int
+    is_tls: bool
+    authorization: str | None = attr.ib(repr=False)
+
+    @property
+    def url(self) -> str:
+        """Its address, without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.is_tls else 'http'}://{host}:{self.port}"
 
 
 class Homeserver:
@@ -780,6 +805,36 @@ def has_delayed_events(config: Any) -> bool:
     if hasattr(server, "msc4140_enabled"):
         return bool(server.msc4140_enabled)
     return bool(getattr(server, "max_event_delay_ms", None))
+
+
+def forward_proxy(config: Any, url: str) -> ForwardProxy | None:
+    """The proxy that `http_client` goes through for a URL, None if it connects directly.
+
+    Synapse reads `http_proxy`, `https_proxy` and `no_proxy_hosts`, then the environment variables.
+    It also applies them to the HTTP client that it documents as one without proxies, and to
+    addresses of this machine.
+
+    Args:
+        config: Synapse's configuration.
+        url: the URL of the request.
+
+    Raises:
+        ValueError: if Synapse cannot use the proxy either.
+    """
+    proxies = config.server.proxy_config
+    parts = urlsplit(url)
+    proxy = proxies.https_proxy if parts.scheme == "https" else proxies.http_proxy
+    if not proxy or proxy_bypass_environment(
+        parts.hostname or "", proxies=proxies.get_proxies_dictionary()
+    ):
+        return None
+    scheme, host, port, credentials = parse_proxy(proxy.encode())
+    return ForwardProxy(
+        host.decode(),
+        port,
+        scheme == b"https",
+        credentials.as_proxy_authorization_value().decode() if credentials else None,
+    )
 
 
 def _federation_client(hs: Any) -> MatrixFederationHttpClient:

@@ -82,7 +82,9 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
     except NoModule as e:
         return [e.finding]
     probe = HttpProbe(dict(options.connect_to))
-    sfu = Sfu(probe, setup.module, _now_ms)
+    # Synapse's way to LiveKit, which is not that of clients.
+    internal = HttpProbe(dict(options.connect_to), proxy=setup.livekit_proxy)
+    sfu = Sfu(internal, setup.module, _now_ms, setup.livekit_proxy)
     # Listeners are asked by address, while their certificates, if any, are for a public name.
     running = Running(HttpProbe(dict(options.connect_to), verifies=False), setup, _now_ms)
     if options.user_id is not None:
@@ -93,7 +95,7 @@ async def _findings(options: argparse.Namespace) -> list[Finding]:
     findings += of_sfu + of_running
     if state is None:
         return findings
-    public = Public(probe, setup, running, sfu)
+    public = Public(probe, setup, running, Sfu(probe, setup.module, _now_ms))
     if is_all_well(f for f in of_sfu if f.check != ACCESS_RULE):
         findings += await check_webhooks(sfu, running, state, public.visit)
     else:

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import attr
 
+from synapse_lk_jwt.homeserver import ForwardProxy
 from synapse_lk_jwt.http import parse_json
 
 TIMEOUT_SEC = 10
@@ -88,15 +89,22 @@ class HttpProbe:
     """
 
     def __init__(
-        self, connect_to: Mapping[tuple[str, int], tuple[str, int]], *, verifies: bool = True
+        self,
+        connect_to: Mapping[tuple[str, int], tuple[str, int]],
+        *,
+        verifies: bool = True,
+        proxy: ForwardProxy | None = None,
     ) -> None:
         """
         Args:
             connect_to: where to connect for a host and port, if not there.
             verifies: whether certificates must be valid.
+            proxy: what to send all requests through, as Synapse's client does: `http` requests with
+                their whole URL, `https` ones in a tunnel (CONNECT).
         """
         self._connect_to = connect_to
         self._verifies = verifies
+        self._proxy = proxy
 
     async def request(
         self,
@@ -134,6 +142,10 @@ class HttpProbe:
         try:
             parts = urlsplit(url)
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            if self._proxy is not None and parts.scheme == "http":
+                path = f"http://{parts.netloc}{path}"
+                if self._proxy.authorization is not None:
+                    headers["Proxy-Authorization"] = self._proxy.authorization
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             received = b""
@@ -155,35 +167,64 @@ class HttpProbe:
         port = parts.port or (443 if is_tls else 80)
         address = self._connect_to.get((host, port), (host, port))
         if is_tls:
-            return _TlsConnection(host, port, address, self._verifies)
-        return _Connection(host, port, address)
+            return _TlsConnection(host, port, address, self._proxy, self._verifies)
+        return _Connection(host, port, address, self._proxy)
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection that may go to another address than it says."""
+    """A connection that may go to another address than it says, or through a proxy."""
 
-    def __init__(self, host: str, port: int, address: tuple[str, int]) -> None:
+    def __init__(
+        self, host: str, port: int, address: tuple[str, int], proxy: ForwardProxy | None
+    ) -> None:
         super().__init__(host, port, timeout=TIMEOUT_SEC)
-        self._address = address
+        self._address = address if proxy is None else (proxy.host, proxy.port)
+        self._proxy = proxy
 
     def connect(self) -> None:
         self.sock = socket.create_connection(self._address, self.timeout)
+        if self._proxy is not None and self._proxy.is_tls:
+            context = ssl.create_default_context()
+            self.sock = context.wrap_socket(self.sock, server_hostname=self._proxy.host)
 
 
 class _TlsConnection(_Connection):
     default_port = 443
 
-    def __init__(self, host: str, port: int, address: tuple[str, int], verifies: bool) -> None:
-        super().__init__(host, port, address)
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        address: tuple[str, int],
+        proxy: ForwardProxy | None,
+        verifies: bool,
+    ) -> None:
+        super().__init__(host, port, address, proxy)
         self._verifies = verifies
 
     def connect(self) -> None:
+        if self._proxy is not None and self._proxy.is_tls:
+            # Python's TLS does not run inside itself.
+            raise NoAnswer("this command cannot use https through a proxy that takes https itself")
         super().connect()
+        if self._proxy is not None:
+            self._open_tunnel(self._proxy)
         context = ssl.create_default_context()
         if not self._verifies:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         self.sock = context.wrap_socket(self.sock, server_hostname=self.host)
+
+    def _open_tunnel(self, proxy: ForwardProxy) -> None:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        lines = [f"CONNECT {host}:{self.port} HTTP/1.1", f"Host: {host}:{self.port}"]
+        if proxy.authorization is not None:
+            lines.append(f"Proxy-Authorization: {proxy.authorization}")
+        self.sock.sendall("\r\n".join((*lines, "", "")).encode("ascii"))
+        response = http.client.HTTPResponse(self.sock, method="CONNECT")
+        response.begin()
+        if response.status != 200:
+            raise NoAnswer(f"the proxy answers {response.status}")
 
 
 class _UnixConnection(http.client.HTTPConnection):

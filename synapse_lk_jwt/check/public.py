@@ -13,6 +13,7 @@ from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.discovery import Advertise
 from synapse_lk_jwt.homeserver import MSC4143, livekits
+from synapse_lk_jwt.sfu.proxies import is_redirect
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
 CORS = "Access-Control-Allow-Origin"
@@ -259,6 +260,14 @@ class Public:
             return self._no_websocket(f"{url} cannot be reached: {e}")
         if answer.status == 101:
             return ok("livekit_url", f"{url} takes WebSockets")
+        location = answer.get("Location")
+        if is_redirect(answer.status) and location.startswith("https:") and url.startswith("ws:"):
+            return wrong(
+                "livekit_url",
+                f"{url} redirects to https ({answer.status}), and WebSocket clients do not follow",
+                self._setup.block,
+                f"livekit_url: {url.replace('ws', 'wss', 1)}",
+            )
         # The room has just been made.
         is_room_missing = answer.status == 404 and b"room" in answer.body and not answer.is_html
         if answer.status == 401 or is_room_missing:

@@ -174,7 +174,7 @@ class Running:
             findings.append(
                 warning("versions", f"this command has {here}, and the running Synapse {there}")
             )
-        return [*findings, *self._transports(state)], state
+        return [*findings, *self._proxy(state), *self._transports(state)], state
 
     def _without_module(self, name: str, url: str, cause: NoModuleThere) -> Finding:
         if cause.has_module and cause.status != 404:
@@ -197,6 +197,19 @@ class Running:
             *MODULES,
         )
 
+    def _proxy(self, state: State) -> list[Finding]:
+        """Whether the running process takes the same way to LiveKit as this command."""
+        proxy = self.setup.livekit_proxy
+        here, there = proxy.url if proxy else None, state.get("livekit_proxy")
+        if here == there:
+            return []
+        text = (
+            f"the running Synapse connects to LiveKit {_way(there)}, and this command {_way(here)}:"
+            " give this command the same HTTP_PROXY, HTTPS_PROXY and NO_PROXY as Synapse, or"
+            " restart Synapse"
+        )
+        return [warning("proxy", text)]
+
     def _transports(self, state: State) -> list[Finding]:
         """Whether the running process says what these files say."""
         announced = livekits(state["transports"])
@@ -213,6 +226,10 @@ class Running:
             text = f"names {named}, as the running Synapse has it: restart it"
             return [warning("rtc/transports", text)]
         return []
+
+
+def _way(proxy_url: str | None) -> str:
+    return f"through the proxy {proxy_url}" if proxy_url else "directly"
 
 
 def _called(name: str) -> str:

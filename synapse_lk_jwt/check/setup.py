@@ -20,7 +20,13 @@ from synapse.config.ratelimiting import RatelimitSettings
 from synapse_lk_jwt.check.report import Finding, wrong
 from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.discovery import transports
-from synapse_lk_jwt.homeserver import has_delayed_events, livekits, name_of
+from synapse_lk_jwt.homeserver import (
+    ForwardProxy,
+    forward_proxy,
+    has_delayed_events,
+    livekits,
+    name_of,
+)
 from synapse_lk_jwt.identifiers import is_same_url
 
 MODULE = "synapse_lk_jwt.LiveKitJwtModule"
@@ -91,6 +97,7 @@ class Setup:
         whitelist: servers that federation is restricted to, None if to none.
         claims: files of application services and the path prefixes (MSC4512) that they claim.
         times_loaded: how often the module is listed.
+        livekit_proxy: the forward proxy on Synapse's way to LiveKit, None if there is none.
     """
 
     module: LiveKitJwtConfig
@@ -111,6 +118,7 @@ class Setup:
     whitelist: frozenset[str] | None
     claims: Mapping[str, str]
     times_loaded: int
+    livekit_proxy: ForwardProxy | None = None
 
     @property
     def service_url(self) -> str:
@@ -233,6 +241,7 @@ def from_synapse(
         whitelist=None if whitelist is None else frozenset(whitelist),
         claims=_claims(config),
         times_loaded=len(_blocks(raw)),
+        livekit_proxy=forward_proxy(config, module.livekit_internal_url),
     )
 
 

@@ -13,7 +13,9 @@ from livekit.protocol.room import DeleteRoomRequest, ListRoomsRequest, ListRooms
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wrong
 from synapse_lk_jwt.config import LiveKitJwtConfig
+from synapse_lk_jwt.homeserver import ForwardProxy
 from synapse_lk_jwt.sfu.names import CHECK_ROOM
+from synapse_lk_jwt.sfu.proxies import is_down_behind_proxy, is_redirect, redirected_url
 from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, MUST_NOT_CREATE, TokenSigner
 
 # LiveKit tells its time in whole seconds, and the answer takes a while.
@@ -55,6 +57,8 @@ WHIP_OFFER = "\r\n".join(
     )
 ).encode("ascii")
 
+LIST_ROOMS = "/twirp/livekit.RoomService/ListRooms"
+
 LIVEKIT_URL_HINT = "livekit_internal_url: http://127.0.0.1:7880    # LiveKit's own port"
 
 
@@ -62,18 +66,25 @@ class Sfu:
     """LiveKit, asked with the module's key."""
 
     def __init__(
-        self, probe: Probe, config: LiveKitJwtConfig, time_msec: Callable[[], int]
+        self,
+        probe: Probe,
+        config: LiveKitJwtConfig,
+        time_msec: Callable[[], int],
+        proxy: ForwardProxy | None = None,
     ) -> None:
         """
         Args:
             probe: asks.
             config: where LiveKit is, and with which key to ask.
             time_msec: milliseconds since the epoch.
+            proxy: the forward proxy that the probe goes through, if any.
         """
         self._probe = probe
         self.config = config
         self.signer = TokenSigner(config.livekit_key, config.livekit_secret, time_msec)
         self._time_msec = time_msec
+        self._proxy = proxy
+        self._way = f" through the proxy {proxy.url}" if proxy else ""
 
     async def call(self, method: str, request: Message, grants: VideoGrants) -> Answer:
         """Asks LiveKit's RoomService.
@@ -141,7 +152,8 @@ class Sfu:
         trouble = self._trouble(answer, self._skew_sec(answer), file)
         if trouble is not None:
             return [trouble]
-        well = ok("LiveKit", f"answers at {self.config.livekit_internal_url}, with our key")
+        url = f"{self.config.livekit_internal_url}{self._way}"
+        well = ok("LiveKit", f"answers at {url}, with our key")
         try:
             return [well, *await self.check_rooms(file)]
         except NoAnswer as e:
@@ -153,7 +165,17 @@ class Sfu:
         hint = LIVEKIT_URL_HINT
         if "certificate" in cause or "TLS" in cause:
             hint = f"livekit_internal_url: http://{parts.hostname}:7880    # LiveKit has no TLS"
-        return wrong("LiveKit", f"does not answer at {url}: {cause}", file, hint)
+        text = f"does not answer at {url}{self._way}: {cause}"
+        if self._proxy is not None:
+            return wrong("LiveKit", text, *self._past_the_proxy())
+        return wrong("LiveKit", text, file, hint)
+
+    def _past_the_proxy(self) -> tuple[str, str]:
+        host = urlsplit(self.config.livekit_internal_url).hostname
+        return (
+            "homeserver.yaml, where it replaces NO_PROXY of the environment",
+            f"no_proxy_hosts: [{host}]    # and the hosts that NO_PROXY has",
+        )
 
     def _trouble(self, answer: Answer, skew: int, file: str) -> Finding | None:
         """What is wrong with an answer to ListRooms."""
@@ -182,11 +204,34 @@ class Sfu:
                 f"livekit_secret_path: /etc/matrix-synapse/livekit_secret    # what LiveKit's"
                 f" configuration has below keys: for {key}",
             )
+        if is_redirect(answer.status):
+            return self._redirected(answer, file)
+        is_twirp = isinstance(answer.json, dict) and "code" in answer.json
+        if is_down_behind_proxy(answer.status, is_twirp):
+            return wrong(
+                "LiveKit",
+                f"is down behind the proxy: {url}{self._way} answers {answer.status}",
+                "the command line of LiveKit's machine, unless the proxy forwards to a wrong port",
+                "systemctl start livekit    # or however you start LiveKit",
+            )
+        if self._proxy is not None and not is_twirp:
+            text = f"what answers at {url}{self._way} ({answer.status}) is not LiveKit"
+            return wrong("LiveKit", text, *self._past_the_proxy())
         if answer.is_html:
             text = f"a web page ({answer.status}) answers at {url}: a proxy that does not forward"
             return wrong("LiveKit", f"{text} /twirp, or another server", file, LIVEKIT_URL_HINT)
         text = f"what answers at {url} ({answer.status}) is not LiveKit, or not its API"
         return wrong("LiveKit", text, file, LIVEKIT_URL_HINT)
+
+    def _redirected(self, answer: Answer, file: str) -> Finding:
+        url = self.config.livekit_internal_url
+        to = redirected_url(answer.get("Location"), LIST_ROOMS)
+        if to is None:
+            text = f"{url} redirects to another page ({answer.status}): that is not LiveKit's API"
+            return wrong("LiveKit", text, file, LIVEKIT_URL_HINT)
+        where = "https" if to.startswith("https:") else "another URL"
+        text = f"{url} redirects to {where} ({answer.status}), which Synapse does not follow"
+        return wrong("LiveKit", text, file, f"livekit_internal_url: {to}")
 
     def _skew_sec(self, answer: Answer) -> int:
         """Seconds by which LiveKit's clock is ahead of ours; 0 if it does not say."""
@@ -209,6 +254,8 @@ class Sfu:
         """
         token = self.token_for(f"{CHECK_ROOM}{secrets.token_hex(16)}")
         answer = await self.validate(self.config.livekit_internal_url, token)
+        if is_down_behind_proxy(answer.status, is_twirp=False):
+            raise NoAnswer(f"a proxy answers {answer.status}: LiveKit is down behind it")
         skew = self._skew_sec(answer)
         findings = []
         if abs(skew) > TOLERATED_SKEW_SEC:

@@ -75,7 +75,12 @@ class StartChecks:
         """
         self._homeserver = homeserver
         self._setup = setup
-        self._sfu = Sfu(SynapseProbe(homeserver), setup.module, homeserver.clock.time_msec)
+        self._sfu = Sfu(
+            SynapseProbe(homeserver),
+            setup.module,
+            homeserver.clock.time_msec,
+            setup.livekit_proxy,
+        )
         # What was found at the last look at LiveKit. How far clocks are apart changes all the time.
         self._found: set[tuple[str, Verdict]] = set()
         # Whether LiveKit is known to enforce the access rule. One try is enough: each is an error

@@ -27,11 +27,12 @@ from livekit.protocol.room import (
 )
 from synapse.util.caches.response_cache import ResponseCacheContext
 from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.homeserver import Homeserver, forward_proxy
 from synapse_lk_jwt.http import (
     NETWORK_ERRORS,
     BodyTooLarge,
@@ -46,6 +47,7 @@ from synapse_lk_jwt.sfu.participants import (
     call_participant,
     is_too_long,
 )
+from synapse_lk_jwt.sfu.proxies import is_down_behind_proxy, is_redirect, redirected_url
 from synapse_lk_jwt.sfu.questions import SharedQuestions
 from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.sfu.stream import FieldReader, ItemsReader, Unreadable
@@ -131,6 +133,9 @@ class RoomService:
     """LiveKit's API for rooms.
 
     What goes wrong is logged once for as long as it stays the same, and so is that it is over.
+
+    Attributes:
+        proxy: the forward proxy on the way to LiveKit, None if there is none.
     """
 
     def __init__(
@@ -154,6 +159,8 @@ class RoomService:
         self._signer = signer
         self._sealer = sealer
         self._note_call = note_call
+        self.proxy = forward_proxy(homeserver.config, api_url)
+        self._way = f" through the proxy {self.proxy.url}" if self.proxy else ""
         self._rooms = homeserver.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
         self._listings: SharedQuestions[str, Listing] = SharedQuestions()
         self._removals: SharedQuestions[tuple[str, str], bool] = SharedQuestions()
@@ -404,11 +411,20 @@ class RoomService:
             "Content-Type": ["application/protobuf"],
         }
 
+        path = f"/twirp/livekit.RoomService/{method}"
+
         async def post() -> T:
-            uri = f"{self._api_url}/twirp/livekit.RoomService/{method}"
-            response = await self._homeserver.request(
-                "POST", uri, request.SerializeToString(), Headers(headers)
-            )
+            try:
+                response = await self._homeserver.request(
+                    "POST", self._api_url + path, request.SerializeToString(), Headers(headers)
+                )
+            except ResponseFailed as e:
+                # Synapse's client follows no redirect of a POST, and raises this instead.
+                if e.response is None or not is_redirect(e.response.code):
+                    raise
+                raise _redirected(e.response, path) from None
+            if is_redirect(response.code):
+                raise _redirected(response, path)
             content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]
             if response.code != 200 or not content_type.startswith("application/protobuf"):
                 body = await read_body(response, MAX_ANSWER_BYTES)
@@ -451,8 +467,9 @@ class RoomService:
             # The text can name a room, and one bad room among good ones is logged once, too.
             if self._refused.get(method) != e.code and self._is_log_due(f"{method} {e.code}"):
                 logger.error(
-                    "LiveKit at %s does not do %s: %s. %s",
+                    "LiveKit at %s%s does not do %s: %s. %s",
                     self._api_url,
+                    self._way,
                     method,
                     e,
                     self._homeserver.check_command,
@@ -483,8 +500,9 @@ class RoomService:
         if text not in self._logged and self._is_log_due(text):
             self._logged.add(text)
             logger.error(
-                "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
+                "LiveKit at %s%s cannot be used, calls cannot be started: %s. %s",
                 self._api_url,
+                self._way,
                 text.rstrip("."),
                 self._homeserver.check_command,
             )
@@ -582,6 +600,16 @@ def _message(answer: type[M]) -> Callable[[IResponse], Awaitable[M]]:
     return read
 
 
+def _redirected(response: IResponse, path: str) -> SfuError:
+    """What a redirect says; `path` is the one of the request below `livekit_internal_url`."""
+    location = (response.headers.getRawHeaders("Location") or [""])[0]
+    url = redirected_url(location, path)
+    if url is None:
+        return SfuError(f"it redirects to another page ({response.code}); is this LiveKit's API?")
+    where = "https" if url.startswith("https:") else "another URL"
+    return SfuError(f"it redirects to {where} ({response.code}). Write livekit_internal_url: {url}")
+
+
 def _failure(status: int, content_type: str, body: bytes, token: str) -> SfuError:
     """What an HTTP response that is no success says, of the SFU or of another server there."""
     if status in (401, 403):
@@ -590,13 +618,21 @@ def _failure(status: int, content_type: str, body: bytes, token: str) -> SfuErro
             f"it refuses livekit_key and livekit_secret ({status}): are they LiveKit's?",
             "unauthorized",
         )
-    if content_type.startswith("text/html"):
-        return SfuError(f"a web page ({status}) answers; does a proxy stand in front of it?")
     try:
         # Twirp's errors are JSON whatever was asked for.
         error = json.loads(body)
         code, message = str(error["code"]), str(error.get("msg", ""))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        if is_down_behind_proxy(status, is_twirp=False):
+            return SfuError(
+                f"a proxy answers {status}: LiveKit is down behind it. Start LiveKit, or correct"
+                " the port that the proxy forwards to",
+                "no_connection",
+            )
+        if status == 407:
+            return SfuError("the proxy wants a user and a password (407)", "no_connection")
+        if content_type.startswith("text/html"):
+            return SfuError(f"a web page ({status}) answers; does a proxy stand in front of it?")
         return SfuError(f"it answers {status}; is this LiveKit's API?")
     if status == 404 and code == "not_found":
         return NotFound()

@@ -55,7 +55,7 @@ class CheckResource(Endpoint):
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         body = read_json_object(request)
-        homeserver = self._homeserver
+        homeserver, rooms = self._homeserver, self._issuer.rooms
         answer: JsonDict = {
             "server_name": homeserver.server_name,
             "instance": homeserver.instance_name,
@@ -65,6 +65,7 @@ class CheckResource(Endpoint):
             "processes": [attr.asdict(p) for p in await self._processes.present()],
             "transports": homeserver.transports,
             "not_served": self._not_served,
+            "livekit_proxy": rooms.proxy.url if rooms.proxy else None,
         }
         if "user_id" in body:
             answer["user"] = await self._user(body.user_id("user_id"), body.room_id("room_id"))

@@ -404,7 +404,7 @@ class RoomTests(ModuleTestCase):
             self.assert_token(self.ask())
         causes = [
             "no connection",
-            "a web page (502) answers",
+            "a proxy answers 502: LiveKit is down behind it",
             "refuses livekit_key and livekit_secret (401)",
             "answers 404; is this LiveKit's API?",
             "answers 500 'internal': 'no luck'",

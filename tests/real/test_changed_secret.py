@@ -74,9 +74,7 @@ def test_secret_changed_during_call_kick_and_leave_still_work(
     livekit.extra_config["webhook"] = webhook
     livekit.restart()
     alice, bob, carol = (synapse.register(name) for name in ("alice", "bob", "carol"))
-    room_id = alice.create_room(
-        invite=[bob.user_id, carol.user_id], power_levels=POWER_LEVELS
-    )
+    room_id = alice.create_room(invite=[bob.user_id, carol.user_id], power_levels=POWER_LEVELS)
     for user in (bob, carol):
         user.join(room_id)
 
