@@ -312,7 +312,7 @@ class _Parser:
         if given:
             self._problems.append((name, f"holds the secret; {verb} {' and '.join(given)}"))
             return {}
-        pairs = self._check(name, _pairs_of_file, values[name], {})
+        pairs: dict[str, str] = self._check(name, _pairs_of_file, values[name], {})
         chooses = _given(self._config, "livekit_key", "livekit_key_path")
         # A variable says nothing about the only pair of a file that the block names.
         if not in_block or len(pairs) > 1:

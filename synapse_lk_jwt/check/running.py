@@ -304,9 +304,9 @@ async def _wait_for_webhook(running: Running, url: str, began_ms: int) -> Findin
     if is_refused:
         return wrong(
             "webhooks",
-            "of LiveKit do not arrive, but Synapse rejected a request that names livekit_key and"
-            " has a wrong signature. It may be LiveKit's: compare livekit_secret with the secret"
-            " of that key in LiveKit's configuration. Leaves are detected late",
+            "of LiveKit do not arrive, but Synapse rejected a request that names your API key"
+            " and has a wrong signature. It may be LiveKit's: compare the secret of that key with"
+            " the one in LiveKit's configuration. Leaves are detected late",
             LIVEKIT_YAML,
             *lines,
         )

@@ -391,7 +391,8 @@ URLS: list[tuple[str, str, str]] = [
 def test_url_written_with_is_accepted(option: str, written: str, used: str, what: str) -> None:
     scheme = URL_OPTIONS[option].partition("://")[0] + "://"
     names = {"scheme": scheme, "SCHEME": scheme.upper()}
-    config = parse(full_access_homeservers=[], **{option: written.format(**names)})
+    block: dict[str, Any] = {"full_access_homeservers": [], option: written.format(**names)}
+    config = parse(**block)
     assert getattr(config, option) == used.format(**names)
     assert config.warnings == ()
 
