@@ -91,6 +91,10 @@ MAX_CONNECTION_BYTES = 256 * 1024
 # within Synapse's default rate limit sends 70 between two attempts.
 MAX_COMPARED_EVENTS = 100
 
+# The names of the field that makes an event sticky: MSC4354's own, and the one that Synapses read
+# until they adopt it.
+STICKY_FIELDS = ("sticky", "msc4354_sticky")
+
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class DelayedEvent:
@@ -559,7 +563,9 @@ class Homeserver:
         if row["origin_server_ts"] is not None:
             event["origin_server_ts"] = row["origin_server_ts"]
         if row.get("sticky_duration_ms") is not None:
-            event["msc4354_sticky"] = {"duration_ms": row["sticky_duration_ms"]}
+            # Synapse takes one of these and ignores the other.
+            sticky = {"duration_ms": row["sticky_duration_ms"]}
+            event.update(dict.fromkeys(STICKY_FIELDS, sticky))
         return DelayedEvent(
             row["room_id"], row["event_type"], row["state_key"], row["delay"], event
         )

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Set
 
 import attr
+from livekit.protocol import models
 from livekit.protocol.models import DisconnectReason
 from synapse.util.async_helpers import concurrently_execute
 
@@ -42,6 +43,9 @@ SWEEP_MS = 300_000
 # One request costs as much as this many participants in a listing.
 PARTICIPANTS_FOR_A_REQUEST = 20
 
+# From livekit-protocol 1.1.29 or so on.
+RoomEndReason = getattr(models, "RoomEndReason", None)
+
 PARTICIPANT_EVENTS = (
     "participant_joined",
     "participant_left",
@@ -55,7 +59,16 @@ NO_LEAVE = frozenset(
         DisconnectReason.DUPLICATE_IDENTITY,
         DisconnectReason.MIGRATION,
         DisconnectReason.SERVER_SHUTDOWN,
+        # LiveKit asks the client to reconnect after a fault in the negotiation.
+        DisconnectReason.STATE_MISMATCH,
     }
+)
+
+# The same for a room that finished. Older livekit-protocol packages do not know the reasons.
+NO_LEAVE_OF_ROOM = frozenset(
+    value
+    for name, value in (RoomEndReason.items() if RoomEndReason is not None else ())
+    if name in ("ROOM_END_SERVER_SHUTDOWN", "ROOM_END_SUPERSEDED")
 )
 
 
@@ -68,11 +81,13 @@ class Webhook:
         livekit_room: the LiveKit room.
         participant: the participant. None if it is about none, or if this one is not readable: its
             identity is too long, or the webhook is too large to be read as a whole.
+        room_end_reason: why the room finished, a `RoomEndReason`; 0 if LiveKit does not say.
     """
 
     event: str
     livekit_room: str
     participant: CallParticipant | None
+    room_end_reason: int = 0
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -177,7 +192,8 @@ class Watch:
         livekit_room, participant = webhook.livekit_room, webhook.participant
         if webhook.event == "room_finished":
             self._rooms.forget(livekit_room)
-            self._leaves.begin(await self._store.finished(livekit_room))
+            if webhook.room_end_reason not in NO_LEAVE_OF_ROOM:
+                self._leaves.begin(await self._store.finished(livekit_room))
         elif webhook.event not in PARTICIPANT_EVENTS:
             return
         elif participant is None:

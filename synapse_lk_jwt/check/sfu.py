@@ -16,7 +16,7 @@ from synapse_lk_jwt.config import LiveKitJwtConfig
 from synapse_lk_jwt.homeserver import ForwardProxy
 from synapse_lk_jwt.sfu.names import CHECK_ROOM
 from synapse_lk_jwt.sfu.proxies import is_down_behind_proxy, is_redirect, redirected_url
-from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, MUST_NOT_CREATE, TokenSigner
+from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, MUST_NOT_CREATE, TokenSigner, rejected_option
 
 # LiveKit tells its time in whole seconds, and the answer takes a while.
 TOLERATED_SKEW_SEC = 5
@@ -188,7 +188,7 @@ class Sfu:
                 f"LiveKit's is {_apart(skew)}, and it refuses every token",
                 *SET_CLOCKS,
             )
-        if answer.status == 401 and answer.body.startswith(b"invalid API key"):
+        if answer.status == 401 and rejected_option(answer.body) == "livekit_key":
             return wrong(
                 "LiveKit",
                 f"does not know the key {key!r}",
@@ -196,7 +196,7 @@ class Sfu:
                 "keys:",
                 f"  {key}: …    # what livekit_secret has",
             )
-        if answer.status == 401 and answer.body.startswith(b"invalid token"):
+        if answer.status == 401 and rejected_option(answer.body) == "livekit_secret":
             return wrong(
                 "LiveKit",
                 f"knows the key {key!r} with another secret than livekit_secret",

@@ -52,7 +52,7 @@ class Listing:
 
     Attributes:
         asked_ms: when LiveKit was asked, in milliseconds since the epoch.
-        participants: all participants but those below.
+        participants: all participants of users but those below.
         too_long: whole identities above `MAX_WHOLE_IDENTITY_BYTES`. No client has one. They are
             good for nothing but removing these participants.
         is_complete: False if there are more participants, or identities too long to be named.
@@ -62,6 +62,14 @@ class Listing:
     participants: Sequence[CallParticipant]
     too_long: Sequence[str] = ()
     is_complete: bool = True
+
+
+def is_of_user(info: ParticipantInfo) -> bool:
+    """Whether a participant may be a user's: agents, recorders, SIP callers and the like are not.
+
+    LiveKit takes the kind from the token, and this module signs tokens of the standard kind only.
+    """
+    return info.kind == ParticipantInfo.Kind.STANDARD
 
 
 def is_too_long(identity: str) -> bool:

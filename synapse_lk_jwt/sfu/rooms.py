@@ -45,13 +45,14 @@ from synapse_lk_jwt.sfu.participants import (
     CallParticipant,
     Listing,
     call_participant,
+    is_of_user,
     is_too_long,
 )
 from synapse_lk_jwt.sfu.proxies import is_down_behind_proxy, is_redirect, redirected_url
 from synapse_lk_jwt.sfu.questions import SharedQuestions
 from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.sfu.stream import FieldReader, ItemsReader, Unreadable
-from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.sfu.tokens import TokenSigner, rejected_option
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ _PARTICIPANT_FIELDS = {
     ParticipantInfo.SID_FIELD_NUMBER: 64,
     ParticipantInfo.IDENTITY_FIELD_NUMBER: MAX_REMOVABLE_IDENTITY_BYTES,
     ParticipantInfo.STATE_FIELD_NUMBER: 0,
+    ParticipantInfo.KIND_FIELD_NUMBER: 0,
     ParticipantInfo.JOINED_AT_FIELD_NUMBER: 0,
     ParticipantInfo.ATTRIBUTES_FIELD_NUMBER: 16 * 1024,
     ParticipantInfo.DISCONNECT_REASON_FIELD_NUMBER: 0,
@@ -337,10 +339,16 @@ class RoomService:
             is_there = await self._get_participant(livekit_room, identity)
             return None if is_there else RemoveParticipantResponse()
 
+        request = RoomParticipantIdentity(room=livekit_room, identity=identity)
+        if hasattr(request, "revoke_token_ts"):
+            # In seconds. A LiveKit that revokes tokens would otherwise also reject those of the
+            # next minute, and with them users who were invited again. Older livekit-protocol
+            # packages do not have the field.
+            request.revoke_token_ts = self._homeserver.clock.time_msec() // 1000
         try:
             await self._call(
                 "RemoveParticipant",
-                RoomParticipantIdentity(room=livekit_room, identity=identity),
+                request,
                 VideoGrants(room_admin=True, room=livekit_room),
                 _message(RemoveParticipantResponse),
                 if_silent=is_gone,
@@ -571,6 +579,8 @@ class _ListingReader:
             # One participant must not hide the others.
             self._is_complete = False
             return
+        if not is_of_user(info):
+            return
         identity = info.identity
         if (
             ParticipantInfo.IDENTITY_FIELD_NUMBER in too_long
@@ -614,10 +624,9 @@ def _failure(status: int, content_type: str, body: bytes, token: str) -> SfuErro
     """What an HTTP response that is no success says, of the SFU or of another server there."""
     if status in (401, 403):
         # LiveKit's text quotes the token.
-        return SfuError(
-            f"it refuses livekit_key and livekit_secret ({status}): are they LiveKit's?",
-            "unauthorized",
-        )
+        option = rejected_option(body) or "livekit_key and livekit_secret"
+        text = f"it rejected {option} ({status}). Compare keys: in LiveKit's configuration"
+        return SfuError(text, "unauthorized")
     try:
         # Twirp's errors are JSON whatever was asked for.
         error = json.loads(body)

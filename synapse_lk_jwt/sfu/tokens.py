@@ -190,3 +190,19 @@ def _video_claim(can_publish: bool, can_update_own_metadata: bool) -> Mapping[st
     )
     claims: dict[str, Any] = Claims(video=grants).asdict()
     return MappingProxyType(claims["video"])
+
+
+def rejected_option(body: bytes) -> str | None:
+    """Which option LiveKit's answer 401 is about, by its text.
+
+    LiveKit 1.13.6 changed `invalid token` to `invalid authorization token`.
+
+    Returns:
+        `livekit_key` if LiveKit does not know the key, `livekit_secret` if LiveKit has another
+        secret for it or its clock differs, None if the text is another.
+    """
+    if body.startswith(b"invalid API key"):
+        return "livekit_key"
+    if body.startswith((b"invalid token", b"invalid authorization token")):
+        return "livekit_secret"
+    return None

@@ -14,7 +14,7 @@ from synapse.types import JsonDict
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.homeserver import Homeserver
 from synapse_lk_jwt.processes import Processes
-from synapse_lk_jwt.sfu.participants import call_participant, is_too_long
+from synapse_lk_jwt.sfu.participants import call_participant, is_of_user, is_too_long
 from synapse_lk_jwt.sfu.seal import Sealer
 from synapse_lk_jwt.sfu.tokens import (
     InvalidSignature,
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # its beginning is read.
 MAX_READ_BYTES = 256 * 1024
 PIECE_BYTES = 4 * 1024 * 1024
+
+# Stands for all events that this module has no use for.
+OTHER_EVENT = "other"
 
 # LiveKit puts varying blanks between the parts. Our LiveKit rooms have names of 43 letters.
 _BEGINNING = re.compile(
@@ -100,7 +103,7 @@ class SfuWebhookResource(Endpoint):
             rejected.labels("not_noted").inc()
             logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
             raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
-        name = webhook.event if webhook.event in metrics.WEBHOOK_EVENTS else "other"
+        name = webhook.event if webhook.event in metrics.WEBHOOK_EVENTS else OTHER_EVENT
         metrics.webhooks.labels(name).inc()
         return 200, {}
 
@@ -140,9 +143,14 @@ def read_webhook(body: bytes, sealer: Sealer) -> Webhook:
     except ParseError as e:
         raise ValueError(str(e)) from None
     participant = None
-    if event.HasField("participant") and not is_too_long(event.participant.identity):
-        participant = call_participant(event.participant, event.room.name, sealer)
-    return Webhook(event.event, event.room.name, participant)
+    if event.HasField("participant"):
+        if not is_of_user(event.participant):
+            return Webhook(OTHER_EVENT, event.room.name, None)
+        if not is_too_long(event.participant.identity):
+            participant = call_participant(event.participant, event.room.name, sealer)
+    # Older livekit-protocol packages do not have the field.
+    room_end_reason = getattr(event, "room_end_reason", 0)
+    return Webhook(event.event, event.room.name, participant, room_end_reason)
 
 
 def read_beginning(body: bytes) -> Webhook:

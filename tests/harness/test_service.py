@@ -405,7 +405,7 @@ class RoomTests(ModuleTestCase):
         causes = [
             "no connection",
             "a proxy answers 502: LiveKit is down behind it",
-            "refuses livekit_key and livekit_secret (401)",
+            "rejected livekit_secret (401)",
             "answers 404; is this LiveKit's API?",
             "answers 500 'internal': 'no luck'",
             "cannot be read",

@@ -140,6 +140,18 @@ def test_the_secret_is_not_livekits(public: Public, other: Other) -> None:
     assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
 
 
+@pytest.mark.parametrize("text", ["invalid token: eyJ", "invalid authorization token: no"])
+def test_check_livekit_rejects_the_token_in_old_or_new_words_names_the_secret(
+    text: str, public: Public, tmp_path: Path
+) -> None:
+    answer = f"default_type text/plain; return 401 '{text}';"
+    nginx = Servers(tmp_path, {"livekit": answer}, public.synapse.directory)
+    with running(nginx):
+        report = public.check.run(module={"livekit_internal_url": nginx.url("livekit")})
+    finding = report.the("wrong", "LiveKit")
+    assert "knows the key 'APIrealparts' with another secret" in finding.text
+
+
 # Clocks
 
 
