@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 from harness_base import SECRET, URL, ModuleTestCase, P, protobuf, response
 from synapse.api.errors import Codes, SynapseError
+from synapse.http import RequestTimedOutError
 from synapse.storage.database import LoggingTransaction
 from tests.test_utils import FakeResponse
 from twisted.internet.defer import Deferred
@@ -388,6 +389,12 @@ class RoomTests(ModuleTestCase):
         self.sfu.answer = [ConnectionLost(), ConnectionLost(), None]
         self.unavailable()
         assert len(self.sfu.requests) == 4
+
+    def test_token_livekit_dies_ahead_of_its_answer_is_refused_with_503(self) -> None:
+        broken = RequestTimedOutError("Timeout waiting for response from remote server")
+        self.sfu.answer = [broken, broken, None]
+        self.unavailable()
+        self.assert_token(self.ask())
 
     def test_a_failure_is_logged_once_for_as_long_as_it_stays_the_same(self) -> None:
         page = response(502, b"<html>", "text/html")
