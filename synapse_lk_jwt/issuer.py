@@ -98,6 +98,19 @@ class Issuer:
         elif must_be_joined and not await self._may_be_joined(user_id, room_id):
             raise NotInRoom()
 
+    async def is_known_to_be_out(self, user_id: str, room_id: str) -> bool:
+        """Whether a user of another server, with a token of another homeserver, is not in a room.
+
+        That homeserver has rules of its own. What counts here is membership, as far as this
+        homeserver knows it: in rooms that it is in.
+        """
+        homeserver = self.homeserver
+        return (
+            self.require_room_membership
+            and await homeserver.is_in_room(homeserver.server_name, room_id)
+            and not await self._may_be_joined(user_id, room_id)
+        )
+
     async def _may_be_joined(self, user_id: str, room_id: str) -> bool:
         """Whether a user of another server is joined to a room, as far as that is known here."""
         homeserver = self.homeserver
@@ -153,7 +166,9 @@ class Issuer:
             may_create_room=permissions.has_full_access,
             can_publish=permissions.can_publish,
             can_update_own_metadata=self.can_update_own_metadata,
-            attributes=self.sealer.seal(Owner(user_id, room_id, slot_id), identity),
+            attributes=self.sealer.seal(
+                Owner(user_id, room_id, slot_id, self.homeserver.server_name), identity
+            ),
             lifetime_ms=self.token_lifetime_ms,
         )
         metrics.tokens.labels(

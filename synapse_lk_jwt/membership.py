@@ -114,8 +114,7 @@ class Membership:
     async def _check_joined(
         self, livekit_room: str, joined: dict[str, tuple[CallParticipant, int]]
     ) -> None:
-        owners = (participant.owner for participant, _ in joined.values())
-        room_id = next((owner.room_id for owner in owners if owner), None)
+        room_id = self.room_of(participant for participant, _ in joined.values())
         if room_id is None:
             room_id = await self._store.room_of(livekit_room)
         if room_id is None:
@@ -127,6 +126,17 @@ class Membership:
         # That has been logged, and the poll checks again.
         with suppress(SfuError):
             await self.check(livekit_room, room_id, listing, "joined")
+
+    def room_of(self, participants: Iterable[CallParticipant]) -> str | None:
+        """The Matrix room of a call, as the participants of this homeserver have it."""
+        server_name = self._homeserver.server_name
+        owners = (participant.owner for participant in participants)
+        return next((o.room_id for o in owners if o and o.concerns(server_name)), None)
+
+    def is_shared(self, participants: Iterable[CallParticipant]) -> bool:
+        """Whether a call is another homeserver's as well, which uses the same LiveKit."""
+        server_name = self._homeserver.server_name
+        return any(p.owner and not p.owner.is_issued_by(server_name) for p in participants)
 
     async def check(
         self,
@@ -146,12 +156,13 @@ class Membership:
         Raises:
             SfuError: if LiveKit did not remove one of them.
         """
-        may_stay: dict[str, bool] = {}
+        may_stay: dict[tuple[str, bool], bool] = {}
         unwanted = []
         for participant, user_id in await self._users(livekit_room, listing.participants):
-            if user_id not in may_stay:
-                may_stay[user_id] = await self._may_be_in(user_id, room_id)
-            if not may_stay[user_id]:
+            who = user_id, self._is_of_another(participant, user_id)
+            if who not in may_stay:
+                may_stay[who] = await self._may_be_in(user_id, room_id, is_of_another=who[1])
+            if not may_stay[who]:
                 unwanted.append((participant.identity, user_id, listing.asked_ms))
         if unwanted:
             # Each connection has brought the participant another token of LiveKit's.
@@ -193,8 +204,19 @@ class Membership:
                 found.append((participant, user_id))
         return found
 
-    async def _may_be_in(self, user_id: str, room_id: str) -> bool:
+    def _is_of_another(self, participant: CallParticipant, user_id: str) -> bool:
+        """Whether another homeserver issued the token, to a user who is not of this one."""
         homeserver = self._homeserver
+        return (
+            participant.owner is not None
+            and not participant.owner.is_issued_by(homeserver.server_name)
+            and not homeserver.is_mine(user_id)
+        )
+
+    async def _may_be_in(self, user_id: str, room_id: str, *, is_of_another: bool) -> bool:
+        homeserver = self._homeserver
+        if is_of_another:
+            return not await self._issuer.is_known_to_be_out(user_id, room_id)
         if homeserver.is_mine(user_id) and not await homeserver.is_active(user_id):
             return False
         try:
@@ -323,9 +345,7 @@ class Membership:
         livekit_rooms = (await self._store.calls_in([room_id])).get(room_id, [])
         if not await homeserver.is_in_room(homeserver.server_name, room_id):
             for livekit_room in livekit_rooms:
-                await self._rooms.delete_room(livekit_room)
-                logger.info("Ended a call of %r, which this homeserver has left", room_id)
-            await self._store.forget_calls(livekit_rooms)
+                await self._end(livekit_room, room_id)
             return
         gone = {user for user in changed if await self._is_gone(user, room_id)}
         if not gone and ALL_USERS not in changed:
@@ -342,6 +362,29 @@ class Membership:
         await concurrently_execute(process, livekit_rooms, CONCURRENT_CALLS)
         if failures:
             raise failures[0]
+
+    async def _end(self, livekit_room: str, room_id: str) -> None:
+        """Ends a call of a Matrix room that this homeserver has left.
+
+        A call that is another homeserver's as well goes on there, without the users of this one.
+        """
+        homeserver = self._homeserver
+        listing = await self._rooms.list_participants(livekit_room)
+        if not self.is_shared(listing.participants):
+            await self._rooms.delete_room(livekit_room)
+            await self._store.forget_calls([livekit_room])
+            logger.info("Ended a call of %r, which this homeserver has left", room_id)
+            return
+        # Their tokens still work, and LiveKit's room stays.
+        until_ms = homeserver.clock.time_msec() + self._issuer.token_lifetime_ms
+        self._recheck_until_ms[room_id] = until_ms
+        unwanted = [
+            (participant.identity, user_id, listing.asked_ms)
+            for participant, user_id in await self._users(livekit_room, listing.participants)
+            if homeserver.is_mine(user_id)
+            or (participant.owner and participant.owner.is_issued_by(homeserver.server_name))
+        ]
+        await self._remove(livekit_room, room_id, unwanted, "left")
 
     async def _remove_gone(
         self,
@@ -388,6 +431,13 @@ class Membership:
         listing = await self._rooms.list_participants(livekit_room)
         await self.remove_too_long(livekit_room, room_id, listing)
         if not listing.is_complete and not listing.too_long:
+            if self.is_shared(listing.participants):
+                logger.warning(
+                    "LiveKit's list of the participants of a call of %r is too long to find those"
+                    " who have left the room. The call goes on: it is another homeserver's as well",
+                    room_id,
+                )
+                return
             await self._rooms.delete_room(livekit_room)
             logger.warning(
                 "Ended a call of %r: LiveKit's list of its participants is too long to find those"

@@ -98,11 +98,13 @@ class _Seen:
         listed_ms: when it was listed, in milliseconds since the epoch.
         participants: how many participants it had.
         users: the users of this homeserver among their owners.
+        is_ours: False if all tokens of the participants were issued by another homeserver.
     """
 
     listed_ms: int
     participants: int
     users: frozenset[str]
+    is_ours: bool
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -135,7 +137,7 @@ class Watch:
 
     Attributes, all private:
         _seen: the rooms that have been listed, while ListRooms names them with participants.
-        _occupied: our rooms with participants at the last poll.
+        _occupied: our rooms with participants of this homeserver at the last poll.
         _without_node: those that no node of LiveKit answered for at the last poll.
         _is_polling: whether a poll is under way.
         _unreadable: the rooms of webhooks that could not be read as a whole.
@@ -200,7 +202,7 @@ class Watch:
             self._unreadable.add(livekit_room, {livekit_room: webhook.event})
         elif webhook.event == "participant_joined":
             if participant.can_be_stored:
-                room_id = participant.owner.room_id if participant.owner else None
+                room_id = self._membership.room_of([participant])
                 await self._store.joined(
                     livekit_room, participant.identity, participant.sid, room_id
                 )
@@ -267,7 +269,10 @@ class Watch:
         await self._recreate(poll, poll.without_node & self._without_node)
 
         ours = {name: number for name, number in there.items() if number and name in poll.calls}
-        self._occupied, self._without_node = set(ours), poll.without_node
+        self._occupied = {
+            name for name in ours if name not in self._seen or self._seen[name].is_ours
+        }
+        self._without_node = poll.without_node
         await self._processes.look(poll.joined_sec)
         await self._store.forget_calls(poll.calls.keys() - there.keys(), FORGET_CALLS_MS)
         self._note({**ours, **dict.fromkeys(poll.unknown & poll.calls.keys(), math.nan)})
@@ -360,8 +365,7 @@ class Watch:
             await self._store.keep_owners(livekit_room, bases)
         room_id = poll.calls.get(livekit_room)
         if room_id is None:
-            owners = (participant.owner for participant in listing.participants)
-            room_id = next((owner.room_id for owner in owners if owner), None)
+            room_id = self._membership.room_of(listing.participants)
             if room_id is not None:
                 await self._store.note_call(livekit_room, room_id)
         if room_id is not None:
@@ -377,7 +381,15 @@ class Watch:
                 poll.asked_ms,
                 poll.there[livekit_room],
                 frozenset(filter(self._homeserver.is_mine, users)),
+                is_ours=self._is_ours(listing),
             )
+
+    def _is_ours(self, listing: Listing) -> bool:
+        """Whether a participant of a room needs this homeserver to recreate the room."""
+        server_name = self._homeserver.server_name
+        return not self._membership.is_shared(listing.participants) or any(
+            p.owner and p.owner.is_issued_by(server_name) for p in listing.participants
+        )
 
     async def _recreate_lost_rooms(self, poll: _Poll) -> None:
         """Recreates the rooms that LiveKit has lost with participants in them, as on a restart.

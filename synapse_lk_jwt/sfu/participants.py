@@ -30,7 +30,7 @@ class CallParticipant:
         disconnect_reason: why it ended, a `DisconnectReason`.
         joined_at: when it joined, in seconds since the epoch.
         owner: whose participant it is, as sealed into the token for this very LiveKit room; None if
-            this homeserver did not seal it.
+            neither this homeserver nor another one with the same secret sealed it.
     """
 
     identity: str

@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from synapse.types import get_domain_from_id
 
 from synapse_lk_jwt.http import parse_json
 from synapse_lk_jwt.sfu.names import is_connection_of
@@ -35,11 +36,22 @@ class Owner:
         user_id: the user.
         room_id: the Matrix room.
         slot_id: the slot in it.
+        issuer: the server name of the homeserver that issued the token: several can share a
+            LiveKit and its secret. None in tokens of older versions.
     """
 
     user_id: str
     room_id: str
     slot_id: str
+    issuer: str | None = None
+
+    def is_issued_by(self, server_name: str) -> bool:
+        """Whether a homeserver issued the token, or may have issued it."""
+        return self.issuer in (None, server_name)
+
+    def concerns(self, server_name: str) -> bool:
+        """Whether the participant is a homeserver's: by its token, or because its user is."""
+        return self.is_issued_by(server_name) or get_domain_from_id(self.user_id) == server_name
 
 
 class Sealer:
@@ -57,7 +69,7 @@ class Sealer:
     def seal(self, owner: Owner, identity: str) -> dict[str, str]:
         """The attributes for the token of a participant identity."""
         nonce = os.urandom(_NONCE_BYTES)
-        parts = [identity, owner.user_id, owner.room_id, owner.slot_id]
+        parts = [identity, owner.user_id, owner.room_id, owner.slot_id, owner.issuer]
         text = json.dumps(parts).encode("ascii")
         sealed = nonce + self._cipher.encrypt(nonce, text, None)
         return {ATTRIBUTE: urlsafe_b64encode(sealed).decode("ascii")}
@@ -66,8 +78,8 @@ class Sealer:
         """The owner of a participant, from its attributes.
 
         Returns:
-            None if this homeserver did not seal it, or not for this identity or one that this is a
-            duplicate connection of.
+            None if no holder of the secret sealed it, or only for another identity of which this
+            is no duplicate connection.
         """
         sealed = attributes.get(ATTRIBUTE)
         if sealed is None:

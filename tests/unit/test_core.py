@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
 import json
-from base64 import b64encode, urlsafe_b64decode
+from base64 import b64encode, urlsafe_b64decode, urlsafe_b64encode
 from typing import Any
 
 import jwt
@@ -398,3 +398,34 @@ def test_seal_has_a_fresh_random_nonce() -> None:
     assert len(set(nonces)) == 100
     # No part of it repeats, as that of a process or the digits of a counter would.
     assert len({nonce[:6] for nonce in nonces}) == 100
+
+
+def test_seal_of_an_older_version_is_opened_without_an_issuer() -> None:
+    """Its text had the identity, the user, the room and the slot."""
+    sealer = Sealer("secret")
+    text = json.dumps(["me", "@a:b", "!room:b", "slot"]).encode()
+    sealed = bytes(12) + sealer._cipher.encrypt(bytes(12), text, None)
+    owner = sealer.open({ATTRIBUTE: urlsafe_b64encode(sealed).decode()}, "me")
+    assert owner == Owner("@a:b", "!room:b", "slot", None)
+
+
+def test_seal_names_the_homeserver_that_issued_the_token() -> None:
+    sealer = Sealer("secret")
+    owner = Owner("@a:b", "!room:b", "slot", "c")
+    assert sealer.open(sealer.seal(owner, "me"), "me") == owner
+
+
+@pytest.mark.parametrize(
+    ("issuer", "is_issued", "concerns"),
+    [("here", True, True), (None, True, True), ("there", False, False)],
+)
+def test_owner_concerns_the_issuer_of_the_token(
+    issuer: str | None, is_issued: bool, concerns: bool
+) -> None:
+    owner = Owner("@user:elsewhere", "!room", "slot", issuer)
+    assert (owner.is_issued_by("here"), owner.concerns("here")) == (is_issued, concerns)
+
+
+def test_owner_concerns_the_homeserver_of_the_user() -> None:
+    owner = Owner("@user:here", "!room", "slot", "there")
+    assert (owner.is_issued_by("here"), owner.concerns("here")) == (False, True)
