@@ -22,7 +22,7 @@ from synapse_lk_jwt.processes import Processes
 from synapse_lk_jwt.sfu.names import possible_bases
 from synapse_lk_jwt.sfu.participants import CallParticipant, Listing
 from synapse_lk_jwt.sfu.rooms import NoNode, RoomService, SfuError
-from synapse_lk_jwt.store import Store, Tracked
+from synapse_lk_jwt.store import Store, TooManySlots, Tracked
 from synapse_lk_jwt.work import WorkByKey
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,7 @@ class Watch:
         _without_node: those that no node of LiveKit answered for at the last poll.
         _is_polling: whether a poll is under way.
         _unreadable: the rooms of webhooks that could not be read as a whole.
+        _finished: the rooms that LiveKit says have finished.
     """
 
     def __init__(
@@ -182,6 +183,9 @@ class Watch:
         self._unreadable: WorkByKey[str] = WorkByKey(
             homeserver, "synapse_lk_jwt_unreadable", self._check_after_unreadable
         )
+        self._finished: WorkByKey[str] = WorkByKey(
+            homeserver, "synapse_lk_jwt_finished", self._check_after_finished
+        )
         homeserver.repeat(
             self._interval_ms, "synapse_lk_jwt_poll", self.poll, at_once=interval_ms > 0
         )
@@ -196,6 +200,7 @@ class Watch:
             self._rooms.forget(livekit_room)
             if webhook.room_end_reason not in NO_LEAVE_OF_ROOM:
                 self._leaves.begin(await self._store.finished(livekit_room))
+                self._finished.add(livekit_room, {livekit_room: webhook.event})
         elif webhook.event not in PARTICIPANT_EVENTS:
             return
         elif participant is None:
@@ -229,6 +234,19 @@ class Watch:
         except SfuError:
             # It has been logged. The clock asks again.
             self._leaves.begin(await self._store.suspect(livekit_room))
+
+    async def _check_after_finished(self, livekit_room: str, _: Mapping[str, str]) -> None:
+        """Notes a call again if there are participants in it: LiveKit reported its end in error.
+
+        Without that, users who leave the Matrix room would not be removed from the call until the
+        poll lists it again.
+        """
+        # It has been logged, or there is no place for another slot. The poll lists the room.
+        with suppress(SfuError, TooManySlots):
+            listing = await self._rooms.list_participants(livekit_room)
+            room_id = self._membership.room_of(listing.participants)
+            if room_id is not None:
+                await self._store.note_call(livekit_room, room_id)
 
     async def poll(self) -> None:
         """Checks the whole SFU once, unless a poll is under way."""
