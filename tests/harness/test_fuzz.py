@@ -42,6 +42,7 @@ ANSWERS: dict[int, set[str | None]] = {
     400: {"M_BAD_JSON", "M_NOT_JSON", "M_INVALID_PARAM"},
     401: {"M_UNAUTHORIZED"},
     403: {"M_FORBIDDEN"},
+    404: {"M_NOT_FOUND"},
     413: {"M_TOO_LARGE"},
 }
 
