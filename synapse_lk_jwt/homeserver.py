@@ -948,7 +948,9 @@ def _log_exceptions() -> Iterator[None]:
     try:
         yield
     except Exception:
-        logger.exception("Could not serve an endpoint of the module. Other endpoints are not affected")
+        logger.exception(
+            "Could not serve an endpoint of the module. Other endpoints are not affected"
+        )
 
 
 def _register_client_servlets(hs: Any, http_server: HttpServer) -> None:

@@ -8,6 +8,7 @@ somebody is gone. The poll finds out what no webhook has told.
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Set
+from contextlib import suppress
 
 import attr
 from livekit.protocol import models
