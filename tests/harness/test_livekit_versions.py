@@ -4,13 +4,14 @@
 import json
 import logging
 from typing import Any
+from unittest import skipUnless
 from unittest.mock import patch
 
 from harness_base import ModuleTestCase, response
 from livekit.protocol.models import DisconnectReason, ParticipantInfo
 from livekit.protocol.room import RoomParticipantIdentity
 from parameterized import parameterized
-from synapse.api.constants import StickyEvent
+from synapse.api import constants
 from test_delegable_events import ENCRYPTED, RTC_MEMBER, EncryptedTestCase
 from test_delegating import HOUR_MS, DelegationTestCase
 from test_following import FollowingTestCase
@@ -160,8 +161,10 @@ class RemovalTests(FollowingTestCase):
 
             __slots__ = ("SerializeToString",)
 
-            def __init__(self, **fields: str) -> None:
-                self.SerializeToString = RoomParticipantIdentity(**fields).SerializeToString
+            def __init__(self, room: str, identity: str) -> None:
+                self.SerializeToString = RoomParticipantIdentity(
+                    room=room, identity=identity
+                ).SerializeToString
 
         with patch("synapse_lk_jwt.sfu.rooms.RoomParticipantIdentity", Older):
             self.join_remotely(self.bob, "ban")
@@ -197,6 +200,7 @@ class OtherKindsTests(FollowingTestCase):
         assert stranger.identity not in self.sfu.people[self.room]
 
 
+@skipUnless(hasattr(constants, "StickyEvent"), "this Synapse has no sticky events")
 class StickyTests(EncryptedTestCase):
     """Synapse reads `msc4354_sticky` today, and `sticky` once it has adopted MSC4354."""
 
@@ -222,7 +226,7 @@ class StickyTests(EncryptedTestCase):
         ]
     )
     def test_sticky_leave_is_sent_sticky(self, name: str, event_type: str, content: Any) -> None:
-        with patch.object(StickyEvent, "EVENT_FIELD_NAME", name):
+        with patch.object(constants.StickyEvent, "EVENT_FIELD_NAME", name):
             alice = self.call()
             delay_id = self.schedule(event_type, content, sticky=True)
             assert self.delegate_of(delay_id).code == 200

@@ -141,7 +141,7 @@ def test_encrypted_leave_of_a_killed_client_arrives_unchanged(
 ) -> None:
     caller = lost[way, is_sticky]
     began = time.monotonic()
-    wait_until(caller.sent, "encrypted leave", GONE_SEC)
+    wait_until(lambda: bool(caller.sent()), "encrypted leave", GONE_SEC)
     print(f"{time.monotonic() - began:.1f} s")
     (event,) = caller.sent()
     assert event["content"] == caller.content
@@ -154,7 +154,7 @@ def test_encrypted_sticky_leave_behind_other_messages_is_in_the_sticky_part_of_s
     way: str, lost: dict[tuple[str, bool], Caller]
 ) -> None:
     caller = lost[way, True]
-    wait_until(caller.sent, "encrypted leave", GONE_SEC)
+    wait_until(lambda: bool(caller.sent()), "encrypted leave", GONE_SEC)
     path = f"/_matrix/client/v3/rooms/{caller.room_id}/send/m.room.message"
     for message in range(12):
         content = {"msgtype": "m.text", "body": str(message)}
