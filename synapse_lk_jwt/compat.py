@@ -57,6 +57,7 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
         "hs:get_datastores",
         "hs:get_instance_name",
         "hs:get_reactor",
+        "hs:get_simple_http_client().agent",
         "store:database_engine.module.Error",
         "store:db_pool.runWithConnection",
         "store:db_pool.simple_select_one_onecol",

@@ -948,9 +948,7 @@ def _log_exceptions() -> Iterator[None]:
     try:
         yield
     except Exception:
-        logger.exception(
-            "Could not serve an endpoint of the module. Other endpoints are not affected"
-        )
+        logger.exception("Could not serve an endpoint of the module. Other endpoints still work")
 
 
 def _register_client_servlets(hs: Any, http_server: HttpServer) -> None:
