@@ -181,7 +181,12 @@ class DelayedLeaves:
             # It has waited for the other leaves of a large call. By now the process with the clock
             # sends it, or is about to.
             return
-        await self._store.happened(task.delay_id, await self._try_to_send(task))
+        happened = await self._try_to_send(task)
+        try:
+            await self._store.happened(task.delay_id, happened)
+        except self._homeserver.database_error as e:
+            # The others of the call are still being sent. The clock asks for this one again.
+            logger.error("Could not note that the leave %s was sent: %s", task.delay_id, e)
 
     async def _try_to_send(self, task: Task) -> Happened:
         assert task.leave is not None

@@ -25,7 +25,6 @@ from livekit.protocol.room import (
     RemoveParticipantResponse,
     RoomParticipantIdentity,
 )
-from synapse.http import RequestTimedOutError
 from synapse.util.caches.response_cache import ResponseCacheContext
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.client import ResponseFailed
@@ -88,9 +87,8 @@ _ROOM_FIELDS = {
     Room.NUM_PARTICIPANTS_FIELD_NUMBER: 0,
 }
 
-# Synapse's client logs the first argument of an exception, and fails where there is none. It raises
-# its own error where a connection breaks ahead of the answer, as when LiveKit dies.
-_CONNECTION_ERRORS = (*NETWORK_ERRORS, IndexError, RequestTimedOutError)
+# Synapse's client logs the first argument of an exception, and fails where there is none.
+_CONNECTION_ERRORS = (*NETWORK_ERRORS, IndexError)
 
 # A failure that comes and goes is logged once in this time.
 LOG_AGAIN_SEC = 60
