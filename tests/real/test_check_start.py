@@ -153,9 +153,9 @@ def test_a_synapse_that_lacks_a_hook(synapse: Synapse, tmp_path: Path) -> None:
     assert line(synapse, "this Synapse has no registry of servlets")
     report = Checker(synapse, env=synapse.env).start()
     finding = report.the("wrong", "Synapse")
-    assert "lacks a registry of servlets in synapse.rest" in finding.text
+    assert "this Synapse lacks synapse.rest.SERVLET_GROUPS" in finding.text
     assert "pip install --upgrade" in finding.lines[0]
-    assert "no registry of servlets" in report.the("wrong", "routes").text
+    assert "this Synapse lacks what they need" in report.the("wrong", "routes").text
     assert not report.all("wrong", "MSC4195")
 
 
