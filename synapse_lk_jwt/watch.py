@@ -41,6 +41,10 @@ FORGET_CALLS_MS = 600_000
 # A room in which nothing changes is listed so often. The polls share these listings among them.
 SWEEP_MS = 300_000
 
+# So many of them are listed at each poll in any case. On a small server that is all of them, so
+# that a participant whose LiveKit node died is noticed at the next poll.
+MIN_SWEPT = 10
+
 # One request costs as much as this many participants in a listing.
 PARTICIPANTS_FOR_A_REQUEST = 20
 
@@ -355,7 +359,10 @@ class Watch:
                 quiet.append((seen.listed_ms, name))
         # Those that were listed longest ago, so many at each poll that all have their turn in time.
         quiet.sort()
-        share = len(quiet) * self._interval_ms // SWEEP_MS
+        share = max(MIN_SWEPT, len(quiet) * self._interval_ms // SWEEP_MS)
+        if self._without_node:
+            # A node of LiveKit has died, and may have had any of them.
+            share = len(quiet)
         overdue_ms = poll.asked_ms + self._interval_ms - SWEEP_MS
         to_list.update(name for _, name in quiet[:share])
         to_list.update(name for listed_ms, name in quiet[share:] if listed_ms <= overdue_ms)
