@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import select
+import selectors
 import socket
 import threading
 from base64 import b64encode
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import cast
 from urllib.parse import urlsplit
 
 _SECONDS = 10.0
@@ -106,15 +107,15 @@ class ForwardProxy:
                     return
                 with other:
                     other.sendall(first)
-                    ways = {self.connection: other, other: self.connection}
-                    while True:
-                        readable, _, _ = select.select(list(ways), [], [], _SECONDS)
-                        if not readable:
-                            return
-                        for source in readable:
-                            data = source.recv(65536)
-                            if not data:
-                                return
-                            ways[source].sendall(data)
+                    # `select.select` fails in a process that has more than 1,024 files open.
+                    with selectors.DefaultSelector() as ways:
+                        ways.register(self.connection, selectors.EVENT_READ, other)
+                        ways.register(other, selectors.EVENT_READ, self.connection)
+                        while readable := ways.select(_SECONDS):
+                            for source, _ in readable:
+                                data = cast(socket.socket, source.fileobj).recv(65536)
+                                if not data:
+                                    return
+                                source.data.sendall(data)
 
         return Handler

@@ -7,7 +7,7 @@ import base64
 import contextlib
 import json
 import os
-import select
+import selectors
 import socket
 from collections.abc import Mapping
 from urllib.parse import urlencode, urlsplit
@@ -60,11 +60,13 @@ class Signalling:
     def is_open(self) -> bool:
         """Whether LiveKit has kept the connection. Reads away what LiveKit has sent."""
         with contextlib.suppress(OSError):
-            while select.select([self._socket], [], [], 0)[0]:
-                data = self._socket.recv(65536)
-                # A close frame begins with 0x88.
-                if not data or data[:1] == b"\x88":
-                    return False
+            with selectors.DefaultSelector() as ready:
+                ready.register(self._socket, selectors.EVENT_READ)
+                while ready.select(0):
+                    data = self._socket.recv(65536)
+                    # A close frame begins with 0x88.
+                    if not data or data[:1] == b"\x88":
+                        return False
             return True
         return False
 
