@@ -171,7 +171,7 @@ class Membership:
         await self.remove_too_long(livekit_room, room_id, listing)
 
     async def remove_too_long(self, livekit_room: str, room_id: str, listing: Listing) -> None:
-        """Removes participants with a longer identity than any client has, whoever they are.
+        """Removes participants with a longer identity than any client has, regardless of the user.
 
         Raises:
             SfuError: if LiveKit did not remove one of them.
@@ -376,8 +376,7 @@ class Membership:
             logger.info("Ended a call of %r, which this homeserver has left", room_id)
             return
         # Their tokens still work, and LiveKit's room stays.
-        until_ms = homeserver.clock.time_msec() + self._issuer.token_lifetime_ms
-        self._recheck_until_ms[room_id] = until_ms
+        self._recheck_while_tokens_live(room_id)
         unwanted = [
             (participant.identity, user_id, listing.asked_ms)
             for participant, user_id in await self._users(livekit_room, listing.participants)
