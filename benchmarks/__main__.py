@@ -29,11 +29,11 @@ from benchmarks.setting import (
     http_request,
     port,
 )
-from realparts import service
-from realparts.federation import authorization
-from realparts.matrix import User
-from realparts.process import free_port, stop_all
-from realparts.synapse import Synapse
+from testbed import service
+from testbed.federation import authorization
+from testbed.matrix import User
+from testbed.process import free_port, stop_all
+from testbed.synapse import Synapse
 
 USERS = 50
 CONNECTIONS = 16

@@ -11,18 +11,18 @@ from http.client import HTTPConnection
 import attr
 
 from benchmarks.setting import SECRET, StubSfu, port
-from realparts.http import http
-from realparts.matrix import User
-from realparts.member import MEMBER, POWER_LEVELS
-from realparts.synapse import Synapse
-from synapse_lk_jwt.sfu.names import livekit_room_name
-from synapse_lk_jwt.sfu.seal import Owner, Sealer
+from synapse_lk_jwt.livekit.naming import livekit_room_name
+from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
+from testbed.http import http
+from testbed.matrix import User
+from testbed.member import MEMBER, POWER_LEVELS
+from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
 # How often the leave of a connected participant is restarted then.
 RESTART_MS = 300_000
 
-_SEALER = Sealer(SECRET)
+_SEALER = OwnerSealer(SECRET)
 
 
 @attr.s(auto_attribs=True, frozen=True)
@@ -54,7 +54,7 @@ class Participant:
     @property
     def attributes(self) -> dict[str, str]:
         """The attributes of the token."""
-        owner = Owner(self.user.user_id, self.room_id, self.slot_id)
+        owner = ParticipantOwner(self.user.user_id, self.room_id, self.slot_id)
         return _SEALER.seal(owner, self.identity)
 
     @property

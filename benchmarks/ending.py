@@ -13,10 +13,10 @@ from benchmarks.calls import Participant
 from benchmarks.leaves import POLL_SEC, webhook
 from benchmarks.load import run
 from benchmarks.setting import StubSfu, as_json, http_request, module_config, port
-from realparts import service
-from realparts.member import MEMBER
-from realparts.process import stop_all, wait_until
-from realparts.synapse import Synapse
+from testbed import service
+from testbed.member import MEMBER
+from testbed.process import stop_all, wait_until
+from testbed.synapse import Synapse
 
 PARTICIPANTS = 1000
 # Synapse persists one event of a room after the other, so that more of these gain nothing.

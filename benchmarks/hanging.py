@@ -16,11 +16,11 @@ from benchmarks.calls import Participant
 from benchmarks.leaves import webhook
 from benchmarks.load import run
 from benchmarks.setting import URL, StubSfu, module_config, port
-from realparts import service
-from realparts.http import WrongAnswer, http
-from realparts.matrix import User
-from realparts.process import stop_all, wait_until
-from realparts.synapse import Synapse
+from testbed import service
+from testbed.http import WrongAnswer, http
+from testbed.matrix import User
+from testbed.process import stop_all, wait_until
+from testbed.synapse import Synapse
 
 PARTICIPANTS = 1000
 IN_A_LARGE_CALL = 100

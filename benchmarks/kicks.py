@@ -13,10 +13,10 @@ from benchmarks import calls
 from benchmarks.calls import Participant
 from benchmarks.leaves import POLL_SEC
 from benchmarks.setting import StubSfu, module_config
-from realparts import service
-from realparts.matrix import User
-from realparts.process import stop_all, wait_until
-from realparts.synapse import Synapse
+from testbed import service
+from testbed.matrix import User
+from testbed.process import stop_all, wait_until
+from testbed.synapse import Synapse
 
 # Where the kicks are.
 CALLS = 20

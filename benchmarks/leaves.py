@@ -23,12 +23,12 @@ from livekit.protocol.webhook import WebhookEvent
 
 from benchmarks.load import Result, run
 from benchmarks.setting import KEY, SECRET, StubSfu, Tokens, http_request, module_config, port
-from realparts import service
-from realparts.matrix import User
-from realparts.member import MEMBER, POWER_LEVELS
-from realparts.process import stop_all, wait_until
-from realparts.service import PREFIX
-from realparts.synapse import Synapse
+from testbed import service
+from testbed.matrix import User
+from testbed.member import MEMBER, POWER_LEVELS
+from testbed.process import stop_all, wait_until
+from testbed.service import PREFIX
+from testbed.synapse import Synapse
 
 CALLS = 20
 PEOPLE_IN_A_CALL = 10

@@ -12,9 +12,9 @@ import attr
 from benchmarks import calls
 from benchmarks.calls import Participant
 from benchmarks.setting import StubSfu, module_config
-from realparts.matrix import User
-from realparts.process import stop_all, wait_until
-from realparts.synapse import Synapse
+from testbed.matrix import User
+from testbed.process import stop_all, wait_until
+from testbed.synapse import Synapse
 
 CALLS = (100, 1_000, 10_000)
 DELEGATIONS = (0, 1, 2)

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from realparts import service
-from realparts.http import http
-from realparts.matrix import User
-from realparts.process import Process, free_port
-from realparts.service import PREFIX
-from realparts.synapse import Synapse
+from testbed import service
+from testbed.http import http
+from testbed.matrix import User
+from testbed.process import Process, free_port
+from testbed.service import PREFIX
+from testbed.synapse import Synapse
 
 URL = "wss://sfu.example.com"
 KEY = "APIkey"

@@ -13,10 +13,10 @@ import attr
 from benchmarks.leaves import POLL_SEC, RESTART_MS, Many, webhook
 from benchmarks.load import Result, run
 from benchmarks.setting import StubSfu, module_config, port
-from realparts.postgres import Postgres
-from realparts.process import stop_all, wait_until
-from realparts.redis import Redis
-from realparts.synapse import Synapse
+from testbed.postgres import Postgres
+from testbed.process import stop_all, wait_until
+from testbed.redis import Redis
+from testbed.synapse import Synapse
 
 # What docs/scaling.md reckons with.
 CALLS = 20_000

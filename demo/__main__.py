@@ -20,9 +20,9 @@ try:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from demo.browser import BrowserStory
     from demo.story import NotAsPromised, Story
-    from realparts.element_call import find_element_call
-    from realparts.process import MissingTool, ProcessDied, TimedOut
-    from realparts.stage import BrowserStage, Stage
+    from testbed.element_call import find_element_call
+    from testbed.process import MissingTool, ProcessDied, TimedOut
+    from testbed.stage import BrowserStage, Stage
 
     importlib.metadata.version("synapse-lk-jwt")
 except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as e:

@@ -8,9 +8,9 @@ import threading
 from typing import Any
 from urllib.parse import quote
 
-from realparts.element_call import ElementCall
-from realparts.matrix import User
-from realparts.stage import BrowserStage
+from testbed.element_call import ElementCall
+from testbed.matrix import User
+from testbed.stage import BrowserStage
 
 
 class BrowserStory:

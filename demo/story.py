@@ -9,11 +9,11 @@ import json
 import textwrap
 from datetime import datetime
 
-from realparts import service
-from realparts.call import CallRefused, Participant
-from realparts.http import Answer
-from realparts.matrix import User
-from realparts.stage import Stage
+from testbed import service
+from testbed.call import CallRefused, Participant
+from testbed.http import Answer
+from testbed.matrix import User
+from testbed.stage import Stage
 
 _FRAMES = 100
 _COLUMN = 19

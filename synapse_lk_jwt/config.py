@@ -22,7 +22,7 @@ import yaml
 from synapse.config._base import Config, ConfigError
 from synapse.config.ratelimiting import RatelimitSettings
 
-from synapse_lk_jwt.access import ServerList
+from synapse_lk_jwt.auth.access import ServerList
 from synapse_lk_jwt.discovery import Advertise
 
 T = TypeVar("T")

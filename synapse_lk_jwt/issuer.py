@@ -7,12 +7,12 @@ from synapse.api.errors import LimitExceededError
 from synapse.types import get_domain_from_id
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.access import Access
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.sfu.names import livekit_room_name
-from synapse_lk_jwt.sfu.rooms import RoomService
-from synapse_lk_jwt.sfu.seal import Owner, Sealer
-from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.auth.access import Access
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.livekit.client import RoomService
+from synapse_lk_jwt.livekit.naming import livekit_room_name
+from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
+from synapse_lk_jwt.livekit.tokens import TokenSigner
 from synapse_lk_jwt.store import Store
 
 # LiveKit hands a connected client tokens of its own, which are good for this long.
@@ -49,7 +49,7 @@ class Issuer:
     rooms: RoomService
     store: Store
     signer: TokenSigner
-    sealer: Sealer
+    sealer: OwnerSealer
     require_room_membership: bool
     believe_rooms_elsewhere: bool
     token_lifetime_ms: int
@@ -92,7 +92,7 @@ class Issuer:
         if must_be_joined and homeserver.is_mine(user_id):
             if not await homeserver.is_joined(user_id, room_id):
                 raise NotInRoom()
-        elif not await homeserver.is_in_room(homeserver.server_name, room_id):
+        elif not await homeserver.is_host_joined(homeserver.server_name, room_id):
             if strict or not self.believe_rooms_elsewhere:
                 raise NotInRoom()
         elif must_be_joined and not await self._may_be_joined(user_id, room_id):
@@ -107,7 +107,7 @@ class Issuer:
         homeserver = self.homeserver
         return (
             self.require_room_membership
-            and await homeserver.is_in_room(homeserver.server_name, room_id)
+            and await homeserver.is_host_joined(homeserver.server_name, room_id)
             and not await self._may_be_joined(user_id, room_id)
         )
 
@@ -159,7 +159,7 @@ class Issuer:
         ):
             raise LimitExceededError("synapse_lk_jwt_owners", retry_after_ms=UNSEEN_MS)
         if permissions.has_full_access:
-            await self.rooms.make_sure_of(livekit_room, room_id)
+            await self.rooms.ensure_room(livekit_room, room_id)
         token = self.signer.participant_token(
             identity,
             livekit_room,
@@ -167,7 +167,7 @@ class Issuer:
             can_publish=permissions.can_publish,
             can_update_own_metadata=self.can_update_own_metadata,
             attributes=self.sealer.seal(
-                Owner(user_id, room_id, slot_id, self.homeserver.server_name), identity
+                ParticipantOwner(user_id, room_id, slot_id, self.homeserver.server_name), identity
             ),
             lifetime_ms=self.token_lifetime_ms,
         )

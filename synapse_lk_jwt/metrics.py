@@ -14,7 +14,7 @@ from typing import Literal, TypeVar, get_args
 from prometheus_client import Counter, Gauge, Histogram
 from twisted.internet.interfaces import IReactorTime
 
-from synapse_lk_jwt.delegation import Trigger
+from synapse_lk_jwt.delegation.state_machine import Trigger
 
 Endpoint = Literal[
     "sfu_get",

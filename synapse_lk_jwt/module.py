@@ -9,28 +9,28 @@ from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
 from synapse_lk_jwt import discovery
-from synapse_lk_jwt.access import Access
+from synapse_lk_jwt.api.check import CheckResource
+from synapse_lk_jwt.api.discovery import TransportsRestServlet
+from synapse_lk_jwt.api.rate_limits import Limits
+from synapse_lk_jwt.api.service import ServiceResource
+from synapse_lk_jwt.api.services import Services
+from synapse_lk_jwt.auth.access import Access
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
-from synapse_lk_jwt.compat import Feature, describe, missing_hooks
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.self_test import Feature, describe, missing_hooks
 from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.discovery import Advertise
-from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.enforcement.room_changes import Membership
 from synapse_lk_jwt.issuer import Issuer
-from synapse_lk_jwt.leaves import DelayedLeaves
-from synapse_lk_jwt.limits import Limits
-from synapse_lk_jwt.membership import Membership
-from synapse_lk_jwt.processes import Processes
-from synapse_lk_jwt.remote import RemoteSfus
-from synapse_lk_jwt.sfu.rooms import RoomService
-from synapse_lk_jwt.sfu.seal import Sealer
-from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.livekit.client import RoomService
+from synapse_lk_jwt.livekit.ownership import OwnerSealer
+from synapse_lk_jwt.livekit.tokens import TokenSigner
+from synapse_lk_jwt.monitor import Monitor
+from synapse_lk_jwt.process_registry import ProcessRegistry
+from synapse_lk_jwt.remote_tokens import RemoteSfus
 from synapse_lk_jwt.store import Store
-from synapse_lk_jwt.watch import Watch
-from synapse_lk_jwt.web.check import CheckResource
-from synapse_lk_jwt.web.core import Core
-from synapse_lk_jwt.web.discovery import TransportsRestServlet
-from synapse_lk_jwt.web.service import ServiceResource
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class LiveKitJwtModule:
             config.other_livekit_pairs,
         )
         store = Store(homeserver)
-        sealer = Sealer(config.livekit_secret, *config.other_livekit_pairs.values())
+        sealer = OwnerSealer(config.livekit_secret, *config.other_livekit_pairs.values())
         rooms = RoomService(
             homeserver, config.livekit_internal_url, signer, sealer, store.note_call
         )
@@ -89,9 +89,9 @@ class LiveKitJwtModule:
             can_update_own_metadata=config.can_update_own_metadata,
         )
         limits = Limits(homeserver, config.rc_token, config.rc_openid)
-        leaves = DelayedLeaves(homeserver, store, rooms)
-        processes = Processes(homeserver, store)
-        watch = Watch(
+        leaves = DelegationService(homeserver, store, rooms)
+        processes = ProcessRegistry(homeserver, store)
+        monitor = Monitor(
             homeserver,
             store,
             rooms,
@@ -101,18 +101,18 @@ class LiveKitJwtModule:
             config.sanity_check_interval_ms,
             issuer.owners_kept_ms,
         )
-        core = Core(homeserver, issuer, limits, leaves, config.livekit_url)
+        services = Services(homeserver, issuer, limits, leaves, config.livekit_url)
         if Feature.HOMESERVER_ENDPOINTS in missing:
             # That has been logged.
             not_served: str | None = "this Synapse lacks what they need"
-        elif (not_served := _serve_homeserver_endpoints(core)) is not None:
+        elif (not_served := _serve_homeserver_endpoints(services)) is not None:
             logger.error(
                 "MSC4195's homeserver endpoints are not served: %s. %s",
                 not_served,
                 homeserver.check_command,
             )
-        check = CheckResource(core, processes, store, not_served)
-        service = ServiceResource(core, watch, processes, check, sealer)
+        check = CheckResource(services, processes, store, not_served)
+        service = ServiceResource(services, monitor, processes, check, sealer)
         if not homeserver.register_web_resource(config.path_prefix, service):
             logger.error(
                 "Another module serves %s, or this one is listed twice: it is of no use here. %s",
@@ -163,19 +163,22 @@ def _advertise(
         )
 
 
-def _serve_homeserver_endpoints(core: Core) -> str | None:
+def _serve_homeserver_endpoints(services: Services) -> str | None:
     """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
     # These import internals of Synapse that the service endpoints do without.
-    from synapse_lk_jwt.web.client import DelegateDelayedLeaveRestServlet, GetTokenRestServlet
-    from synapse_lk_jwt.web.federation import GetTokenFederationServlet
+    from synapse_lk_jwt.api.client_server import (
+        DelegateDelayedLeaveRestServlet,
+        GetTokenRestServlet,
+    )
+    from synapse_lk_jwt.api.federation import GetTokenFederationServlet
 
-    homeserver = core.homeserver
-    client: list[RestServlet] = [GetTokenRestServlet(core, RemoteSfus(homeserver))]
+    homeserver = services.homeserver
+    client: list[RestServlet] = [GetTokenRestServlet(services, RemoteSfus(homeserver))]
     if homeserver.has_delayed_events:
         # Clients take any answer but 404 as a promise.
-        client.append(DelegateDelayedLeaveRestServlet(core))
+        client.append(DelegateDelayedLeaveRestServlet(services))
     return homeserver.serve_below_matrix(
         client,
-        partial(GetTokenFederationServlet, core=core),
+        partial(GetTokenFederationServlet, services=services),
         prefix=HOMESERVER_PREFIX,
     )

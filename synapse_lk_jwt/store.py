@@ -19,25 +19,25 @@ from synapse.storage.engines._base import IsolationLevel
 from synapse.types import JsonDict
 from synapse.util.iterutils import batch_iter
 
-from synapse_lk_jwt.delegation import (
+from synapse_lk_jwt.compat.homeserver import DelayedEvent, Homeserver
+from synapse_lk_jwt.delegation.state_machine import (
     ENCRYPTED_TYPE,
     MAX_DELEGATIONS,
     MAX_ENCRYPTED,
     MAX_IDENTITIES,
     Action,
     Delegation,
-    Happened,
     Phase,
+    Signal,
     Trigger,
     can_be_delegated,
+    delegate,
     follow_more,
-    step,
     sticky_key,
-    take_on,
+    transition,
     trigger,
 )
-from synapse_lk_jwt.homeserver import DelayedEvent, Homeserver
-from synapse_lk_jwt.sfu.names import DEFAULT_SLOT, hash_of_identity, livekit_room_name
+from synapse_lk_jwt.livekit.naming import DEFAULT_SLOT, hash_of_identity, livekit_room_name
 
 logger = logging.getLogger(__name__)
 
@@ -438,7 +438,7 @@ class Store:
                 self._note_call(txn, livekit_room, room_id, max_slots=None)
             now_ms = self._homeserver.clock.time_msec()
             self._note_sid(txn, livekit_room, identity, sid, now_ms)
-            self._advance_all(txn, rows, Happened.SEEN)
+            self._advance_all(txn, rows, Signal.SEEN)
 
         await self._write("joined", joined)
 
@@ -476,7 +476,7 @@ class Store:
             sid: LiveKit's name for the session that is over.
         """
         return await self._write(
-            "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), Happened.LEFT
+            "left", self._advance, _OF_SESSION, (livekit_room, identity, sid, sid), Signal.LEFT
         )
 
     async def suspect(self, livekit_room: str) -> list[Task]:
@@ -485,7 +485,7 @@ class Store:
         def suspect(txn: LoggingTransaction, after: str) -> tuple[list[Task], str | None]:
             rows = self._rows(txn, _OF_ROOM, (livekit_room, after))
             last = rows[-1]["delay_id"] if len(rows) == BATCH else None
-            return self._advance_all(txn, rows, Happened.LEFT), last
+            return self._advance_all(txn, rows, Signal.LEFT), last
 
         tasks: list[Task] = []
         after: str | None = ""
@@ -501,7 +501,7 @@ class Store:
 
     # Delegated delayed leaves
 
-    async def take_on(
+    async def delegate(
         self,
         user_id: str,
         room_id: str,
@@ -523,10 +523,10 @@ class Store:
             Whether there is such a delayed event, and what is to be done at once.
         """
         return await self._write(
-            "take_on", self._take_on, user_id, room_id, livekit_room, identities, delay_id
+            "delegate", self._delegate, user_id, room_id, livekit_room, identities, delay_id
         )
 
-    def _take_on(
+    def _delegate(
         self,
         txn: LoggingTransaction,
         user_id: str,
@@ -571,7 +571,7 @@ class Store:
             "event_type": event.type,
             "state_key": event.state_key,
             "sticky_key": key,
-            **_as_columns(take_on(event.delay_ms, len(identities) > 1, now_ms)),
+            **_as_columns(delegate(event.delay_ms, len(identities) > 1, now_ms)),
         }
         txn.execute(
             f"INSERT INTO synapse_lk_jwt_delegations ({', '.join(values)})"
@@ -658,18 +658,18 @@ class Store:
 
         return await self._run("identities_of", identities_of)
 
-    async def happened(
-        self, delay_id: str, happened: Happened, asked_ms: int | None = None
+    async def apply_signal(
+        self, delay_id: str, signal: Signal, asked_ms: int | None = None
     ) -> list[Task]:
         """Notes that something has happened to a delegation, and says what is to be done.
 
         Args:
             delay_id: the delegation.
-            happened: what has happened.
+            signal: what has happened.
             asked_ms: when the SFU was asked, if it said so.
         """
         return await self._write(
-            "happened", self._advance, _OF_DELAY, (delay_id,), happened, asked_ms
+            "apply_signal", self._advance, _OF_DELAY, (delay_id,), signal, asked_ms
         )
 
     async def seen(
@@ -688,7 +688,7 @@ class Store:
             rows = self._rows(txn, _OF_DELAY, (delay_id,))
             for identity, sid in sids.items():
                 self._note_sid(txn, livekit_room, identity, sid, asked_ms)
-            self._advance_all(txn, rows, Happened.SEEN, asked_ms)
+            self._advance_all(txn, rows, Signal.SEEN, asked_ms)
 
         await self._write("seen", seen)
 
@@ -698,7 +698,7 @@ class Store:
         def due(txn: LoggingTransaction) -> tuple[list[Task], bool]:
             now_ms = self._homeserver.clock.time_msec()
             rows = self._rows(txn, _DUE, (now_ms, now_ms, BATCH))
-            return self._advance_all(txn, rows, Happened.DUE), len(rows) < BATCH
+            return self._advance_all(txn, rows, Signal.DUE), len(rows) < BATCH
 
         return await self._write("due", due)
 
@@ -743,11 +743,11 @@ class Store:
         txn: LoggingTransaction,
         which: str,
         args: tuple[object, ...],
-        happened: Happened,
+        signal: Signal,
         asked_ms: int | None = None,
     ) -> list[Task]:
         """Takes delegations a step further, and does to their delayed events what that takes."""
-        return self._advance_all(txn, self._rows(txn, which, args), happened, asked_ms)
+        return self._advance_all(txn, self._rows(txn, which, args), signal, asked_ms)
 
     def _rows(
         self, txn: LoggingTransaction, which: str, args: tuple[object, ...]
@@ -802,10 +802,10 @@ class Store:
         self,
         txn: LoggingTransaction,
         rows: Iterable[Mapping[str, Any]],
-        happened: Happened,
+        signal: Signal,
         asked_ms: int | None = None,
     ) -> list[Task]:
-        steps = (self._advance_one(txn, row, happened, asked_ms) for row in rows)
+        steps = (self._advance_one(txn, row, signal, asked_ms) for row in rows)
         tasks = [task for task in steps if task is not None]
         identities = self._identities(txn, [task.delay_id for task in tasks])
         return [
@@ -816,7 +816,7 @@ class Store:
         self,
         txn: LoggingTransaction,
         row: Mapping[str, Any],
-        happened: Happened,
+        signal: Signal,
         asked_ms: int | None,
     ) -> Task | None:
         """Takes one delegation a step further. The identities of the task are left out."""
@@ -825,22 +825,22 @@ class Store:
         if state is None:
             return None
         before, leave = state
-        if before.phase is Phase.LEAVING and happened is Happened.DUE:
+        if before.phase is Phase.LEAVING and signal is Signal.DUE:
             assert leave is not None
             if self._homeserver.has_sent(txn, leave["event"], leave["since"]):
                 # It was sent, and this process or another one died ahead of noting that; or there
                 # is a newer membership, which it is not for.
-                happened = Happened.OVER
+                signal = Signal.OVER
         elif (
             before.phase is Phase.WAITING
-            and happened is Happened.DUE
+            and signal is Signal.DUE
             and self._homeserver.delayed_event(txn, delay_id, user_id) is None
         ):
             # It was sent, or cancelled, and there is nothing to wait for any more.
-            happened = Happened.OVER
+            signal = Signal.OVER
         now_ms = self._homeserver.clock.time_msec()
         why = None
-        after, action = step(before, happened, now_ms, asked_ms)
+        after, action = transition(before, signal, now_ms, asked_ms)
         if action is Action.RESTART:
             if not self._homeserver.restart_delayed_event(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Generic, TypeVar
 
-from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.compat.homeserver import Homeserver
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import synapse_lk_jwt
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# At the end: `realparts` and `demo` are found here, but the module is the one that is installed.
+# At the end: `testbed` and `demo` are found here, but the module is the one that is installed.
 sys.path.append(str(ROOT))
 
 if "TOX_ENV_NAME" in os.environ:

@@ -15,19 +15,19 @@ from livekit.protocol.room import (
 )
 from synapse.types import get_domain_from_id
 
-from synapse_lk_jwt.access import Access, Standing
+from synapse_lk_jwt.auth.access import Access, Standing
 from synapse_lk_jwt.check.probe import NoAnswer
 from synapse_lk_jwt.check.report import Finding, Verdict, ok, warning, wrong
 from synapse_lk_jwt.check.running import State
 from synapse_lk_jwt.check.setup import Setup
 from synapse_lk_jwt.check.sfu import Sfu
-from synapse_lk_jwt.sfu.names import (
+from synapse_lk_jwt.livekit.naming import (
     DEFAULT_SLOT,
     device_identity,
     livekit_room_name,
     user_of_device_identity,
 )
-from synapse_lk_jwt.sfu.seal import Owner, Sealer
+from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
 
 # What is said of who is not joined.
 _MEMBERSHIPS = {
@@ -57,7 +57,7 @@ class Person:
         self._sfu = sfu
         self._state = state["user"]
         module = setup.module
-        self._sealer = Sealer(module.livekit_secret, *module.other_livekit_pairs.values())
+        self._sealer = OwnerSealer(module.livekit_secret, *module.other_livekit_pairs.values())
         access = Access(
             setup.server_name, module.full_access_homeservers, module.remote_can_publish
         )
@@ -177,7 +177,7 @@ class Person:
         server = get_domain_from_id(self._user_id)
         has_full_access = self._permissions.has_full_access
         identity = device_identity(self._user_id, f"CHECK{os.urandom(4).hex()}")
-        owner = Owner(self._user_id, self._room_id, DEFAULT_SLOT)
+        owner = ParticipantOwner(self._user_id, self._room_id, DEFAULT_SLOT)
         token = self._sfu.signer.participant_token(
             identity,
             livekit_room,

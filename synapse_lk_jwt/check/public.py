@@ -11,9 +11,9 @@ from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.running import MODULES, NoModuleThere, Running, State
 from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.compat.homeserver import MSC4143, livekit_transports
 from synapse_lk_jwt.discovery import Advertise
-from synapse_lk_jwt.homeserver import MSC4143, livekits
-from synapse_lk_jwt.sfu.proxies import is_redirect
+from synapse_lk_jwt.livekit.proxies import is_redirect
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
 CORS = "Access-Control-Allow-Origin"
@@ -201,7 +201,7 @@ class Public:
             return self._no_well_known(f"{url} {problem}")
         named = [
             str(focus["livekit_service_url"]).rstrip("/")
-            for focus in livekits(content.get(FOCI))
+            for focus in livekit_transports(content.get(FOCI))
             if focus.get("livekit_service_url")
         ]
         if not named:

@@ -18,8 +18,8 @@ from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wron
 from synapse_lk_jwt.check.setup import MAIN, MODULE, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
-from synapse_lk_jwt.homeserver import livekits, name_of
-from synapse_lk_jwt.sfu.names import CHECK_ROOM
+from synapse_lk_jwt.compat.homeserver import livekit_transports, name_of
+from synapse_lk_jwt.livekit.naming import CHECK_ROOM
 
 # How long to wait for LiveKit's webhook, in seconds, and how often to ask meanwhile.
 WEBHOOK_SEC = 6
@@ -212,11 +212,11 @@ class Running:
 
     def _transports(self, state: State) -> list[Finding]:
         """Whether the running process says what these files say."""
-        announced = livekits(state["transports"])
+        announced = livekit_transports(state["transports"])
         if not announced:
             text = "is empty, or not served, by the running Synapse: has it been restarted since?"
             return [warning("rtc/transports", text)]
-        if livekits(list(self.setup.transports)):
+        if livekit_transports(list(self.setup.transports)):
             is_old = not self.setup.is_among(announced)
         else:
             expected = self.setup.announced(has_msc4195=state["not_served"] is None)

@@ -8,10 +8,10 @@ from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, PUBLIC_BASEURL, Setup
-from synapse_lk_jwt.compat import describe, missing_in_installed_synapse
+from synapse_lk_jwt.compat.homeserver import livekit_transports, name_of, path_prefixes_overlap
+from synapse_lk_jwt.compat.self_test import describe, missing_in_installed_synapse
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
 from synapse_lk_jwt.discovery import Advertise, transports
-from synapse_lk_jwt.homeserver import livekits, name_of, overlap
 from synapse_lk_jwt.identifiers import is_server_name
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
@@ -161,7 +161,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
     else:
         yield ok("rtc/transports", f"names {named}")
     if setup.foci is not None:
-        foci = [name_of(e).rstrip("/") for e in livekits(setup.foci)]
+        foci = [name_of(e).rstrip("/") for e in livekit_transports(setup.foci)]
         # The module adds itself to a list that names no LiveKit, unless that is not wanted.
         is_added_to = advertise is not Advertise.OFF and isinstance(setup.foci, list) and not foci
         if ours not in foci and not is_added_to:
@@ -179,7 +179,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
 def _routes(setup: Setup) -> Iterator[Finding]:
     is_free = True
     for file, prefix in setup.claims.items():
-        if overlap(HOMESERVER_PREFIX, prefix):
+        if path_prefixes_overlap(HOMESERVER_PREFIX, prefix):
             is_free = False
             yield wrong(
                 "routes",

@@ -18,15 +18,15 @@ from synapse.config.homeserver import HomeServerConfig
 from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check.report import Finding, wrong
-from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
-from synapse_lk_jwt.discovery import transports
-from synapse_lk_jwt.homeserver import (
+from synapse_lk_jwt.compat.homeserver import (
     ForwardProxy,
     forward_proxy,
     has_delayed_events,
-    livekits,
+    livekit_transports,
     name_of,
 )
+from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.discovery import transports
 from synapse_lk_jwt.identifiers import is_same_url
 
 MODULE = "synapse_lk_jwt.LiveKitJwtModule"
@@ -133,7 +133,7 @@ class Setup:
         """
         module = self.module
         advertise = module.advertise.where_served(has_msc4195)
-        return livekits(list(self.transports)) or [
+        return livekit_transports(list(self.transports)) or [
             *transports(advertise, module.livekit_url, self.service_url)
         ]
 

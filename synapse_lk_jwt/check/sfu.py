@@ -12,11 +12,11 @@ from livekit.protocol.room import DeleteRoomRequest, ListRoomsRequest, ListRooms
 
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wrong
+from synapse_lk_jwt.compat.homeserver import ForwardProxy
 from synapse_lk_jwt.config import LiveKitJwtConfig
-from synapse_lk_jwt.homeserver import ForwardProxy
-from synapse_lk_jwt.sfu.names import CHECK_ROOM
-from synapse_lk_jwt.sfu.proxies import is_down_behind_proxy, is_redirect, redirected_url
-from synapse_lk_jwt.sfu.tokens import LEEWAY_SEC, MUST_NOT_CREATE, TokenSigner, rejected_option
+from synapse_lk_jwt.livekit.naming import CHECK_ROOM
+from synapse_lk_jwt.livekit.proxies import is_down_behind_proxy, is_redirect, redirected_url
+from synapse_lk_jwt.livekit.tokens import LEEWAY_SEC, MUST_NOT_CREATE, TokenSigner, rejected_option
 
 # LiveKit tells its time in whole seconds, and the answer takes a while.
 TOLERATED_SKEW_SEC = 5

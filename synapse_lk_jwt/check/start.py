@@ -12,8 +12,8 @@ from synapse_lk_jwt.check.probe import MAX_ANSWER_BYTES, TIMEOUT_SEC, Answer, No
 from synapse_lk_jwt.check.report import Finding, Verdict
 from synapse_lk_jwt.check.setup import Setup
 from synapse_lk_jwt.check.sfu import ACCESS_RULE, Sfu
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import NETWORK_ERRORS, read_body, within
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.http import NETWORK_ERRORS, read_body, within
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser
 
-from realparts.browser import Scene, chromium
-from realparts.element_call import find_element_call
-from realparts.process import MissingTool
-from realparts.skips import missing_tool
-from realparts.stage import BrowserStage
+from testbed.browser import Scene, chromium
+from testbed.element_call import find_element_call
+from testbed.process import MissingTool
+from testbed.skips import missing_tool
+from testbed.stage import BrowserStage
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILURES = ROOT / "browser-failures"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser
 
-from realparts.browser import Person, Scene
-from realparts.matrix import User
-from realparts.process import MissingTool, wait_until
-from realparts.skips import missing_tool
-from realparts.stage import BrowserStage
+from testbed.browser import Person, Scene
+from testbed.matrix import User
+from testbed.process import MissingTool, wait_until
+from testbed.skips import missing_tool
+from testbed.stage import BrowserStage
 
 MODES = ["compatibility", "matrix_2_0"]
 

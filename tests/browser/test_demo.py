@@ -9,8 +9,8 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page
 
 from demo.browser import BrowserStory
-from realparts import service
-from realparts.browser import Person, Scene
+from testbed import service
+from testbed.browser import Person, Scene
 
 CAMERA = (Path(__file__).resolve().parent / "camera.js").read_text()
 # Good enough for the pictures. All of it is worked out without the help of a graphics card.

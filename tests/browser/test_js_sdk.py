@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from realparts import service
-from realparts.cache import npm_packages
-from realparts.call import Participant
-from realparts.matrix import User
-from realparts.process import MissingTool, wait_until
-from realparts.skips import missing_tool
-from realparts.stage import Stage
 from synapse_lk_jwt.discovery import Advertise, transports
-from synapse_lk_jwt.sfu.names import livekit_room_name, member_identity
+from synapse_lk_jwt.livekit.naming import livekit_room_name, member_identity
+from testbed import service
+from testbed.cache import npm_packages
+from testbed.call import Participant
+from testbed.matrix import User
+from testbed.process import MissingTool, wait_until
+from testbed.skips import missing_tool
+from testbed.stage import Stage
 
 PROJECT = Path(__file__).resolve().parent / "js-sdk"
 PREFIX = "/_matrix/client/unstable/io.element.msc4195/rtc/livekit"

@@ -4,16 +4,16 @@ import os
 import threading
 import warnings
 
-import synapse_tests
 from twisted.python.threadpool import ThreadPool
 
-from realparts.process import MissingTool
+from testbed.process import MissingTool
+from testbed.synapse_tests import make_importable
 
 # Older harnesses do not stop the thread pools of every homeserver, and these would hold up the end.
 setattr(ThreadPool, "threadFactory", functools.partial(threading.Thread, daemon=True))  # noqa: B010
 
 try:
-    synapse_tests.make_importable()
+    make_importable()
 except MissingTool as e:
     if os.environ.get("REQUIRE_REAL_PARTS") == "1":
         raise

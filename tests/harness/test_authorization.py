@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from harness_base import ModuleTestCase, response
 from synapse.appservice import ApplicationService
 from synapse.types import UserID
+
+from tests.harness.base import ModuleTestCase, response
 
 TOKEN = (200, None)
 UNAUTHORIZED = (401, "M_UNAUTHORIZED")
@@ -150,9 +151,7 @@ class AuthorizationTests(ModuleTestCase):
 
     def test_a_server_that_speaks_for_anothers_user(self) -> None:
         for user_id in ("@user:elsewhere.org", self.alice):
-            self.others.answer = lambda uri, user_id=user_id: response(
-                200, json.dumps({"sub": user_id}).encode()
-            )
+            self.others.always(response(200, json.dumps({"sub": user_id}).encode()))
             token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}
             self.check("of a server that speaks for another's user", user_id, None, token)
 

@@ -8,18 +8,18 @@ from typing import Any
 from unittest.mock import patch
 
 import jwt
-from harness_base import SECRET, P
 from livekit.api import VideoGrants
 from parameterized import parameterized
-from test_delegating import DelegationTestCase
 
 from synapse_lk_jwt.check.probe import NoAnswer
 from synapse_lk_jwt.check.report import ok, warning
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
 from synapse_lk_jwt.check.start import LOOK_AGAIN_MS
-from synapse_lk_jwt.sfu.tokens import TokenSigner
+from synapse_lk_jwt.livekit.tokens import TokenSigner
 from synapse_lk_jwt.store import Store
+from tests.harness.base import SECRET, P
+from tests.harness.test_delegating import DelegationTestCase
 
 NO_WEBHOOK = "no webhook of LiveKit has told so"
 
@@ -126,7 +126,7 @@ class RejectedWebhookTests(DelegationTestCase):
     def reject(self, **more: Any) -> None:
         now = int(self.reactor.seconds())
         claims = {"iss": "APIkey", "sha256": "digest", "nbf": now, "exp": now + 60, **more}
-        token = jwt.encode(claims, "a-secret-that-is-not-livekits-at-all")
+        token = jwt.encode(claims, "a-secret-that-is-not-livekit_transports-at-all")
         headers = [("Authorization", token)]
         assert self.post("/sfu_webhook", b"{}", custom_headers=headers).code == 401
 

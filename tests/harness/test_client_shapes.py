@@ -5,12 +5,12 @@ import json
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from harness_base import URL, ModuleTestCase, P, response
 from parameterized import parameterized
 from synapse.api.errors import Codes
-from test_delegating import HOUR_MS, DelegationTestCase
 
-from synapse_lk_jwt.sfu.names import member_identity
+from synapse_lk_jwt.livekit.naming import member_identity
+from tests.harness.base import URL, ModuleTestCase, P, response
+from tests.harness.test_delegating import HOUR_MS, DelegationTestCase
 
 JWT = "aGVhZA.Ym9keQ.c2ln"
 STABLE = "/_matrix/federation/v1/rtc/livekit/get_token"

@@ -8,16 +8,17 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import ModuleTestCase, P
 from parameterized import parameterized
 from synapse.api.errors import Codes
 from synapse.rest import ClientRestResource
 from synapse.rest.client import login, room
 
-from synapse_lk_jwt import LiveKitJwtModule, compat, homeserver
-from synapse_lk_jwt.compat import HOOKS, Feature, missing_hooks
-from synapse_lk_jwt.web.client import GetTokenRestServlet
-from synapse_lk_jwt.web.federation import GetTokenFederationServlet
+from synapse_lk_jwt import LiveKitJwtModule
+from synapse_lk_jwt.api.client_server import GetTokenRestServlet
+from synapse_lk_jwt.api.federation import GetTokenFederationServlet
+from synapse_lk_jwt.compat import homeserver, self_test
+from synapse_lk_jwt.compat.self_test import HOOKS, Feature, missing_hooks
+from tests.harness.base import ModuleTestCase, P
 
 ALL_HOOKS = [(feature, hook) for feature, hooks in HOOKS.items() for hook in hooks]
 NOT_TOKENS = [(feature,) for feature in Feature if feature is not Feature.TOKENS]
@@ -74,13 +75,13 @@ class MissingHooksTests(ModuleTestCase):
         assert missing_hooks(self.hs) == {}
 
     def test_missing_in_installed_synapse_is_empty(self) -> None:
-        assert compat.missing_in_installed_synapse() == {}
+        assert self_test.missing_in_installed_synapse() == {}
 
     def test_missing_hooks_names_each_hook_and_its_feature(self) -> None:
         for feature, hook in ALL_HOOKS:
             with (
                 self.subTest(hook=hook),
-                patch.object(compat, "import_module", module_without(hook)),
+                patch.object(self_test, "import_module", module_without(hook)),
             ):
                 found = missing_hooks(Without(self.hs, *paths(hook)))
                 assert hook in found[feature]
@@ -92,8 +93,8 @@ class MissingHooksTests(ModuleTestCase):
         class Store:
             pass
 
-        with patch.object(compat, "DataStore", Store):
-            found = compat.missing_in_installed_synapse()
+        with patch.object(self_test, "DataStore", Store):
+            found = self_test.missing_in_installed_synapse()
         assert found[Feature.BLOCKED_ROOMS] == ["store:is_room_blocked"]
         # Only an object has these.
         assert "store:db_pool.runWithConnection" not in found[Feature.TOKENS]
@@ -120,7 +121,15 @@ class MissingHooksTests(ModuleTestCase):
         }  # fmt: skip
 
     def test_no_other_file_uses_private_attributes_of_synapse(self) -> None:
-        for name in ("store", "membership", "watch", "leaves", "issuer", "openid", "remote"):
+        for name in (
+            "store",
+            "enforcement.room_changes",
+            "monitor",
+            "delegation.service",
+            "issuer",
+            "auth.openid",
+            "remote_tokens",
+        ):
             source = inspect.getsource(import_module(f"synapse_lk_jwt.{name}"))
             assert "._hs" not in source, name
             assert "get_datastores" not in source, name
@@ -150,7 +159,7 @@ class WithoutFeatureTests(ModuleTestCase):
 
         def construct_without(module: LiveKitJwtModule, config: Any, api: Any) -> None:
             hidden = [["_hs", *path] for path in paths(*hooks)]
-            with patch.object(compat, "import_module", module_without(*hooks)):
+            with patch.object(self_test, "import_module", module_without(*hooks)):
                 construct(module, config, Without(api, *hidden))  # type: ignore[arg-type]
 
         with patch.object(LiveKitJwtModule, "__init__", construct_without):
@@ -233,7 +242,7 @@ class ListenerTests(ModuleTestCase):
     def test_client_servlet_that_cannot_be_registered_does_not_stop_a_listener(self) -> None:
         with (
             patch.object(GetTokenRestServlet, "register", side_effect=TypeError("other")),
-            self.assertLogs("synapse_lk_jwt.homeserver", "ERROR") as logs,
+            self.assertLogs("synapse_lk_jwt.compat.homeserver", "ERROR") as logs,
         ):
             ClientRestResource(self.hs)
         assert len(logs.output) == 1
@@ -244,7 +253,7 @@ class ListenerTests(ModuleTestCase):
     ) -> None:
         with (
             patch.object(GetTokenFederationServlet, method, side_effect=TypeError("other")),
-            self.assertLogs("synapse_lk_jwt.homeserver", "ERROR") as logs,
+            self.assertLogs("synapse_lk_jwt.compat.homeserver", "ERROR") as logs,
         ):
             self.create_resource_dict()
         assert len(logs.output) == 1

@@ -6,19 +6,19 @@ import logging
 from typing import Any
 from unittest.mock import Mock, patch
 
-from harness_base import SLOT
 from livekit.protocol.models import ParticipantInfo
 from parameterized import parameterized
 from synapse.api.errors import Codes, SynapseError
 from synapse.logging.context import make_deferred_yieldable
-from test_delegating import HOUR_MS, MEMBER, DelegationTestCase, Died
 from twisted.internet.defer import Deferred, succeed
 
 from synapse_lk_jwt import store
-from synapse_lk_jwt.delegation import MAX_IDENTITIES, Happened
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.leaves import DelayedLeaves
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.delegation.service import DelegationService
+from synapse_lk_jwt.delegation.state_machine import MAX_IDENTITIES, Signal
 from synapse_lk_jwt.store import Store
+from tests.harness.base import SLOT
+from tests.harness.test_delegating import HOUR_MS, MEMBER, DelegationTestCase, Died
 
 RTC_MEMBER = "org.matrix.msc4143.rtc.member"
 ENCRYPTED = "m.room.encrypted"
@@ -216,21 +216,21 @@ class SentOnceTests(EventsTestCase):
         assert self.delegate_of(self.delayed()).code == 200
         self.advance_by(3)
         noted: Deferred[list[Any]] = Deferred()
-        happened, send = Store.happened, DelayedLeaves._send
-        sending: list[tuple[DelayedLeaves, Any]] = []
+        apply, send = Store.apply_signal, DelegationService._send
+        sending: list[tuple[DelegationService, Any]] = []
 
-        async def when_noted(tables: Store, delay_id: str, what: Happened, *args: Any) -> Any:
-            if what is Happened.OVER:
+        async def when_noted(tables: Store, delay_id: str, what: Signal, *args: Any) -> Any:
+            if what is Signal.OVER:
                 await make_deferred_yieldable(noted)
-            return await happened(tables, delay_id, what, *args)
+            return await apply(tables, delay_id, what, *args)
 
-        async def sends(leaves: DelayedLeaves, task: Any) -> None:
+        async def sends(leaves: DelegationService, task: Any) -> None:
             sending.append((leaves, task))
             await send(leaves, task)
 
         with (
-            patch.object(Store, "happened", when_noted),
-            patch.object(DelayedLeaves, "_send", sends),
+            patch.object(Store, "apply_signal", when_noted),
+            patch.object(DelegationService, "_send", sends),
             patch.object(Homeserver, "send", wraps=succeed) as sent,
         ):
             self.leaves(alice)
@@ -247,7 +247,7 @@ class SentOnceTests(EventsTestCase):
         worker = Homeserver(self.hs.get_module_api())
         worker.runs_background_tasks = False
         tables = Store(worker)
-        leaves = DelayedLeaves(worker, tables, Mock())
+        leaves = DelegationService(worker, tables, Mock())
         self.call()
         room = self.sfu.requests[-1][1].name
         there = ParticipantInfo(identity=f"{self.alice}:D", sid="PA_x")
@@ -268,10 +268,10 @@ class SentOnceTests(EventsTestCase):
 
         with (
             patch.object(Homeserver, "send", send),
-            patch("synapse_lk_jwt.leaves.CONCURRENT_SENDS", 1),
+            patch("synapse_lk_jwt.delegation.service.CONCURRENT_SENDS", 1),
         ):
             for task in self.get_success(tables.left(room, there.identity, there.sid)):
-                absent = tables.happened(task.delay_id, Happened.ABSENT)
+                absent = tables.apply_signal(task.delay_id, Signal.ABSENT)
                 leaves.begin(self.get_success(absent))
             self.advance_by(12)
             waits.callback(None)
@@ -308,13 +308,13 @@ class EncryptedTests(EncryptedTestCase):
 
     def test_encrypted_leave_that_was_sent_is_not_sent_again(self) -> None:
         self.lose()
-        send = DelayedLeaves._try_to_send
+        send = DelegationService._try_to_send
 
-        async def sent_and_dead(leaves: DelayedLeaves, task: Any) -> None:
+        async def sent_and_dead(leaves: DelegationService, task: Any) -> None:
             await send(leaves, task)
             raise Died
 
-        with patch.object(DelayedLeaves, "_try_to_send", sent_and_dead):
+        with patch.object(DelegationService, "_try_to_send", sent_and_dead):
             self.leaves(self.alice_there)
         self.send_now(ENCRYPTED, {"ciphertext": "chat"})
         self.advance_by(12)

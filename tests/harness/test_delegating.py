@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import jwt
 from google.protobuf.json_format import MessageToJson
-from harness_base import SECRET, ModuleTestCase
 from livekit.protocol.models import DisconnectReason, ParticipantInfo, Room
 from livekit.protocol.webhook import WebhookEvent
 from synapse.api.errors import Codes, SynapseError
@@ -19,8 +18,9 @@ from synapse.rest import admin
 from synapse.rest.client import delayed_events
 from twisted.internet.defer import Deferred
 
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.leaves import DelayedLeaves
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.delegation.service import DelegationService
+from tests.harness.base import SECRET, ModuleTestCase
 
 MEMBER = "org.matrix.msc3401.call.member"
 HOUR_MS = 3_600_000
@@ -541,13 +541,13 @@ class LeavingTests(DelegationTestCase):
         body = self.get_token_body(delay_id=delay_id, delay_timeout=HOUR_MS)
         self.assert_token(self.post("/get_token", body))
         self.pump()
-        send = DelayedLeaves._try_to_send
+        send = DelegationService._try_to_send
 
-        async def sent_and_dead(leaves: DelayedLeaves, task: Any) -> None:
+        async def sent_and_dead(leaves: DelegationService, task: Any) -> None:
             await send(leaves, task)
             raise Died
 
-        with patch.object(DelayedLeaves, "_try_to_send", sent_and_dead):
+        with patch.object(DelegationService, "_try_to_send", sent_and_dead):
             self.leaves(self.participant)
         self.advance_by(12)
         rows = self.get_success(
@@ -693,7 +693,7 @@ class LeavingTests(DelegationTestCase):
         assert (self.rows(), self.sent()) == ([], 1)
 
     def test_the_process_dies_before_the_leave_is_sent(self) -> None:
-        with patch.object(DelayedLeaves, "begin"):
+        with patch.object(DelegationService, "begin"):
             self.sfu.people.clear()
             self.webhook("participant_left", self.participant)
         assert self.is_in_call()
@@ -703,7 +703,7 @@ class LeavingTests(DelegationTestCase):
 
         self.enter()
         self.prepare_again()
-        with patch.object(DelayedLeaves, "_send", side_effect=Died):
+        with patch.object(DelegationService, "_send", side_effect=Died):
             self.sfu.people.clear()
             self.webhook("participant_left", self.participant)
             self.pump()
@@ -713,13 +713,13 @@ class LeavingTests(DelegationTestCase):
         assert self.sent() == 2
 
     def test_the_process_dies_after_the_leave_was_sent(self) -> None:
-        send = DelayedLeaves._try_to_send
+        send = DelegationService._try_to_send
 
-        async def sent_and_dead(leaves: DelayedLeaves, task: Any) -> None:
+        async def sent_and_dead(leaves: DelegationService, task: Any) -> None:
             await send(leaves, task)
             raise Died
 
-        with patch.object(DelayedLeaves, "_try_to_send", sent_and_dead):
+        with patch.object(DelegationService, "_try_to_send", sent_and_dead):
             self.leaves(self.participant)
         assert not self.is_in_call()
         assert len(self.rows()) == 1

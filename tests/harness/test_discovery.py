@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import synapse.rest as client_servlets
-from harness_base import URL, ModuleTestCase, P
 from parameterized import parameterized, parameterized_class
 from synapse.api.errors import Codes
 from synapse.rest import ClientRestResource
@@ -14,7 +13,8 @@ from synapse.rest.client import versions
 from tests.server import FakeChannel
 from tests.unittest import override_config
 
-import synapse_lk_jwt.homeserver as homeserver_module
+import synapse_lk_jwt.compat.homeserver as homeserver_module
+from tests.harness.base import URL, ModuleTestCase, P
 
 UNSTABLE = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
 STABLE = "/_matrix/client/v1/rtc/transports"

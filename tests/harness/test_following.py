@@ -3,13 +3,13 @@
 
 from typing import Any
 
-from harness_base import SECRET, SLOT
 from livekit.protocol.models import ParticipantInfo
 from synapse.types import create_requester
-from test_delegating import DelegationTestCase
 
-from synapse_lk_jwt.sfu.names import livekit_room_name
-from synapse_lk_jwt.sfu.seal import Owner, Sealer
+from synapse_lk_jwt.livekit.naming import livekit_room_name
+from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
+from tests.harness.base import SECRET, SLOT
+from tests.harness.test_delegating import DelegationTestCase
 
 
 class FollowingTestCase(DelegationTestCase):
@@ -72,8 +72,8 @@ class FollowingTestCase(DelegationTestCase):
         (room,) = (r for r, people in self.sfu.people.items() if participant.identity in people)
         return room
 
-    def owner(self, participant: ParticipantInfo) -> Owner:
-        owner = Sealer(SECRET).open(participant.attributes, participant.identity)
+    def owner(self, participant: ParticipantInfo) -> ParticipantOwner:
+        owner = OwnerSealer(SECRET).open(participant.attributes, participant.identity)
         assert owner is not None
         return owner
 

@@ -6,9 +6,10 @@ import json
 import logging
 from typing import Any
 
-from harness_base import SECRET, ModuleTestCase
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.harness.base import SECRET, ModuleTestCase
 
 TOKEN = "the-openid-token-of-somebody"
 

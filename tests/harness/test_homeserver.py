@@ -12,7 +12,6 @@ from unittest.mock import Mock, patch
 
 import synapse.federation.transport.server as federation_servlets
 import synapse.rest as client_servlets
-from harness_base import URL, ModuleTestCase, P, response
 from synapse.api.errors import Codes
 from synapse.appservice import ApplicationService
 from synapse.crypto.context_factory import FederationPolicyForHTTPS
@@ -23,14 +22,15 @@ from twisted.internet.error import ConnectionLost
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseNeverReceived
 
-from synapse_lk_jwt.homeserver import (
+from synapse_lk_jwt.compat.homeserver import (
     CONNECTION_LIFETIME_SEC,
     MAX_CONNECTION_BYTES,
     _BoundedTls,
     _federation_client,
 )
-from synapse_lk_jwt.sfu.names import member_identity
-from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
+from synapse_lk_jwt.livekit.naming import member_identity
+from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
+from tests.harness.base import URL, ModuleTestCase, P, response
 
 PREFIXES = ("v1", "unstable/io.element.msc4195")
 SERVICE = {"type": "livekit", "livekit_service_url": f"https://matrix.test{P}"}
@@ -216,7 +216,7 @@ class OtherServersTests(ModuleTestCase):
             (500, "M_UNKNOWN", (502, "M_UNKNOWN")),
         ):
             answer = json.dumps({"errcode": errcode, "error": "why", "extra": 1}).encode()
-            self.others.answer = lambda uri, code=code, answer=answer: response(code, answer)
+            self.others.always(response(code, answer))
             self.assert_error(self.ask(), *seen)
 
     def test_odd_answers(self) -> None:
@@ -227,7 +227,7 @@ class OtherServersTests(ModuleTestCase):
             response(200, b'{"jwt": "a.b.c\\n"}'), response(200, b" " * 100_000),
             response(302, json.dumps({"jwt": JWT}).encode()), ConnectionLost(),
         ):  # fmt: skip
-            self.others.answer = lambda uri, answer=answer: answer
+            self.others.always(answer)
             self.assert_error(self.ask(), 502, Codes.UNKNOWN)
 
     def test_programming_error_is_a_500_and_a_traceback(self) -> None:
@@ -368,7 +368,7 @@ class HookTests(ModuleTestCase):
         routes: Any = ClientRestResource
         registered = {
             hs.hostname: [
-                handlers[b"POST"].callback.__self__._core.livekit_url
+                handlers[b"POST"].callback.__self__._services.livekit_url
                 for pattern, handlers in routes(hs)._routes.items()
                 if "livekit/get_token" in pattern.pattern
             ]

@@ -4,11 +4,10 @@
 import json
 from typing import Any
 
-from harness_base import SLOT
-from test_delegating import HOUR_MS, DelegationTestCase
-from test_following import FollowingTestCase
-
-from synapse_lk_jwt.sfu.names import livekit_room_name
+from synapse_lk_jwt.livekit.naming import livekit_room_name
+from tests.harness.base import SLOT
+from tests.harness.test_delegating import HOUR_MS, DelegationTestCase
+from tests.harness.test_following import FollowingTestCase
 
 
 class FinishedInErrorTests(FollowingTestCase):

@@ -7,16 +7,16 @@ from typing import Any
 from unittest import skipUnless
 from unittest.mock import patch
 
-from harness_base import ModuleTestCase, response
 from livekit.protocol.models import DisconnectReason, ParticipantInfo
 from livekit.protocol.room import RoomParticipantIdentity
 from parameterized import parameterized
 from synapse.api import constants
-from test_delegable_events import ENCRYPTED, RTC_MEMBER, EncryptedTestCase
-from test_delegating import HOUR_MS, DelegationTestCase
-from test_following import FollowingTestCase
 
-from synapse_lk_jwt import watch
+from synapse_lk_jwt import monitor
+from tests.harness.base import ModuleTestCase, response
+from tests.harness.test_delegable_events import ENCRYPTED, RTC_MEMBER, EncryptedTestCase
+from tests.harness.test_delegating import HOUR_MS, DelegationTestCase
+from tests.harness.test_following import FollowingTestCase
 
 Kind = ParticipantInfo.Kind
 
@@ -35,7 +35,7 @@ class WrongKeyTests(ModuleTestCase):
         self, body: bytes, option: str
     ) -> None:
         self.sfu.answer = response(401, body, "text/plain")
-        with self.assertLogs("synapse_lk_jwt.sfu", logging.ERROR) as logs:
+        with self.assertLogs("synapse_lk_jwt.livekit", logging.ERROR) as logs:
             assert self.post("/sfu/get", self.sfu_get_body()).code == 503
         assert f"it rejected {option} (401). Compare keys: in LiveKit's" in logs.output[0]
 
@@ -90,7 +90,7 @@ class RoomEndTests(DelegationTestCase):
         assert not self.is_in_call()
 
     def test_room_finished_read_by_an_older_livekit_protocol_sends_the_leave(self) -> None:
-        with patch.object(watch, "NO_LEAVE_OF_ROOM", frozenset()):
+        with patch.object(monitor, "NO_LEAVE_OF_ROOM", frozenset()):
             self.finish("ROOM_END_SERVER_SHUTDOWN")
         assert not self.is_in_call()
 
@@ -166,7 +166,7 @@ class RemovalTests(FollowingTestCase):
                     room=room, identity=identity
                 ).SerializeToString
 
-        with patch("synapse_lk_jwt.sfu.rooms.RoomParticipantIdentity", Older):
+        with patch("synapse_lk_jwt.livekit.client.RoomParticipantIdentity", Older):
             self.join_remotely(self.bob, "ban")
             self.pump()
         assert self.users_there() == {self.alice, self.rita}

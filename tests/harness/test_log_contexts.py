@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from harness_base import ModuleTestCase
 from synapse.logging import context as contexts
 from synapse.logging.context import (
     SENTINEL_CONTEXT,
@@ -21,10 +20,11 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.http import read_body, within
-from synapse_lk_jwt.openid import InvalidToken, OpenIdToken, verify
-from synapse_lk_jwt.remote import RemoteSfus
+from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken, verify
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.http import read_body, within
+from synapse_lk_jwt.remote_tokens import RemoteSfus
+from tests.harness.base import ModuleTestCase
 
 # Synapse does not export it to type checkers.
 log_context: Any = vars(contexts)["LoggingContext"]

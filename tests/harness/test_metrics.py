@@ -6,18 +6,18 @@ import math
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import ModuleTestCase, counting, response
 from livekit.protocol.models import ParticipantInfo
 from synapse.api.errors import SynapseError
-from test_delegating import HOUR_MS, DelegationTestCase
-from test_following import FollowingTestCase
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
 
-from realparts.metrics import own_samples
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.delegation import Phase
-from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.delegation.state_machine import Phase
+from testbed.metrics import own_samples
+from tests.harness.base import ModuleTestCase, counting, response
+from tests.harness.test_delegating import HOUR_MS, DelegationTestCase
+from tests.harness.test_following import FollowingTestCase
 
 
 def refused(endpoint: str, cause: str) -> dict[str, float]:
@@ -52,7 +52,7 @@ class TokensTests(ModuleTestCase):
         }
         for what, (code, answer) in answers.items():
             content = json.dumps(answer).encode()
-            self.others.answer = lambda uri, code=code, content=content: response(code, content)
+            self.others.always(response(code, content))
             with counting("tokens_total", "remote_tokens_total", "refusals_total") as counted:
                 self.post_homeserver(body)
             expected = {what: 1} if code == 200 else refused("client_get_token", what)
@@ -149,7 +149,7 @@ class OpenIdTests(ModuleTestCase):
             ("remote", "bad_answer", response(200, other), theirs, self.rita),
         ]
         for where, cause, answer, token, user_id in asks:
-            self.others.answer = lambda uri, answer=answer: answer
+            self.others.always(answer)
             body = self.get_token_body(user_id, openid_token=token)
             with counting("openid_lookup_seconds_count", "openid_failures_total") as counted:
                 assert self.post("/get_token", body).code == (401 if cause else 200), cause
@@ -271,7 +271,7 @@ class LeavesTests(DelegationTestCase):
         self.enter()
         # An hour would be long in here.
         with (
-            patch("synapse_lk_jwt.delegation.MAX_WAIT_MS", 5_000),
+            patch("synapse_lk_jwt.delegation.state_machine.MAX_WAIT_MS", 5_000),
             counting(*self.NAMES) as counted,
         ):
             assert self.delegate(self.delayed()).code == 200

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import SLOT, URL, ModuleTestCase
 from parameterized import parameterized
 from synapse.api.errors import Codes
 from synapse.types import UserID
-from test_delegating import DelegationTestCase
 
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.watch import SWEEP_MS
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.monitor import SWEEP_MS
+from tests.harness.base import SLOT, URL, ModuleTestCase
+from tests.harness.test_delegating import DelegationTestCase
 
 ELSEWHERE = "!elsewhere:other.example.com"
 

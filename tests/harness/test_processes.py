@@ -4,11 +4,10 @@
 import logging
 from typing import Any
 
-from harness_base import ModuleTestCase
-
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.processes import BEAT_MS, GONE_MS
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.process_registry import BEAT_MS, GONE_MS
 from synapse_lk_jwt.store import Process, Store
+from tests.harness.base import ModuleTestCase
 
 
 class BackgroundTests(ModuleTestCase):

@@ -5,19 +5,19 @@ import json
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import SLOT, claims, protobuf
 from livekit.protocol.models import ParticipantInfo, Room, TrackInfo
 from livekit.protocol.room import ListRoomsResponse
 from parameterized import parameterized
-from test_following import FollowingTestCase
 from twisted.internet.defer import Deferred
 
-from synapse_lk_jwt import store, watch
-from synapse_lk_jwt.homeserver import Homeserver
-from synapse_lk_jwt.membership import CONCURRENT_CALLS
-from synapse_lk_jwt.sfu import rooms
-from synapse_lk_jwt.sfu.names import hash_of_identity, livekit_room_name
+from synapse_lk_jwt import monitor, store
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.enforcement.room_changes import CONCURRENT_CALLS
+from synapse_lk_jwt.livekit import client as livekit_client
+from synapse_lk_jwt.livekit.naming import hash_of_identity, livekit_room_name
 from synapse_lk_jwt.store import Store
+from tests.harness.base import SLOT, claims, protobuf
+from tests.harness.test_following import FollowingTestCase
 
 
 class AttackTestCase(FollowingTestCase):
@@ -76,7 +76,7 @@ class LargeListingTests(AttackTestCase):
         for number in range(5):
             self.connect("rita", f"#{number}")
         self.connect("bob on one device")
-        with patch.object(rooms, "MAX_PARTICIPANTS", 3):
+        with patch.object(livekit_client, "MAX_PARTICIPANTS", 3):
             self.join_remotely(self.rita, "ban")
             self.pump()
         assert self.identities() == [f"{self.bob}:DEVICE"]
@@ -86,8 +86,8 @@ class LargeListingTests(AttackTestCase):
             self.connect("alice", f"#{number}")
         self.connect("rita")
         with (
-            patch.object(rooms, "MAX_PARTICIPANTS", 3),
-            self.assertLogs("synapse_lk_jwt.membership", "WARNING") as logs,
+            patch.object(livekit_client, "MAX_PARTICIPANTS", 3),
+            self.assertLogs("synapse_lk_jwt.enforcement.room_changes", "WARNING") as logs,
         ):
             self.join_remotely(self.rita, "ban")
             self.pump()
@@ -102,7 +102,7 @@ class LargeListingTests(AttackTestCase):
         (bob,) = (p for p in self.sfu.people[self.room].values() if p.identity[0] == "@")
         self.sfu.people[self.room].pop(f"{self.bob}:DEVICE")
         self.sfu.people[self.room][bob.identity] = bob
-        with patch.object(rooms, "MAX_PARTICIPANTS", 3):
+        with patch.object(livekit_client, "MAX_PARTICIPANTS", 3):
             self.join_remotely(self.bob, "ban")
             self.pump()
         assert bob.identity not in self.identities()
@@ -185,7 +185,7 @@ class UnansweredRemovalTests(AttackTestCase):
 
         with (
             patch.object(self.sfu, "_answer", leave_first),
-            self.assertNoLogs("synapse_lk_jwt.sfu", "WARNING"),
+            self.assertNoLogs("synapse_lk_jwt.livekit", "WARNING"),
         ):
             self.join_remotely(self.bob, "leave")
             self.pump()
@@ -216,16 +216,16 @@ class LostCallTests(AttackTestCase):
         self.connect("bob in another slot")
         self.connect("bob on one device")
         self.get_success(self.store.set_user_locked_status(self.bob, True))
-        check = type(self.watch())._check_room
+        check = type(self.monitor())._check_room
 
-        async def fail_once(watch: Any, livekit_room: str, poll: Any) -> None:
+        async def fail_once(monitor: Any, livekit_room: str, poll: Any) -> None:
             if livekit_room == other:
                 raise ValueError("a bug")
-            await check(watch, livekit_room, poll)
+            await check(monitor, livekit_room, poll)
 
         with (
-            patch.object(type(self.watch()), "_check_room", fail_once),
-            self.assertLogs("synapse_lk_jwt.watch", "ERROR") as logs,
+            patch.object(type(self.monitor()), "_check_room", fail_once),
+            self.assertLogs("synapse_lk_jwt.monitor", "ERROR") as logs,
         ):
             self.advance_by(31)
         # One for each poll, and the first one may be at the start.
@@ -233,10 +233,8 @@ class LostCallTests(AttackTestCase):
         assert all("a bug" in line for line in logs.output)
         assert list(self.sfu.people[self.room]) == []
 
-    def watch(self) -> Any:
-        from synapse_lk_jwt import watch
-
-        return watch.Watch.__new__(watch.Watch)
+    def monitor(self) -> Any:
+        return monitor.Monitor.__new__(monitor.Monitor)
 
 
 class LargeWebhookTests(AttackTestCase):
@@ -366,7 +364,7 @@ class QuietRoomTests(AttackTestCase):
     def test_poll_lists_a_quiet_room_every_five_minutes(self) -> None:
         self.connect("alice")
         self.advance_by(31)
-        with patch.object(watch, "MIN_SWEPT", 0):
+        with patch.object(monitor, "MIN_SWEPT", 0):
             assert self.listings(600) in (2, 3)
 
     def test_poll_lists_the_few_rooms_of_a_small_server_every_time(self) -> None:
@@ -445,11 +443,12 @@ class SlotTests(AttackTestCase):
             )
         )
         self.sfu.asked.clear()
-        self.sfu.answers_wait_for = Deferred()
+        waiting: Deferred[None] = Deferred()
+        self.sfu.answers_wait_for = waiting
         self.join_remotely(self.bob, "leave")
         self.pump()
         assert len(self.sfu.asked) == CONCURRENT_CALLS
-        self.sfu.answers_wait_for, waiting = None, self.sfu.answers_wait_for
+        self.sfu.answers_wait_for = None
         waiting.callback(None)
         self.pump()
         assert len({room for _, room in self.sfu.asked}) == before

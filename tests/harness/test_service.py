@@ -6,7 +6,6 @@ import logging
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import SECRET, URL, ModuleTestCase, P, protobuf, response
 from synapse.api.errors import Codes, SynapseError
 from synapse.http import RequestTimedOutError
 from synapse.storage.database import LoggingTransaction
@@ -15,7 +14,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost, ConnectionRefusedError
 from twisted.web.http_headers import Headers
 
-from synapse_lk_jwt.sfu.tokens import MUST_NOT_CREATE
+from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
+from tests.harness.base import SECRET, URL, ModuleTestCase, P, protobuf, response
 
 NOT_VALID = "The OpenID token is not valid"
 
@@ -219,7 +219,7 @@ class OpenIdTests(ModuleTestCase):
             ValueError("the URL with the remote-token in it"),
             SynapseError(403, "the URL with the remote-token in it"),
         ):
-            self.others.answer = lambda uri, answer=answer: answer
+            self.others.always(answer)
             with self.assertLogs("synapse_lk_jwt", logging.INFO) as logs:
                 self.refused(access_token="remote-token", matrix_server_name=self.OTHER_SERVER_NAME)
             assert "remote-token" not in "".join(logs.output)
@@ -399,7 +399,7 @@ class RoomTests(ModuleTestCase):
     def test_a_failure_is_logged_once_for_as_long_as_it_stays_the_same(self) -> None:
         page = response(502, b"<html>", "text/html")
         error = response(500, b'{"code": "internal", "msg": "no luck"}')
-        with self.assertLogs("synapse_lk_jwt.sfu", logging.INFO) as logs:
+        with self.assertLogs("synapse_lk_jwt.livekit", logging.INFO) as logs:
             for answer in (
                 ConnectionRefusedError(), ConnectionRefusedError(), page, page,
                 response(401, b"invalid token: ..."), response(404, b"404 page not found"),

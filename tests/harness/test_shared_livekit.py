@@ -5,14 +5,14 @@ import logging
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import SECRET, SLOT, claims
 from livekit.protocol.models import ParticipantInfo
 from parameterized import parameterized
-from test_following import FollowingTestCase
 
-from synapse_lk_jwt.sfu import rooms
-from synapse_lk_jwt.sfu.names import hash_of_identity, livekit_room_name
-from synapse_lk_jwt.sfu.seal import Owner, Sealer
+from synapse_lk_jwt.livekit import client as livekit_client
+from synapse_lk_jwt.livekit.naming import hash_of_identity, livekit_room_name
+from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
+from tests.harness.base import SECRET, SLOT, claims
+from tests.harness.test_following import FollowingTestCase
 
 THEIR_ROOM = "!theirs:other.example.com"
 
@@ -34,12 +34,12 @@ class SharedTestCase(FollowingTestCase):
     ) -> ParticipantInfo:
         """A participant with a token of the other homeserver joins, of which webhooks tell."""
         identity = hash_of_identity(f"{user_id} {room_id}")
-        owner = Owner(user_id, room_id, SLOT, issuer or self.OTHER_SERVER_NAME)
+        owner = ParticipantOwner(user_id, room_id, SLOT, issuer or self.OTHER_SERVER_NAME)
         participant = ParticipantInfo(
             sid="PA_theirs",
             identity=identity,
             state=ParticipantInfo.State.ACTIVE,
-            attributes=Sealer(SECRET).seal(owner, identity),
+            attributes=OwnerSealer(SECRET).seal(owner, identity),
         )
         room = livekit_room_name(room_id, SLOT)
         self.sfu.people.setdefault(room, {})[identity] = participant
@@ -170,8 +170,8 @@ class SharedRoomTests(SharedTestCase):
     def test_call_of_an_older_version_is_recreated(self) -> None:
         participant = self.theirs(self.alice, self.room_id, announce=False)
         identity = participant.identity
-        owner = Owner(self.alice, self.room_id, SLOT)
-        participant.attributes.update(Sealer(SECRET).seal(owner, identity))
+        owner = ParticipantOwner(self.alice, self.room_id, SLOT)
+        participant.attributes.update(OwnerSealer(SECRET).seal(owner, identity))
         self.advance_by(61)
         made = len(self.sfu.requests)
         self.sfu.people.clear()
@@ -184,8 +184,8 @@ class SharedRoomTests(SharedTestCase):
             self.sfu.join(self.tokens["alice"], f"#{number}")
         self.mine("rita")
         with (
-            patch.object(rooms, "MAX_PARTICIPANTS", 3),
-            self.assertLogs("synapse_lk_jwt.membership", logging.WARNING) as logs,
+            patch.object(livekit_client, "MAX_PARTICIPANTS", 3),
+            self.assertLogs("synapse_lk_jwt.enforcement.room_changes", logging.WARNING) as logs,
         ):
             self.join_remotely(self.rita, "ban")
             self.pump()

@@ -4,11 +4,11 @@
 from typing import Any
 from unittest.mock import patch
 
-from harness_base import ModuleTestCase
 from twisted.internet.defer import fail
 
 from synapse_lk_jwt import store
-from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.compat.homeserver import Homeserver
+from tests.harness.base import ModuleTestCase
 
 ROOM, LIVEKIT_ROOM = "!room:test", "livekit-room"
 

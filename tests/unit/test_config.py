@@ -10,7 +10,7 @@ from synapse.config._base import ConfigError
 from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt import LiveKitJwtModule
-from synapse_lk_jwt.access import ServerList
+from synapse_lk_jwt.auth.access import ServerList
 from synapse_lk_jwt.config import KEYS, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.discovery import Advertise
 

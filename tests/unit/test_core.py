@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from livekit.api import TokenVerifier, VideoGrants
 from synapse.api.errors import SynapseError
 
-from synapse_lk_jwt.access import Access, Permissions, ServerList, Standing
+from synapse_lk_jwt.api.bodies import Fields, GetTokenRequest, SfuGetRequest
+from synapse_lk_jwt.api.rate_limits import address_block
+from synapse_lk_jwt.auth.access import Access, Permissions, ServerList, Standing
 from synapse_lk_jwt.identifiers import is_room_id, is_server_name, is_user_id
-from synapse_lk_jwt.limits import address_block
-from synapse_lk_jwt.sfu.names import (
+from synapse_lk_jwt.livekit.naming import (
     device_identity,
     device_member_identity,
     livekit_room_name,
     member_identity,
     user_of_device_identity,
 )
-from synapse_lk_jwt.sfu.seal import ATTRIBUTE, Owner, Sealer
-from synapse_lk_jwt.sfu.tokens import InvalidSignature, TokenSigner, verify_webhook_body
-from synapse_lk_jwt.web.requests import Fields, GetTokenRequest, SfuGetRequest
+from synapse_lk_jwt.livekit.ownership import ATTRIBUTE, OwnerSealer, ParticipantOwner
+from synapse_lk_jwt.livekit.tokens import InvalidSignature, TokenSigner, verify_webhook_body
 
 
 def test_names() -> None:
@@ -237,24 +237,24 @@ def test_webhook_that_is_no_token_is_rejected_with_several_pairs(token: str) -> 
 
 
 def test_sealer_opens_what_was_sealed_with_a_secret_chosen_before() -> None:
-    owner = Owner("@me:example.org", "!room", "slot")
-    sealed = Sealer(OLD).seal(owner, "me")
-    sealer = Sealer(NEW, OLD)
+    owner = ParticipantOwner("@me:example.org", "!room", "slot")
+    sealed = OwnerSealer(OLD).seal(owner, "me")
+    sealer = OwnerSealer(NEW, OLD)
     assert sealer.open(sealed, "me") == owner
     assert sealer.open(sealed, "other") is None
-    assert Sealer(NEW).open(sealer.seal(owner, "me"), "me") == owner
-    assert Sealer(NEW).open(sealed, "me") is None
+    assert OwnerSealer(NEW).open(sealer.seal(owner, "me"), "me") == owner
+    assert OwnerSealer(NEW).open(sealed, "me") is None
     assert sealer.open({ATTRIBUTE: "AAAA"}, "me") is None
 
 
 def test_seals_are_opened_by_the_same_secret_only() -> None:
-    owner = Owner("@älice:example.org", "!room", "m.call#ROOM")
-    sealer = Sealer("secret")
+    owner = ParticipantOwner("@älice:example.org", "!room", "m.call#ROOM")
+    sealer = OwnerSealer("secret")
     sealed = sealer.seal(owner, "me")
     assert sealer.open(sealed, "me") == owner
     assert sealer.open(sealed, "me#twin") == owner
-    assert Sealer("secret").open(sealed, "me") == owner
-    assert Sealer("another").open(sealed, "me") is None
+    assert OwnerSealer("secret").open(sealed, "me") == owner
+    assert OwnerSealer("another").open(sealed, "me") is None
     # Everybody in the call sees it, and somebody may take it for their own.
     for other in ("you", "me2", "m", "you#me", ""):
         assert sealer.open(sealed, other) is None
@@ -392,8 +392,8 @@ def test_address_block_is_the_network_that_one_client_has(address: str, block: s
 
 
 def test_seal_has_a_fresh_random_nonce() -> None:
-    sealer = Sealer("secret")
-    owner = Owner("@a:b", "!room:b", "slot")
+    sealer = OwnerSealer("secret")
+    owner = ParticipantOwner("@a:b", "!room:b", "slot")
     nonces = [urlsafe_b64decode(sealer.seal(owner, "me")[ATTRIBUTE])[:12] for _ in range(100)]
     assert len(set(nonces)) == 100
     # No part of it repeats, as that of a process or the digits of a counter would.
@@ -402,16 +402,16 @@ def test_seal_has_a_fresh_random_nonce() -> None:
 
 def test_seal_of_an_older_version_is_opened_without_an_issuer() -> None:
     """Its text had the identity, the user, the room and the slot."""
-    sealer = Sealer("secret")
+    sealer = OwnerSealer("secret")
     text = json.dumps(["me", "@a:b", "!room:b", "slot"]).encode()
     sealed = bytes(12) + sealer._cipher.encrypt(bytes(12), text, None)
     owner = sealer.open({ATTRIBUTE: urlsafe_b64encode(sealed).decode()}, "me")
-    assert owner == Owner("@a:b", "!room:b", "slot", None)
+    assert owner == ParticipantOwner("@a:b", "!room:b", "slot", None)
 
 
 def test_seal_names_the_homeserver_that_issued_the_token() -> None:
-    sealer = Sealer("secret")
-    owner = Owner("@a:b", "!room:b", "slot", "c")
+    sealer = OwnerSealer("secret")
+    owner = ParticipantOwner("@a:b", "!room:b", "slot", "c")
     assert sealer.open(sealer.seal(owner, "me"), "me") == owner
 
 
@@ -422,10 +422,10 @@ def test_seal_names_the_homeserver_that_issued_the_token() -> None:
 def test_owner_concerns_the_issuer_of_the_token(
     issuer: str | None, is_issued: bool, concerns: bool
 ) -> None:
-    owner = Owner("@user:elsewhere", "!room", "slot", issuer)
+    owner = ParticipantOwner("@user:elsewhere", "!room", "slot", issuer)
     assert (owner.is_issued_by("here"), owner.concerns("here")) == (is_issued, concerns)
 
 
 def test_owner_concerns_the_homeserver_of_the_user() -> None:
-    owner = Owner("@user:here", "!room", "slot", "there")
+    owner = ParticipantOwner("@user:here", "!room", "slot", "there")
     assert (owner.is_issued_by("here"), owner.concerns("here")) == (False, True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from synapse_lk_jwt.delegation import (
+from synapse_lk_jwt.delegation.state_machine import (
     COME_BACK_MS,
     MAX_RESTART_MS,
     MAX_SENDS,
@@ -19,13 +19,13 @@ from synapse_lk_jwt.delegation import (
     SENDING_MS,
     Action,
     Delegation,
-    Happened,
     Phase,
+    Signal,
     can_be_delegated,
+    delegate,
     follow_more,
-    step,
     sticky_key,
-    take_on,
+    transition,
 )
 
 NOW = 1_000_000_000
@@ -33,26 +33,26 @@ DELAY = 18_000
 
 
 def waiting(delay_ms: int = DELAY, several: bool = False) -> Delegation:
-    return take_on(delay_ms, several, NOW)
+    return delegate(delay_ms, several, NOW)
 
 
-def after(*what: Happened, d: Delegation | None = None, at: int = NOW) -> Delegation:
+def after(*what: Signal, d: Delegation | None = None, at: int = NOW) -> Delegation:
     """A delegation to which all of this has happened."""
     d = d or waiting()
-    for happened in what:
-        following, _ = step(d, happened, at)
+    for signal in what:
+        following, _ = transition(d, signal, at)
         assert following is not None
         d = following
     return d
 
 
-CONNECTED = after(Happened.SEEN)
-DOUBTED = after(Happened.SEEN, Happened.LEFT)
-LEAVING = after(Happened.SEEN, Happened.LEFT, Happened.ABSENT)
+CONNECTED = after(Signal.SEEN)
+DOUBTED = after(Signal.SEEN, Signal.LEFT)
+LEAVING = after(Signal.SEEN, Signal.LEFT, Signal.ABSENT)
 STATES = {
     "waiting": waiting(),
     "connected": CONNECTED,
-    "connected, missed once": after(Happened.SEEN, Happened.ABSENT_AT_POLL),
+    "connected, missed once": after(Signal.SEEN, Signal.ABSENT_AT_POLL),
     "connected, doubted": DOUBTED,
     "leaving": LEAVING,
 }
@@ -60,83 +60,83 @@ W, C, L, OVER = Phase.WAITING, Phase.CONNECTED, Phase.LEAVING, None
 NOTHING, ASK, RESTART, SEND = Action.NOTHING, Action.ASK, Action.RESTART, Action.SEND
 
 # What follows at once, when nothing is due yet.
-TABLE: dict[str, dict[Happened, tuple[Phase | None, Action]]] = {
+TABLE: dict[str, dict[Signal, tuple[Phase | None, Action]]] = {
     "waiting": {
-        Happened.SEEN: (C, RESTART),
-        Happened.LEFT: (W, NOTHING),
-        Happened.ABSENT: (W, NOTHING),
-        Happened.ABSENT_AT_POLL: (W, NOTHING),
-        Happened.DUE: (W, ASK),
-        Happened.NOT_SENT: (W, NOTHING),
-        Happened.OVER: (OVER, NOTHING),
+        Signal.SEEN: (C, RESTART),
+        Signal.LEFT: (W, NOTHING),
+        Signal.ABSENT: (W, NOTHING),
+        Signal.ABSENT_AT_POLL: (W, NOTHING),
+        Signal.DUE: (W, ASK),
+        Signal.NOT_SENT: (W, NOTHING),
+        Signal.OVER: (OVER, NOTHING),
     },
     "connected": {
-        Happened.SEEN: (C, NOTHING),
-        Happened.LEFT: (C, ASK),
-        Happened.ABSENT: (C, NOTHING),
-        Happened.ABSENT_AT_POLL: (C, NOTHING),
-        Happened.DUE: (C, NOTHING),
-        Happened.NOT_SENT: (C, NOTHING),
-        Happened.OVER: (OVER, NOTHING),
+        Signal.SEEN: (C, NOTHING),
+        Signal.LEFT: (C, ASK),
+        Signal.ABSENT: (C, NOTHING),
+        Signal.ABSENT_AT_POLL: (C, NOTHING),
+        Signal.DUE: (C, NOTHING),
+        Signal.NOT_SENT: (C, NOTHING),
+        Signal.OVER: (OVER, NOTHING),
     },
     "connected, missed once": {
-        Happened.SEEN: (C, NOTHING),
-        Happened.LEFT: (C, ASK),
-        Happened.ABSENT: (C, NOTHING),
-        Happened.ABSENT_AT_POLL: (C, ASK),
-        Happened.DUE: (C, NOTHING),
-        Happened.NOT_SENT: (C, NOTHING),
-        Happened.OVER: (OVER, NOTHING),
+        Signal.SEEN: (C, NOTHING),
+        Signal.LEFT: (C, ASK),
+        Signal.ABSENT: (C, NOTHING),
+        Signal.ABSENT_AT_POLL: (C, ASK),
+        Signal.DUE: (C, NOTHING),
+        Signal.NOT_SENT: (C, NOTHING),
+        Signal.OVER: (OVER, NOTHING),
     },
     "connected, doubted": {
-        Happened.SEEN: (C, NOTHING),
-        Happened.LEFT: (C, ASK),
-        Happened.ABSENT: (L, SEND),
-        Happened.ABSENT_AT_POLL: (C, NOTHING),
-        Happened.DUE: (C, ASK),
-        Happened.NOT_SENT: (C, NOTHING),
-        Happened.OVER: (OVER, NOTHING),
+        Signal.SEEN: (C, NOTHING),
+        Signal.LEFT: (C, ASK),
+        Signal.ABSENT: (L, SEND),
+        Signal.ABSENT_AT_POLL: (C, NOTHING),
+        Signal.DUE: (C, ASK),
+        Signal.NOT_SENT: (C, NOTHING),
+        Signal.OVER: (OVER, NOTHING),
     },
     "leaving": {
-        Happened.SEEN: (L, NOTHING),
-        Happened.LEFT: (L, NOTHING),
-        Happened.ABSENT: (L, NOTHING),
-        Happened.ABSENT_AT_POLL: (L, NOTHING),
-        Happened.DUE: (L, SEND),
-        Happened.NOT_SENT: (L, NOTHING),
-        Happened.OVER: (OVER, NOTHING),
+        Signal.SEEN: (L, NOTHING),
+        Signal.LEFT: (L, NOTHING),
+        Signal.ABSENT: (L, NOTHING),
+        Signal.ABSENT_AT_POLL: (L, NOTHING),
+        Signal.DUE: (L, SEND),
+        Signal.NOT_SENT: (L, NOTHING),
+        Signal.OVER: (OVER, NOTHING),
     },
 }
 
 
-@pytest.mark.parametrize(("state", "happened"), list(itertools.product(STATES, Happened)))
-def test_every_state_knows_what_to_do_about_everything(state: str, happened: Happened) -> None:
-    following, action = step(STATES[state], happened, NOW)
-    assert (following and following.phase, action) == TABLE[state][happened]
+@pytest.mark.parametrize(("state", "signal"), list(itertools.product(STATES, Signal)))
+def test_every_state_knows_what_to_do_about_everything(state: str, signal: Signal) -> None:
+    following, action = transition(STATES[state], signal, NOW)
+    assert (following and following.phase, action) == TABLE[state][signal]
 
 
 def test_who_is_seen_again_is_not_doubted_any_more() -> None:
-    assert after(Happened.SEEN, d=DOUBTED) == CONNECTED
-    assert after(Happened.SEEN, d=after(Happened.ABSENT_AT_POLL, d=CONNECTED)) == CONNECTED
+    assert after(Signal.SEEN, d=DOUBTED) == CONNECTED
+    assert after(Signal.SEEN, d=after(Signal.ABSENT_AT_POLL, d=CONNECTED)) == CONNECTED
 
 
 def test_an_answer_of_the_time_before_the_doubt_tells_nothing_of_it() -> None:
-    d = after(Happened.LEFT, d=CONNECTED, at=NOW + 100)
-    for answer in (Happened.SEEN, Happened.ABSENT):
-        assert step(d, answer, NOW + 200, asked_ms=NOW + 99) == (d, NOTHING)
-    assert step(d, Happened.ABSENT, NOW + 200, asked_ms=NOW + 101)[1] is SEND
+    d = after(Signal.LEFT, d=CONNECTED, at=NOW + 100)
+    for answer in (Signal.SEEN, Signal.ABSENT):
+        assert transition(d, answer, NOW + 200, asked_ms=NOW + 99) == (d, NOTHING)
+    assert transition(d, Signal.ABSENT, NOW + 200, asked_ms=NOW + 101)[1] is SEND
     # Unasked, it is always news.
-    following, _ = step(d, Happened.SEEN, NOW + 200)
+    following, _ = transition(d, Signal.SEEN, NOW + 200)
     assert following is not None
     assert not following.doubted_ms
 
 
 def test_two_polls_in_a_row_and_one_more_look_are_needed() -> None:
-    d = after(Happened.ABSENT_AT_POLL, Happened.SEEN, Happened.ABSENT_AT_POLL, d=CONNECTED)
-    assert step(d, Happened.ABSENT, NOW)[1] is NOTHING
-    d, action = step(d, Happened.ABSENT_AT_POLL, NOW)  # type: ignore[assignment]
+    d = after(Signal.ABSENT_AT_POLL, Signal.SEEN, Signal.ABSENT_AT_POLL, d=CONNECTED)
+    assert transition(d, Signal.ABSENT, NOW)[1] is NOTHING
+    d, action = transition(d, Signal.ABSENT_AT_POLL, NOW)  # type: ignore[assignment]
     assert action is ASK
-    assert step(d, Happened.ABSENT, NOW)[1] is SEND
+    assert transition(d, Signal.ABSENT, NOW)[1] is SEND
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_two_polls_in_a_row_and_one_more_look_are_needed() -> None:
     ],
 )
 def test_the_event_is_restarted_in_good_time(delay_ms: int, interval_ms: int) -> None:
-    d = after(Happened.SEEN, d=waiting(delay_ms))
+    d = after(Signal.SEEN, d=waiting(delay_ms))
     assert d.next_ms == NOW + interval_ms
-    assert step(d, Happened.DUE, NOW + interval_ms - 1)[1] is NOTHING
-    following, action = step(d, Happened.DUE, NOW + interval_ms)
+    assert transition(d, Signal.DUE, NOW + interval_ms - 1)[1] is NOTHING
+    following, action = transition(d, Signal.DUE, NOW + interval_ms)
     assert action is RESTART
     assert following is not None
     assert following.next_ms == NOW + 2 * interval_ms
@@ -163,7 +163,7 @@ def test_while_the_sfu_does_not_answer_the_event_is_kept_alive_and_the_sfu_asked
     d, now, actions = DOUBTED, NOW, []
     while now < NOW + DELAY:
         now = d.next_ms
-        following, action = step(d, Happened.DUE, now)
+        following, action = transition(d, Signal.DUE, now)
         assert following is not None
         assert now - following.restarted_ms <= d.restart_interval_ms
         d = following
@@ -176,10 +176,10 @@ def test_waiting_backs_off_up_to_a_third_of_the_delay_and_ends() -> None:
     d, looks = waiting(60_000), []
     while True:
         now = d.next_ms
-        following, action = step(d, Happened.DUE, now)
+        following, action = transition(d, Signal.DUE, now)
         assert action is ASK
         looks.append(now - NOW)
-        following, action = step(following, Happened.ABSENT, now)  # type: ignore[arg-type]
+        following, action = transition(following, Signal.ABSENT, now)  # type: ignore[arg-type]
         assert following is not None
         d = following
         if action is SEND:
@@ -189,12 +189,12 @@ def test_waiting_backs_off_up_to_a_third_of_the_delay_and_ends() -> None:
 
 def test_nobody_is_waited_for_longer_than_an_hour() -> None:
     d = waiting(86_400_000)
-    assert step(d, Happened.ABSENT, NOW + MAX_WAIT_MS - 1)[1] is NOTHING
-    assert step(d, Happened.ABSENT, NOW + MAX_WAIT_MS)[1] is SEND
+    assert transition(d, Signal.ABSENT, NOW + MAX_WAIT_MS - 1)[1] is NOTHING
+    assert transition(d, Signal.ABSENT, NOW + MAX_WAIT_MS)[1] is SEND
 
 
 def test_an_sfu_that_does_not_answer_does_not_end_the_waiting() -> None:
-    d, action = step(waiting(), Happened.DUE, NOW + 10 * DELAY)
+    d, action = transition(waiting(), Signal.DUE, NOW + 10 * DELAY)
     assert action is ASK
     assert d is not None
     assert d.phase is W
@@ -202,70 +202,70 @@ def test_an_sfu_that_does_not_answer_does_not_end_the_waiting() -> None:
 
 def test_who_leaves_after_a_moment_may_come_back_under_another_name() -> None:
     left_at = NOW + MOMENT_MS - 1
-    d = after(Happened.LEFT, d=after(Happened.SEEN, d=waiting(several=True)), at=left_at)
-    d, action = step(d, Happened.ABSENT, left_at)  # type: ignore[assignment]
+    d = after(Signal.LEFT, d=after(Signal.SEEN, d=waiting(several=True)), at=left_at)
+    d, action = transition(d, Signal.ABSENT, left_at)  # type: ignore[assignment]
     assert action is NOTHING
     assert d.next_ms == left_at + COME_BACK_MS
-    assert step(d, Happened.DUE, d.next_ms)[1] is ASK
-    assert step(d, Happened.SEEN, d.next_ms)[1] is NOTHING
-    assert step(d, Happened.ABSENT, d.next_ms)[1] is SEND
+    assert transition(d, Signal.DUE, d.next_ms)[1] is ASK
+    assert transition(d, Signal.SEEN, d.next_ms)[1] is NOTHING
+    assert transition(d, Signal.ABSENT, d.next_ms)[1] is SEND
 
 
 def test_who_has_one_name_or_was_there_for_longer_than_a_moment_does_not() -> None:
     for several, left_at in ((False, NOW), (True, NOW + MOMENT_MS)):
-        d = after(Happened.SEEN, d=waiting(several=several))
-        d = after(Happened.LEFT, d=d, at=left_at)
-        assert step(d, Happened.ABSENT, left_at)[1] is SEND
+        d = after(Signal.SEEN, d=waiting(several=several))
+        d = after(Signal.LEFT, d=d, at=left_at)
+        assert transition(d, Signal.ABSENT, left_at)[1] is SEND
 
 
 def test_a_leave_is_sent_again_until_the_room_has_answered() -> None:
     d, pauses = LEAVING, []
     assert d.next_ms == NOW + SENDING_MS
     for _ in range(12):
-        d = after(Happened.NOT_SENT, d=d)
+        d = after(Signal.NOT_SENT, d=d)
         pauses.append(d.next_ms - NOW)
     assert pauses[:4] == [1_000, 2_000, 4_000, 8_000]
     assert pauses[-1] == 300_000
-    assert step(attr.evolve(d, tries=MAX_SENDS), Happened.NOT_SENT, NOW)[0] is None
+    assert transition(attr.evolve(d, tries=MAX_SENDS), Signal.NOT_SENT, NOW)[0] is None
 
 
 @settings(max_examples=2_000, deadline=None)
 @given(
     delay_ms=st.integers(1, 10 * MAX_WAIT_MS),
     several=st.booleans(),
-    story=st.lists(st.tuples(st.sampled_from(Happened), st.integers(0, 400_000)), max_size=40),
+    story=st.lists(st.tuples(st.sampled_from(Signal), st.integers(0, 400_000)), max_size=40),
 )
 def test_whatever_happens_in_whatever_order(
-    delay_ms: int, several: bool, story: list[tuple[Happened, int]]
+    delay_ms: int, several: bool, story: list[tuple[Signal, int]]
 ) -> None:
     now = NOW
-    d: Delegation | None = take_on(delay_ms, several, now)
+    d: Delegation | None = delegate(delay_ms, several, now)
     reason_to_leave = False
     restarted = None
-    for happened, pause_ms in story:
+    for signal, pause_ms in story:
         now += pause_ms
         assert d is not None
         before = d
-        d, action = step(d, happened, now)
-        if happened in (Happened.LEFT, Happened.ABSENT_AT_POLL):
+        d, action = transition(d, signal, now)
+        if signal in (Signal.LEFT, Signal.ABSENT_AT_POLL):
             reason_to_leave = True
-        if happened is Happened.SEEN:
+        if signal is Signal.SEEN:
             reason_to_leave = False
         if d is None:
             assert action is NOTHING
-            assert happened is Happened.OVER or before.tries >= MAX_SENDS
+            assert signal is Signal.OVER or before.tries >= MAX_SENDS
             break
         if d.phase is C:
             # Whatever else there is to do, the event is restarted in time.
             assert d.next_ms <= max(now, d.restarted_ms + d.restart_interval_ms)
         # Nothing is ever left lying about.
-        assert d.next_ms > now or happened is not Happened.DUE or action is RESTART
+        assert d.next_ms > now or signal is not Signal.DUE or action is RESTART
         if before.phase is L:
             assert d.phase is L
             assert action in (NOTHING, SEND)
         elif action is SEND:
             # Never without a look that found nobody, nor without a reason to look.
-            assert happened is Happened.ABSENT
+            assert signal is Signal.ABSENT
             assert reason_to_leave or now >= before.give_up_ms
         if before.phase is C:
             assert d.phase is not W

@@ -8,7 +8,7 @@ from synapse.util.clock import Clock
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
 from twisted.internet.task import Clock as Time
 
-from synapse_lk_jwt.http import TimedOut, bounded_repr, within
+from synapse_lk_jwt.compat.http import TimedOut, bounded_repr, within
 
 
 class Reactor(Time):

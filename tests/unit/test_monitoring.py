@@ -13,9 +13,9 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY
 
-from realparts.metrics import METRICS, PREFIX, own_samples, samples
-from realparts.skips import missing_tool
-from synapse_lk_jwt.delegation import Phase
+from synapse_lk_jwt.delegation.state_machine import Phase
+from testbed.metrics import METRICS, PREFIX, own_samples, samples
+from testbed.skips import missing_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "contrib/grafana/synapse-lk-jwt.json"

@@ -2,7 +2,7 @@
 import pytest
 from twisted.internet.defer import Deferred, ensureDeferred
 
-from synapse_lk_jwt.sfu.questions import SharedQuestions
+from synapse_lk_jwt.livekit.questions import SharedQuestions
 
 
 class Server:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from livekit.protocol.models import ParticipantInfo, Room, TrackInfo
 from livekit.protocol.room import ListParticipantsResponse, ListRoomsResponse
 
-from synapse_lk_jwt.sfu.stream import FieldReader, ItemsReader, Unreadable
+from synapse_lk_jwt.livekit.stream import FieldReader, ItemsReader, Unreadable
 
 LIMITS = {1: 64, 2: 1000, 3: 0, 6: 0, 15: 4096}
 

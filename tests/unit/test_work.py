@@ -6,7 +6,7 @@ import pytest
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import Clock
 
-from synapse_lk_jwt.homeserver import Homeserver
+from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.work import MAX_QUICK, MAX_RUNNING, QUICK_SEC, NotDone, WorkByKey
 
 

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running Synapse tells the check command, and nobody else."""
+
+from importlib.metadata import version
+
+import attr
+from synapse.api.errors import ResourceLimitError, UnrecognizedRequestError
+from synapse.http.site import SynapseRequest
+from synapse.types import JsonDict, get_domain_from_id
+
+from synapse_lk_jwt.api.bodies import MAX_BODY_BYTES, read_json_object
+from synapse_lk_jwt.api.endpoint import Endpoint, authorization
+from synapse_lk_jwt.api.services import Services
+from synapse_lk_jwt.auth import openid
+from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.check.signature import is_signed
+from synapse_lk_jwt.issuer import NotInRoom
+from synapse_lk_jwt.process_registry import ProcessRegistry
+from synapse_lk_jwt.store import Store
+
+# No homeserver has made this one: an answer to it tells that the homeserver can be asked.
+UNKNOWN = "synapse-lk-jwt-check"
+
+
+class CheckResource(Endpoint):
+    """How this process sees itself, the others, and one user's way into a call.
+
+    POST /_synapse/client/livekit/jwt/check HTTP/1.1
+    Authorization: …
+
+    {"user_id": "@user:example.org", "room_id": "!room:example.org"}
+
+    Both fields may be left out. To whoever does not hold LiveKit's API secret it does not exist.
+    """
+
+    def __init__(
+        self, services: Services, processes: ProcessRegistry, store: Store, not_served: str | None
+    ) -> None:
+        super().__init__(services.homeserver)
+        self._issuer = services.issuer
+        self._processes = processes
+        self._store = store
+        self._not_served = not_served
+
+    async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
+        assert request.content is not None
+        # The signature is for the whole body. One that is too large has another.
+        body = request.content.read(MAX_BODY_BYTES)
+        request.content.seek(0)
+        now_ms = self._homeserver.clock.time_msec()
+        if not is_signed(self._issuer.signer.secret, authorization(request), body, now_ms):
+            # As for any path that there is not.
+            raise UnrecognizedRequestError(code=404)
+        return await super()._async_render(request)
+
+    async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
+        body = read_json_object(request)
+        homeserver, rooms = self._homeserver, self._issuer.rooms
+        answer: JsonDict = {
+            "server_name": homeserver.server_name,
+            "instance": homeserver.instance_name,
+            "is_background": homeserver.runs_background_tasks,
+            "versions": {name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse")},
+            "now_ms": homeserver.clock.time_msec(),
+            "processes": [attr.asdict(p) for p in await self._processes.present()],
+            "transports": homeserver.transports,
+            "not_served": self._not_served,
+            "livekit_proxy": rooms.proxy.url if rooms.proxy else None,
+        }
+        if "user_id" in body:
+            answer["user"] = await self._user(body.user_id("user_id"), body.room_id("room_id"))
+        return 200, answer
+
+    async def _user(self, user_id: str, room_id: str) -> JsonDict:
+        """What decides whether a user gets a token."""
+        homeserver, server = self._homeserver, get_domain_from_id(user_id)
+        is_mine = homeserver.is_mine(user_id)
+        is_here = await homeserver.is_host_joined(homeserver.server_name, room_id)
+        auth_blocked: str | None = None
+        if is_mine:
+            try:
+                await homeserver.check_auth_blocking(user_id)
+            except ResourceLimitError as e:
+                auth_blocked = e.msg
+        try:
+            await self._issuer.check_membership(user_id, room_id)
+            is_allowed = True
+        except NotInRoom:
+            is_allowed = False
+        cannot_ask: str | None = None
+        if not is_mine:
+            try:
+                await openid.verify(homeserver, OpenIdToken(UNKNOWN, server))
+            except InvalidToken as e:
+                # To refuse what it has not made is how it should be.
+                cannot_ask = None if e.cause == "refused" else str(e)
+        return {
+            "is_mine": is_mine,
+            "is_active": await homeserver.is_active(user_id) if is_mine else None,
+            "auth_blocked": auth_blocked,
+            "standing": (await homeserver.standing(user_id)).value,
+            "cannot_ask": cannot_ask,
+            "is_blocked": await homeserver.is_room_blocked(room_id),
+            "is_here": is_here,
+            "membership": await homeserver.membership(user_id, room_id) if is_here else None,
+            "acl_allows": await homeserver.acl_allows(server, room_id) if is_here else None,
+            "is_allowed": is_allowed,
+            "livekit_rooms": (await self._store.calls_in([room_id])).get(room_id, []),
+        }

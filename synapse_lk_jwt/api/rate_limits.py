@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often tokens may be asked for, with Synapse's own rate limiter."""
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from ipaddress import IPv6Address, IPv6Network, ip_address
+
+from synapse.api.errors import LimitExceededError
+from synapse.config.ratelimiting import RatelimitSettings
+from synapse.types import get_domain_from_id
+
+from synapse_lk_jwt.compat.homeserver import Homeserver
+
+# How many look-ups on other homeservers a process makes at a time. Each holds a connection.
+MAX_LOOK_UPS = 100
+# And for one client address, so that a single client whose servers never answer cannot use up all.
+MAX_LOOK_UPS_FOR_ADDRESS = 50
+
+# How much more often than one user all users together may ask for tokens in rooms that this
+# homeserver is not in. Such users, and their servers, may be made up.
+ELSEWHERE_FACTOR = 10
+
+
+class Limits:
+    """The rate limits of one process; every method raises LimitExceededError, Synapse's 429."""
+
+    def __init__(
+        self, homeserver: Homeserver, rc_token: RatelimitSettings, rc_openid: RatelimitSettings
+    ) -> None:
+        self._homeserver = homeserver
+        self._tokens = homeserver.ratelimiter(rc_token)
+        self._elsewhere = homeserver.ratelimiter(
+            RatelimitSettings(
+                key="rc_token (rooms elsewhere)",
+                per_second=rc_token.per_second * ELSEWHERE_FACTOR,
+                burst_count=rc_token.burst_count * ELSEWHERE_FACTOR,
+            )
+        )
+        self._look_ups = homeserver.ratelimiter(rc_openid)
+        # By address block; without those that have none.
+        self._in_flight: Counter[str] = Counter()
+
+    async def ask_for_token(self, user_id: str, room_id: str) -> None:
+        """Counts a request for a token, of a verified user of any server.
+
+        In rooms that this homeserver is not in it also counts for the user's server, and for all
+        such rooms together. A hostile server has endless users there, and its operator can make up
+        endless servers.
+        """
+        homeserver = self._homeserver
+        if await homeserver.is_exempt_from_limits(user_id):
+            return
+        await self._tokens.ratelimit(None, key=user_id)
+        if not homeserver.is_mine(user_id) and not await homeserver.is_host_joined(
+            homeserver.server_name, room_id
+        ):
+            await self._tokens.ratelimit(None, key=get_domain_from_id(user_id))
+            await self._elsewhere.ratelimit(None, key="all")
+
+    @asynccontextmanager
+    async def look_up(self, client_address: str) -> AsyncIterator[None]:
+        """Counts a look-up of an OpenID token on another homeserver, for as long as it lasts."""
+        block = address_block(client_address)
+        await self._look_ups.ratelimit(None, key=block)
+        in_flight = self._in_flight
+        if in_flight.total() >= MAX_LOOK_UPS or in_flight[block] >= MAX_LOOK_UPS_FOR_ADDRESS:
+            raise LimitExceededError("look-ups in flight", retry_after_ms=1000)
+        in_flight[block] += 1
+        try:
+            yield
+        finally:
+            in_flight[block] -= 1
+            if not in_flight[block]:
+                del in_flight[block]
+
+
+def address_block(address: str) -> str:
+    """What to count a client's address as: the /64 of an IPv6 address, and IPv4 as it is.
+
+    A single host commonly has a whole /64 (RFC 4291, section 2.5.4).
+    """
+    try:
+        ip = ip_address(address)
+    except ValueError:
+        # The path of a socket, or nothing.
+        return address
+    if isinstance(ip, IPv6Address):
+        return str(ip.ipv4_mapped or IPv6Network((int(ip), 64), strict=False))
+    return str(ip)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element Call, served from its npm package to the browser of one user who is logged in already.
+
+It is under the AGPL, and fetched when it is wanted: no part of it is in this repository.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode, urlsplit
+
+from testbed.cache import npm_packages
+from testbed.matrix import User
+from testbed.process import free_port
+
+_PROJECT = Path(__file__).resolve().parent / "element-call"
+_PACKAGE = "@element-hq/element-call-embedded"
+
+_Page = tuple[str, bytes]
+
+
+def find_element_call() -> Path:
+    """The files of the web page: in the cache, else fetched into it with npm.
+
+    Raises:
+        MissingTool
+    """
+    return npm_packages(_PROJECT) / _PACKAGE / "dist"
+
+
+class ElementCall:
+    """One user's Element Call, on a port of its own: whoever opens it is that user.
+
+    A browser keeps who is logged in for each host and port, so that one browser can be several
+    users at once.
+    """
+
+    def __init__(self, user: User, **config: Any) -> None:
+        """
+        Args:
+            user: who is logged in.
+            config: keys for Element Call's `config.json`.
+
+        Raises:
+            MissingTool
+        """
+        self.user = user
+        self._files = find_element_call()
+        self._config = config
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self._page))
+        self._server.daemon_threads = True
+
+    def start(self) -> None:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def link(self, room_id: str) -> str:
+        """The address of the call in a room."""
+        # Without `confineToRoom` the page goes home a second after an error, and after a hang-up.
+        query = urlencode({"roomId": room_id, "confineToRoom": "true"})
+        return f"{self.url}/room/#/?{query}"
+
+    def _page(self, path: str) -> _Page:
+        if path.endswith("/config.json"):
+            return "application/json", json.dumps(self._full_config()).encode()
+        # Below /room/ the page asks for /room/assets/…. No asset is in a directory of its own.
+        directory, _, name = path.rpartition("/")
+        if not directory.endswith("/assets"):
+            return "text/html", self._index()
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        return kind, (self._files / "assets" / name).read_bytes()
+
+    def _index(self) -> bytes:
+        user = self.user
+        session = {
+            "user_id": user.user_id,
+            "device_id": user.device_id,
+            "access_token": user.access_token,
+            "passwordlessUser": False,
+        }
+        log_in = f"localStorage.setItem('matrix-auth-store', {json.dumps(json.dumps(session))});"
+        page = (self._files / "index.html").read_text()
+        return page.replace("<head>", f"<head><script>{log_in}</script>", 1).encode()
+
+    def _full_config(self) -> dict[str, Any]:
+        homeserver = {
+            "base_url": self.user.client_url,
+            "server_name": self.user.user_id.partition(":")[2],
+        }
+        return {"default_server_config": {"m.homeserver": homeserver}, **self._config}
+
+
+def _handler(page: Callable[[str], _Page]) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            try:
+                kind, content = page(urlsplit(self.path).path)
+            except OSError:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            # Another one may be at this port at the next start.
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    return Handler

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real LiveKit server, found or built, and what it says about its rooms."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from livekit import api
+
+from testbed.cache import cache_directory
+from testbed.http import http
+from testbed.process import MissingTool, Process, free_port
+
+VERSION = "1.13.5"
+_GO_PACKAGE = f"github.com/livekit/livekit-server/cmd/server@v{VERSION}"
+_GO_NEEDED = "1.26"
+
+
+class LiveKit:
+    """One LiveKit server; `url` is for clients, `api_url` for its API, `tcp_port` for media."""
+
+    def __init__(
+        self,
+        directory: Path,
+        auto_create: bool = False,
+        webhook_urls: Sequence[str] = (),
+        key: str = "APIrealparts",
+        secret: str = "not-a-secret-at-all-but-long-enough",
+        redis_port: int | None = None,
+        extra_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            directory: for the configuration and the log.
+            auto_create: LiveKit's `room.auto_create`: may whoever has a token start a call?
+            webhook_urls: who is told what happens in the rooms.
+            key: the API key.
+            secret: the API secret, at least 32 characters, or LiveKit refuses to start.
+            redis_port: of a Redis that it shares with other nodes; by default it is alone.
+            extra_config: top-level keys of its configuration, instead of those that are set here.
+
+        Raises:
+            MissingTool: if LiveKit is neither there nor can be built.
+        """
+        self.auto_create = auto_create
+        self.webhook_urls = list(webhook_urls)
+        self.key = key
+        self.secret = secret
+        self.redis_port = redis_port
+        self.extra_config = dict(extra_config or {})
+        self.port = free_port()
+        self.tcp_port = free_port()
+        self._udp_port = free_port()
+        self._config = directory / "livekit.json"
+        self.process = Process(
+            "LiveKit",
+            [find_livekit(), "--config", self._config],
+            directory / "livekit.log",
+            # On the first SIGTERM it waits for the last participant to leave.
+            grace=1.0,
+        )
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def api_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Start it with the present settings, without waiting."""
+        self._config.write_text(json.dumps(self._settings(), indent=2))
+        self.process.start()
+
+    def _settings(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "port": self.port,
+            "bind_addresses": ["127.0.0.1"],
+            "keys": {self.key: self.secret},
+            "room": {"auto_create": self.auto_create},
+            "rtc": {
+                "tcp_port": self.tcp_port,
+                "udp_port": self._udp_port,
+                "node_ip": "127.0.0.1",
+                "use_external_ip": False,
+                "enable_loopback_candidate": True,
+            },
+        }
+        if self.webhook_urls:
+            config["webhook"] = {"api_key": self.key, "urls": self.webhook_urls}
+        if self.redis_port is not None:
+            config["redis"] = {"address": f"127.0.0.1:{self.redis_port}"}
+        return {**config, **self.extra_config}
+
+    def wait_ready(self) -> None:
+        """Wait until it answers."""
+        self.process.wait_until(self._answers, f"answer from {self.api_url}")
+
+    def stop(self) -> None:
+        """End it; `start` again uses the same port."""
+        self.process.stop()
+
+    def restart(self) -> None:
+        """Stop, start with the present settings, wait."""
+        self.stop()
+        self.start()
+        self.wait_ready()
+
+    def rooms(self) -> list[dict[str, Any]]:
+        """The LiveKit rooms there are, as ListRooms tells."""
+        rooms = self.ask("ListRooms", {}, api.VideoGrants(room_list=True)).get("rooms", [])
+        assert isinstance(rooms, list)
+        return rooms
+
+    def participants(self, room: str) -> list[dict[str, Any]]:
+        """Who is in the LiveKit room `room`, as ListParticipants tells."""
+        grants = api.VideoGrants(room_admin=True, room=room)
+        listed = self.ask("ListParticipants", {"room": room}, grants).get("participants", [])
+        assert isinstance(listed, list)
+        return listed
+
+    def delete_room(self, room: str) -> None:
+        """End the LiveKit room `room`."""
+        self.ask("DeleteRoom", {"room": room}, api.VideoGrants(room_create=True))
+
+    def ask(self, method: str, body: dict[str, Any], grants: api.VideoGrants) -> dict[str, Any]:
+        """Call a method of LiveKit's RoomService with a token that has just these grants."""
+        token = (
+            api.AccessToken(self.key, self.secret)
+            .with_grants(grants)
+            .with_ttl(datetime.timedelta(minutes=1))
+            .to_jwt()
+        )
+        answer = http(
+            "POST",
+            f"{self.api_url}/twirp/livekit.RoomService/{method}",
+            body,
+            {"Authorization": f"Bearer {token}"},
+            timeout=10.0,
+        ).ok()
+        assert isinstance(answer, dict)
+        return answer
+
+    def _answers(self) -> bool:
+        try:
+            return http("GET", self.api_url, timeout=5.0).status == 200
+        except OSError:
+            return False
+
+
+def find_livekit() -> Path:
+    """The LiveKit server: on PATH, else in the cache, else built into the cache.
+
+    Raises:
+        MissingTool
+    """
+    installed = shutil.which("livekit-server")
+    if installed is not None:
+        return Path(installed)
+    binary = cache_directory() / f"livekit-server-{VERSION}" / "server"
+    if not binary.exists():
+        _build(binary)
+    return binary
+
+
+def _build(binary: Path) -> None:
+    go = shutil.which("go")
+    if go is None:
+        raise MissingTool(
+            f"LiveKit is missing: put livekit-server on the PATH (https://github.com/livekit/livekit"
+            f"/releases), or install Go >= {_GO_NEEDED} and it is built from source"
+        )
+    print(f"building LiveKit {VERSION} with Go, once, about two minutes", flush=True)
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside its place and moved there when done: a build that was cut short is not a server.
+    with tempfile.TemporaryDirectory(dir=binary.parent) as directory:
+        built = subprocess.run(
+            [go, "install", _GO_PACKAGE],
+            env={**os.environ, "GOBIN": directory},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        if built.returncode != 0:
+            last_line = built.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
+            raise MissingTool(
+                f"LiveKit is missing and could not be built with Go (>= {_GO_NEEDED}): {last_line}"
+            )
+        os.replace(Path(directory) / "server", binary)

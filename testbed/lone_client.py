@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A participant in a process of its own, which can be killed as a crash or a dead battery would."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+from testbed.call import Participant
+
+
+class LoneClient:
+    """LiveKit's own client in another process, connected to one call."""
+
+    def __init__(self, url: str, jwt: str) -> None:
+        """Starts to connect.
+
+        Args:
+            url: of the LiveKit server, `ws://…`.
+            jwt: a LiveKit access token.
+        """
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "testbed.lone_client", url, jwt],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parent.parent,
+        )
+
+    def wait_connected(self) -> None:
+        """Waits until LiveKit has let it in."""
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"connected\n"
+
+    def kill(self) -> None:
+        """Ends it with SIGKILL: neither LiveKit nor Synapse hears from it again."""
+        self._process.kill()
+        self._process.wait()
+
+
+async def _stay(url: str, jwt: str) -> None:
+    participant = await Participant.join(url, jwt)
+    await participant.publish_tone()
+    print("connected", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_stay(*sys.argv[1:]))

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A homeserver and its LiveKit behind a reverse proxy with TLS, as most are set up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed.check import Checker
+from testbed.livekit import LiveKit
+from testbed.nginx import UPGRADE, Servers, proxy
+from testbed.service import PREFIX
+from testbed.sets import module_config, running
+from testbed.synapse import Synapse
+
+
+@dataclass(frozen=True)
+class Public:
+    """A homeserver with nothing wrong with it.
+
+    nginx has one server for the homeserver, which also serves `.well-known/matrix/client`, and one
+    for LiveKit.
+    """
+
+    synapse: Synapse
+    livekit: LiveKit
+    nginx: Servers
+    check: Checker
+
+    @property
+    def service_url(self) -> str:
+        return self.nginx.url("matrix") + PREFIX
+
+
+def stage(directory: Path, name: str, livekit: LiveKit, **module: Any) -> Public:
+    """A set of a homeserver and nginx in front of it and of a LiveKit; nothing is started.
+
+    Args:
+        directory: for files and logs.
+        name: of the homeserver.
+        livekit: the LiveKit; its webhooks are to go to the homeserver.
+        module: keys of the module's block.
+
+    Raises:
+        MissingTool
+    """
+    synapse = Synapse(name, directory)
+    servers = {
+        "matrix": proxy(synapse.client_url),
+        "livekit": proxy(livekit.api_url, "/", *UPGRADE),
+    }
+    nginx = Servers(synapse.directory, servers, synapse.directory)
+    synapse.module_config = module_config(
+        livekit,
+        livekit_url=nginx.url("livekit").replace("https:", "wss:"),
+        livekit_internal_url=livekit.api_url,
+        **module,
+    )
+    synapse.extra_config["public_baseurl"] = nginx.url("matrix")
+    livekit.webhook_urls.append(f"{synapse.client_url}{PREFIX}/sfu_webhook")
+    options = ["--connect-to", f"127.0.0.1:443:127.0.0.1:{nginx.port('matrix')}"]
+    # Nobody has signed the certificate but itself.
+    env = {"SSL_CERT_FILE": str(synapse.directory / "tls.crt")}
+    return Public(synapse, livekit, nginx, Checker(synapse, options, env))
+
+
+@contextlib.contextmanager
+def public_homeserver(directory: Path) -> Iterator[Public]:
+    """A homeserver that is up, with nothing wrong with it.
+
+    Raises:
+        MissingTool
+    """
+    public = stage(directory, "p", LiveKit(directory))
+    with running(public.livekit, public.synapse, public.nginx):
+        yield public

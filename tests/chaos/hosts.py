@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that clients live in (`chaos/client.py`), as seen from outside."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class Host:
+    """One process with clients in it, which ends when this one does."""
+
+    def __init__(self, log: Path, report: Report) -> None:
+        """
+        Args:
+            log: a file for what the clients complain of.
+            report: called, on another thread, with what the clients tell.
+        """
+        self._log = log
+        self._report = report
+        self._lock = threading.Lock()
+        self._process = self._start()
+
+    def order(self, who: str, do: str, **more: str) -> None:
+        """Has a client do something: `join`, `again` or `leave`."""
+        line = json.dumps({"who": who, "do": do, **more}) + "\n"
+        with self._lock:
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(line.encode("ascii"))
+                self._process.stdin.flush()
+            except OSError:
+                # It has been killed, which its clients know already.
+                return
+
+    def kill(self) -> None:
+        """Ends all the clients without a word, and makes ready for others."""
+        with self._lock:
+            self.end()
+            self._process = self._start()
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.chaos.client"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=Path(__file__).resolve().parents[2],
+            )
+        threading.Thread(target=self._read, args=[process], daemon=True).start()
+        return process
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if process is self._process:
+                self._report(json.loads(line))

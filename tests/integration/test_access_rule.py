@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every way into LiveKit, with the token of a user who must not start calls."""
+
+import asyncio
+import itertools
+import socket
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from livekit import api
+from livekit.protocol.rtc import JoinRequest, SignalResponse, WrappedJoinRequest
+
+from synapse_lk_jwt.check.sfu import WHIP_OFFER
+from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE, TokenSigner
+from testbed import service
+from testbed.call import CallRefused, Participant
+from testbed.http import Answer, http
+from testbed.livekit import LiveKit
+from testbed.matrix import User
+from testbed.member import POWER_LEVELS
+from testbed.process import MissingTool, until
+from testbed.redis import Redis
+from testbed.sets import module_config, running
+from testbed.skips import missing_tool
+from testbed.synapse import Synapse
+
+_number = itertools.count()
+
+WEBSOCKET = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "c3luYXBzZS1say1qd3QtIQ==",
+}
+
+
+def join_request(**fields: Any) -> str:
+    wrapped = WrappedJoinRequest(join_request=JoinRequest(**fields).SerializeToString())
+    return urlsafe_b64encode(wrapped.SerializeToString()).decode()
+
+
+WEBSOCKET_PATHS = [
+    "/rtc?protocol=15",
+    "/rtc?protocol=15&publish=duplicate",
+    "/rtc?protocol=15&reconnect=1&sid=PA_unknown",
+    f"/rtc?join_request={join_request(participant_sid='PA_unknown')}",
+    f"/rtc/v1?join_request={join_request(participant_sid='PA_unknown')}",
+    f"/rtc/v1?join_request={join_request(reconnect=True, participant_sid='PA_unknown')}",
+]
+
+# All methods that LiveKit's server API has. A token without their grant must not get anywhere.
+SERVER_API = [
+    *(
+        f"RoomService/{method}"
+        for method in (
+            "CreateRoom",
+            "ListRooms",
+            "DeleteRoom",
+            "ListParticipants",
+            "GetParticipant",
+            "RemoveParticipant",
+            "MutePublishedTrack",
+            "UpdateParticipant",
+            "UpdateSubscriptions",
+            "SendData",
+            "UpdateRoomMetadata",
+            "ForwardParticipant",
+            "MoveParticipant",
+            "PerformRpc",
+        )
+    ),
+    *(f"AgentDispatchService/{m}Dispatch" for m in ("Create", "Delete", "List")),
+    *(
+        f"Egress/{method}"
+        for method in (
+            "StartEgress",
+            "StartRoomCompositeEgress",
+            "StartWebEgress",
+            "StartParticipantEgress",
+            "StartTrackCompositeEgress",
+            "StartTrackEgress",
+            "UpdateLayout",
+            "UpdateStream",
+            "ListEgress",
+            "StopEgress",
+        )
+    ),
+    *(f"Ingress/{m}Ingress" for m in ("Create", "Update", "List", "Delete")),
+    *(
+        f"SIP/{method}"
+        for method in (
+            "CreateSIPInboundTrunk",
+            "CreateSIPOutboundTrunk",
+            "UpdateSIPInboundTrunk",
+            "UpdateSIPOutboundTrunk",
+            "GetSIPInboundTrunk",
+            "GetSIPOutboundTrunk",
+            "ListSIPTrunk",
+            "ListSIPInboundTrunk",
+            "ListSIPOutboundTrunk",
+            "DeleteSIPTrunk",
+            "CreateSIPDispatchRule",
+            "UpdateSIPDispatchRule",
+            "ListSIPDispatchRule",
+            "DeleteSIPDispatchRule",
+            "CreateSIPParticipant",
+            "TransferSIPParticipant",
+        )
+    ),
+]
+
+
+# A candidate for a session at /whip/v1.
+FRAGMENT = b"a=ice-ufrag:check\r\na=ice-pwd:synapse-lk-jwt-check-only\r\nm=audio 9 RTP/AVP 0\r\n"
+
+
+class Doors:
+    """What a client can send to a LiveKit with a token of its own."""
+
+    def __init__(self, livekit: LiveKit, may_create_room: bool = False) -> None:
+        self.livekit = livekit
+        self.room = f"room{next(_number)}"
+        self.identity = f"user{next(_number)}"
+        signer = TokenSigner(livekit.key, livekit.secret, lambda: int(time.time() * 1000))
+        self.jwt = signer.participant_token(
+            self.identity,
+            self.room,
+            may_create_room=may_create_room,
+            can_publish=True,
+            can_update_own_metadata=False,
+            attributes={},
+            lifetime_ms=60_000,
+        )
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        return http(
+            method,
+            self.livekit.api_url + path,
+            body,
+            {"Authorization": f"Bearer {self.jwt}", **headers},
+            timeout=15.0,
+        )
+
+    def websocket(self, path: str) -> Answer:
+        return self.ask("GET", path, **WEBSOCKET)
+
+    def whip(self) -> Answer:
+        return self.ask("POST", "/whip/v1", WHIP_OFFER, **{"Content-Type": "application/sdp"})
+
+    def create_room(self, livekit: LiveKit | None = None) -> None:
+        """Create the room as the module does for a user with full access, by default here."""
+        grants = api.VideoGrants(room_create=True)
+        (livekit or self.livekit).ask("CreateRoom", {"name": self.room}, grants)
+
+    @property
+    def has_room(self) -> bool:
+        return self.room in {room["name"] for room in self.livekit.rooms()}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["auto_create=false", "auto_create=true"])
+def livekit(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveKit]:
+    try:
+        livekit = LiveKit(tmp_path_factory.mktemp("livekit"), auto_create=request.param)
+    except MissingTool as e:
+        missing_tool(e)
+    with running(livekit):
+        yield livekit
+
+
+# No such room
+
+
+@pytest.mark.parametrize("path", WEBSOCKET_PATHS)
+def test_websocket_without_room_is_rejected_and_creates_none(path: str, livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    answer = doors.websocket(path)
+    assert answer.status == (500 if livekit.auto_create else 404), answer
+    assert not doors.has_room
+
+
+@pytest.mark.parametrize("path", [path.replace("?", "/validate?") for path in WEBSOCKET_PATHS])
+def test_validate_without_room_creates_none(path: str, livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    answer = doors.ask("GET", path)
+    assert answer.status == (200 if livekit.auto_create else 404), answer
+    assert not doors.has_room
+
+
+def test_whip_without_room_is_rejected_and_creates_none(livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    answer = doors.whip()
+    assert answer.status == 503, answer
+    assert b"unknown room configuration" in answer.body
+    assert not doors.has_room
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/whip/v1", 204),
+        ("OPTIONS", "/whip/v1", 200),
+        ("PUT", "/whip/v1", 404),
+        ("GET", "/whip/v1/PA_unknown", 204),
+        ("PATCH", "/whip/v1/PA_unknown", 500),
+        ("DELETE", "/whip/v1/PA_unknown", 404),
+        ("OPTIONS", "/whip/v1/PA_unknown", 404),
+    ],
+)
+def test_other_whip_methods_without_room_create_none(
+    method: str, path: str, status: int, livekit: LiveKit
+) -> None:
+    doors = Doors(livekit)
+    headers = {"Content-Type": "application/trickle-ice-sdpfrag", "If-Match": '"session"'}
+    answer = doors.ask(method, path, FRAGMENT, **headers)
+    assert answer.status == status, answer
+    assert not doors.has_room
+
+
+def test_agent_websocket_is_rejected(livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    assert doors.websocket("/agent").status == 401
+    assert not doors.has_room
+
+
+@pytest.mark.parametrize("method", SERVER_API)
+def test_server_api_is_rejected_and_creates_no_room(method: str, livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    room, identity = doors.room, doors.identity
+    bodies = [
+        {},
+        {"room": room, "identity": identity},
+        {"room_name": room, "participant_identity": identity},
+        {"name": room},
+    ]
+    for body in bodies:
+        answer = doors.ask("POST", f"/twirp/livekit.{method}", body)
+        # 400: a field of another method.
+        assert answer.status in (400, 401, 403), answer
+    assert 401 in {doors.ask("POST", f"/twirp/livekit.{method}", body).status for body in bodies}
+    assert not doors.has_room
+
+
+# Controls: the doors are open where they should be
+
+
+def test_token_with_full_access_creates_the_room(livekit: LiveKit) -> None:
+    doors = Doors(livekit, may_create_room=True)
+    assert doors.whip().status == 201
+    assert doors.has_room
+    doors = Doors(livekit, may_create_room=True)
+    assert doors.websocket("/rtc").status == (101 if livekit.auto_create else 404)
+    assert doors.has_room == livekit.auto_create
+
+
+@pytest.mark.parametrize("path", ["/rtc?protocol=15", WEBSOCKET_PATHS[4]])
+def test_websocket_to_running_room_connects(path: str, livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    doors.create_room()
+    assert doors.websocket(path).status == 101
+
+
+def test_whip_to_running_room_connects(livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    doors.create_room()
+    for _ in range(2):
+        # The second time the same identity connects again.
+        answer = doors.whip()
+        assert answer.status == 201, answer
+    assert doors.ask("DELETE", answer.headers["location"]).status == 200
+
+
+# Tokens that LiveKit issues itself
+
+
+def test_token_refreshed_by_livekit_keeps_the_claim(livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    doors.create_room()
+    refreshed = service.claims(refreshed_token(doors))
+    assert refreshed["roomPreset"] == MUST_NOT_CREATE
+    assert refreshed["exp"] - time.time() > 500
+
+
+def test_refreshed_token_for_deleted_room_is_rejected_and_creates_none(livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+    doors.create_room()
+    doors.jwt = refreshed_token(doors)
+    livekit.delete_room(doors.room)
+    for path in WEBSOCKET_PATHS[:3]:
+        assert doors.websocket(path).status == (500 if livekit.auto_create else 404)
+    assert doors.whip().status == 503
+    assert not doors.has_room
+
+
+def refreshed_token(doors: Doors) -> str:
+    """The token that LiveKit sends to a client soon after it has connected."""
+    with socket.create_connection(("127.0.0.1", doors.livekit.port), 10) as connection:
+        headers = {"Host": "localhost", "Authorization": f"Bearer {doors.jwt}", **WEBSOCKET}
+        lines = ["GET /rtc?protocol=15 HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        with connection.makefile("rb") as stream:
+            assert b" 101 " in stream.readline()
+            while stream.readline().strip():
+                pass
+            while True:
+                size = stream.read(2)[1]
+                if size == 126:
+                    size = int.from_bytes(stream.read(2), "big")
+                response = SignalResponse.FromString(stream.read(size))
+                if response.refresh_token:
+                    return response.refresh_token
+
+
+# A restricted user with LiveKit's own client
+
+
+def test_client_of_restricted_user_joins_running_room_only(livekit: LiveKit) -> None:
+    doors = Doors(livekit)
+
+    async def join() -> None:
+        with pytest.raises(CallRefused):
+            await Participant.join(livekit.url, doors.jwt)
+        assert not doors.has_room
+        doors.create_room()
+        there = await Participant.join(livekit.url, doors.jwt)
+        await there.leave()
+        # Within the departure timeout.
+        await (await Participant.join(livekit.url, doors.jwt)).leave()
+
+    asyncio.run(join())
+
+
+# Several nodes
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["auto_create=false", "auto_create=true"])
+def nodes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[LiveKit, LiveKit]]:
+    directory: Path = tmp_path_factory.mktemp("nodes")
+    try:
+        redis = Redis(directory)
+        with running(redis):
+            both = []
+            for name in ("one", "two"):
+                (directory / name).mkdir()
+                livekit = LiveKit(
+                    directory / name, auto_create=request.param, redis_port=redis.port
+                )
+                both.append(livekit)
+            with running(*both):
+                yield both[0], both[1]
+    except MissingTool as e:
+        missing_tool(e)
+
+
+def test_every_node_without_room_rejects_and_creates_none(
+    nodes: tuple[LiveKit, LiveKit],
+) -> None:
+    for livekit in nodes:
+        for path in WEBSOCKET_PATHS:
+            doors = Doors(livekit)
+            assert doors.websocket(path).status == (500 if livekit.auto_create else 404)
+            assert not doors.has_room
+        doors = Doors(livekit)
+        assert doors.whip().status == 503
+        assert not doors.has_room
+
+
+def test_every_node_connects_to_room_of_either_node(nodes: tuple[LiveKit, LiveKit]) -> None:
+    for creator, other in itertools.product(nodes, nodes):
+        doors = Doors(other)
+        doors.create_room(creator)
+        assert doors.websocket("/rtc?protocol=15").status == 101
+        assert doors.whip().status == 201
+
+
+# With Synapse: calls that only restricted users are in
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["auto_create=false", "auto_create=true"])
+def federation(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Synapse, Synapse, LiveKit]]:
+    """A homeserver with a LiveKit, and another one whose users are restricted there."""
+    directory = tmp_path_factory.mktemp("federation")
+    try:
+        livekit = LiveKit(directory, auto_create=request.param)
+    except MissingTool as e:
+        missing_tool(e)
+    ours = Synapse("a", directory, module_config(livekit, sanity_check_interval="2s"))
+    theirs = Synapse("b", directory, host="localhost")
+    livekit.webhook_urls.append(ours.client_url + service.PREFIX + "/sfu_webhook")
+    with running(livekit, ours, theirs):
+        yield ours, theirs, livekit
+
+
+def test_call_of_restricted_user_alone_survives_restart_of_livekit(
+    federation: tuple[Synapse, Synapse, LiveKit],
+) -> None:
+    ours, theirs, livekit = federation
+    alice, rita = ours.register("alice"), theirs.register("rita")
+    room_id = alice.create_room(preset="public_chat", power_levels=POWER_LEVELS)
+    rita.join(room_id, via=[ours.server_name])
+
+    async def token(user: User) -> str:
+        body = service.get_token_body(user, room_id)
+        answer = await asyncio.to_thread(service.post, ours.client_url, "/get_token", body)
+        jwt: str = answer.ok()["jwt"]
+        return jwt
+
+    async def call() -> None:
+        ritas = await token(rita)
+        with pytest.raises(CallRefused):
+            await Participant.join(livekit.url, ritas)
+        assert livekit.rooms() == []
+        alice_there = await Participant.join(livekit.url, await token(alice))
+        rita_there = await Participant.join(livekit.url, ritas)
+        await alice_there.leave()
+        (room,) = livekit.rooms()
+
+        def identities() -> list[str]:
+            return [p["identity"] for p in livekit.participants(room["name"])]
+
+        await until(lambda: identities() == [rita_there.identity], "end of alice's connection")
+        mark = ours.main.log_size()
+        await until(lambda: "/ListParticipants: 200" in ours.main.log_text(mark), "poll")
+        livekit.process.kill()
+        livekit.start()
+        await asyncio.to_thread(livekit.wait_ready)
+        await until(lambda: len(livekit.rooms()) == 1, "room")
+        await until(lambda: identities() == [rita_there.identity], "rita's return")
+        assert rita_there.is_connected
+        assert "LiveKit lost the room of a call" in ours.log_text()
+        await rita_there.leave()
+        livekit.delete_room(room["name"])
+
+    asyncio.run(call())

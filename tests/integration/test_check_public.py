@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what clients see from outside, with an nginx that has been set up in wrong ways."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.check import Finding
+from testbed.livekit import LiveKit
+from testbed.nginx import UPGRADE, Servers, proxy
+from testbed.public import Public, stage
+from testbed.service import PREFIX
+from testbed.sets import module_config, running
+from testbed.synapse import Synapse
+
+CORS = "Access-Control-Allow-Origin"
+JSON = "location / { default_type application/json;"
+WELL_KNOWN = "location = /.well-known/matrix/client"
+
+
+def content(base_url: str, service_url: str) -> str:
+    """What a `.well-known/matrix/client` made by hand has."""
+    return (
+        f'{{"m.homeserver":{{"base_url":"{base_url}"}},"org.matrix.msc4143.rtc_foci":'
+        f'[{{"type":"livekit","livekit_service_url":"{service_url}"}}]}}'
+    )
+
+
+def file(text: str, *more: str) -> str:
+    """A `.well-known/matrix/client` that nginx serves by itself."""
+    lines = [f"default_type application/json; return 200 '{text}';", *more]
+    return f"{WELL_KNOWN} {{ {' '.join(lines)} }}"
+
+
+@pytest.fixture(scope="module")
+def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    synapse, own = public.synapse.client_url, public.nginx.url("matrix")
+    star = f"add_header {CORS} * always;"
+    livekit = public.livekit.api_url
+    servers = {
+        "no rule": proxy(synapse, "/_matrix") + "location / { return 404; }",
+        "no matrix": proxy(synapse, "/_synapse") + "location / { return 404; }",
+        "path is cut": proxy(synapse, "/_matrix") + proxy(f"{synapse}/", PREFIX),
+        "down": proxy("http://127.0.0.1:1"),
+        "page": "location / { default_type text/html; return 200 '<html>Welcome</html>'; }",
+        "odd JSON": JSON + " return 200 '[{}, 1]'; }",
+        "an object": f"{star} {JSON} return 200 '{{\"instance\": 1}}'; }}",
+        "empty object": f"{star} {JSON} return 200 '{{}}'; }}",
+        "no CORS": proxy(synapse, "/", f"proxy_hide_header {CORS};"),
+        "two CORS": proxy(synapse, "/", star),
+        "own OPTIONS": proxy(synapse, "/", "if ($request_method = OPTIONS) { return 405; }"),
+        "bare OPTIONS": proxy(synapse, "/", "if ($request_method = OPTIONS) { return 204; }"),
+        "in trouble": f"location {PREFIX}/check {{ return 500; }} {JSON} return 200 '{{}}'; }}",
+        "to https": f"return 301 {own}$request_uri;",
+        "LiveKit": proxy(livekit),
+        "LiveKit page": "location / { default_type text/html; return 200 '<html>Hi</html>'; }",
+        "no file": f"{WELL_KNOWN} {{ return 404; }}",
+        "file without CORS": file(content(f"{own}/", own + PREFIX)),
+        "file of another": file(content("https://old.example.com/", own + PREFIX), star),
+        "old service": file(content(f"{own}/", "https://old.example.com/livekit/jwt"), star),
+        "no foci": file(f'{{"m.homeserver":{{"base_url":"{own}/"}}}}', star),
+        "odd foci": file('{"m.homeserver":[],"org.matrix.msc4143.rtc_foci":{"a":1}}', star),
+        "odd focus": file('{"org.matrix.msc4143.rtc_foci":[1,{"type":"livekit"}]}', star),
+        "moved": f"{WELL_KNOWN} {{ return 302 {own}/.well-known/matrix/client; }}",
+        "in circles": f"{WELL_KNOWN} {{ return 302 /.well-known/matrix/client; }}",
+        "nowhere": f"{WELL_KNOWN} {{ return 302 ftp://example.com/; }}",
+    }
+    nginx = Servers(tmp_path_factory.mktemp("faulty"), servers, public.synapse.directory)
+    with running(nginx):
+        yield nginx
+
+
+# The service at its public URL
+
+
+@pytest.mark.parametrize(
+    ("server", "text"),
+    [
+        ("no rule", "/healthz is answered with a web page (404), not by the module"),
+        ("path is cut", "/healthz is answered with a web page (404), not by the module"),
+        ("down", "/healthz is answered with a web page (502), not by the module"),
+        ("page", "/healthz is answered with a web page (200), not by the module"),
+        ("odd JSON", "/healthz is answered with 200, not by the module"),
+        ("an object", "/healthz is answered with 200, not by the module"),
+        ("empty object", "is answered by a service that is not this homeserver's"),
+        ("to https", "/healthz is answered with a web page (301), not by the module"),
+        ("no CORS", f"comes without {CORS}"),
+        ("two CORS", f"comes with {CORS}: *, * instead of one *"),
+    ],
+)
+def test_the_service_is_not_reached(
+    server: str, text: str, public: Public, faulty: Servers
+) -> None:
+    url = faulty.url(server)
+    report = public.check.run(config={"public_baseurl": f"{url}/"})
+    finding = report.the("wrong", "service")
+    assert finding.text.startswith(url + PREFIX)
+    assert text in finding.text
+    assert "reverse proxy" in str(finding.file)
+    assert report.status == 1
+
+
+@pytest.mark.parametrize("server", ["no CORS", "two CORS", "own OPTIONS", "bare OPTIONS"])
+def test_a_preflight_that_is_spoilt(server: str, public: Public, faulty: Servers) -> None:
+    report = public.check.run(config={"public_baseurl": f"{faulty.url(server)}/"})
+    assert "a browser's OPTIONS" in report.the("wrong", "preflight").text
+    assert (report.bad.get("service") == "wrong") == (server in ("no CORS", "two CORS"))
+
+
+def test_the_lines_for_nginx_mend_it(public: Public, faulty: Servers, tmp_path: Path) -> None:
+    finding = public.check.run(module={"service_url": faulty.url("no rule") + PREFIX}).the(
+        "wrong", "service"
+    )
+    block = "\n".join(finding.lines)
+    nginx = Servers(tmp_path, {"mended": block}, public.synapse.directory)
+    with running(nginx):
+        report = public.check.run(module={"service_url": nginx.url("mended") + PREFIX})
+    assert report.the("ok", "service")
+    assert report.the("ok", "preflight")
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://127.0.0.1:1/", "the connection is refused"),
+        ("https://matrix.invalid/", "its name cannot be resolved"),
+        ("https://localhost:{port}/", "its certificate is not valid (Hostname mismatch"),
+        ("http://127.0.0.1:{port}/", "is answered with a web page (400)"),
+    ],
+)
+def test_a_public_baseurl_that_leads_nowhere(url: str, text: str, public: Public) -> None:
+    url = url.format(port=public.nginx.port("matrix"))
+    report = public.check.run(config={"public_baseurl": url})
+    assert text in report.the("wrong", "service").text
+    assert report.bad["service"] == "wrong"
+    assert report.status == 1
+
+
+def test_another_homeserver_behind_it(public: Public, tmp_path: Path) -> None:
+    # It has the same LiveKit, and the same key.
+    second = Synapse("q", tmp_path, module_config(public.livekit))
+    nginx = Servers(tmp_path, {"second": proxy(second.client_url)}, public.synapse.directory)
+    config = {"public_baseurl": nginx.url("second")}
+    with running(second, nginx):
+        report = public.check.run(config=config)
+        assert f"is of another homeserver, {second.server_name}" in (
+            report.the("wrong", "service").text
+        )
+        second.module_config = None
+        second.restart()
+        report = public.check.run(config=config)
+        assert "/healthz is answered with 404 M_UNRECOGNIZED" in report.the("wrong", "service").text
+        for check in ("rtc/transports", "MSC4195"):
+            assert "has not loaded the module" in report.the("wrong", check).text
+
+
+def test_a_process_that_is_in_trouble(public: Public, faulty: Servers) -> None:
+    resources = [{"names": ["client", "federation"]}]
+    port = faulty.port("in trouble")
+    listener = {"port": port, "type": "http", "tls": True, "resources": resources}
+    report = public.check.run(config={"listeners": [listener]})
+    text = report.the("wrong", "processes").text
+    assert text.endswith("cannot say how it is (it answers 500): see its log")
+
+
+@pytest.mark.parametrize("server", ["no matrix", "down", "page"])
+def test_the_paths_below_matrix(server: str, public: Public, faulty: Servers) -> None:
+    report = public.check.run(config={"public_baseurl": faulty.url(server)})
+    for check in ("/versions", "rtc/transports", "MSC4195"):
+        finding = report.the("wrong", check)
+        assert "not by Synapse" in finding.text
+        assert "reverse proxy" in str(finding.file)
+        assert finding.lines[0] == "location /_matrix {"
+
+
+@pytest.mark.parametrize("advertise", ["both", "msc4195", "off"])
+def test_check_of_a_homeserver_with_each_advertise_is_clean(
+    advertise: str, public: Public, tmp_path: Path
+) -> None:
+    second = stage(tmp_path, "s", public.livekit, advertise=advertise)
+    entry = {"type": "livekit", "livekit_service_url": second.service_url}
+    if advertise == "off":
+        # As the admin does who announces the module without it.
+        second.synapse.extra_config |= {
+            "matrix_rtc": {"transports": [entry]},
+            "experimental_features": {"msc4143_enabled": True},
+        }
+    with running(second.synapse, second.nginx):
+        report = second.check.run()
+    names = {finding.check: finding.verdict for finding in report.findings}
+    for check in ("/versions", "rtc/transports", "MSC4195", "service"):
+        assert names[check] == "ok", str(report)
+
+
+# .well-known/matrix/client
+
+
+@pytest.mark.parametrize(
+    ("server", "text"),
+    [
+        ("no file", "is answered with a web page (404)"),
+        ("down", "is answered with a web page (502)"),
+        ("page", "is answered with a web page (200)"),
+        ("odd JSON", "is answered with 200"),
+        ("file without CORS", f"comes without {CORS}"),
+        ("old service", "names https://old.example.com/livekit/jwt, and not https://127.0.0.1"),
+        ("no foci", "does not have org.matrix.msc4143.rtc_foci"),
+        ("odd foci", "does not have org.matrix.msc4143.rtc_foci"),
+        ("odd focus", "does not have org.matrix.msc4143.rtc_foci"),
+        ("in circles", "is answered with a web page (302)"),
+        ("nowhere", "cannot be read"),
+    ],
+)
+def test_well_known(server: str, text: str, public: Public, faulty: Servers) -> None:
+    report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{faulty.port(server)}")
+    assert report.bad == {".well-known": "wrong"}, str(report)
+    finding = report.the("wrong", ".well-known")
+    assert text in finding.text
+    assert "127.0.0.1" in str(finding.file)
+    assert report.status == 1
+
+
+def test_well_known_that_nothing_serves(public: Public) -> None:
+    report = public.check.run("--connect-to", "127.0.0.1:443:127.0.0.1:1")
+    assert "the connection is refused" in report.the("wrong", ".well-known").text
+    assert report.bad == {".well-known": "wrong"}
+
+
+def test_well_known_of_another_homeserver(public: Public, faulty: Servers) -> None:
+    port = faulty.port("file of another")
+    report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{port}")
+    finding = report.the("warning", ".well-known")
+    assert "sends clients to https://old.example.com/, while public_baseurl is" in finding.text
+    assert report.bad == {".well-known": "warning"}
+    assert report.status == 0
+
+
+def test_well_known_that_was_moved(public: Public, faulty: Servers) -> None:
+    port = faulty.port("moved")
+    report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{port}")
+    assert report.bad == {}, str(report)
+
+
+def test_the_lines_for_well_known_mend_it(public: Public, tmp_path: Path) -> None:
+    report = public.check.run("--connect-to", "127.0.0.1:443:127.0.0.1:1")
+    block = "\n".join(report.the("wrong", ".well-known").lines)
+    nginx = Servers(tmp_path, {"mended": block}, public.synapse.directory)
+    with running(nginx):
+        port = nginx.port("mended")
+        report = public.check.run("--connect-to", f"127.0.0.1:443:127.0.0.1:{port}")
+    assert report.bad == {}, str(report)
+
+
+# LiveKit
+
+
+def livekit_at(url: str, public: Public) -> Finding:
+    """What is said of a `livekit_url`, and nothing else is wrong."""
+    url = url.replace("https:", "wss:")
+    report = public.check.run(module={"livekit_url": url})
+    assert set(report.bad) == {"livekit_url"}, str(report)
+    finding = report.the("wrong", "livekit_url")
+    assert url in finding.text
+    return finding
+
+
+def test_a_proxy_that_takes_no_websockets(public: Public, faulty: Servers, tmp_path: Path) -> None:
+    finding = livekit_at(faulty.url("LiveKit"), public)
+    assert "and not as a WebSocket" in finding.text
+    nginx = Servers(tmp_path, {"mended": "\n".join(finding.lines)}, public.synapse.directory)
+    with running(nginx):
+        url = nginx.url("mended").replace("https:", "wss:")
+        report = public.check.run(module={"livekit_url": url})
+    assert report.bad == {}, str(report)
+
+
+@pytest.mark.parametrize(
+    ("server", "text"),
+    [
+        ("LiveKit page", "is answered with a web page (200) and not as a WebSocket"),
+        ("down", "is answered with a web page (502) and not as a WebSocket"),
+        ("no rule", "is answered with a web page (404) and not as a WebSocket"),
+    ],
+)
+def test_something_else_at_livekit_url(
+    server: str, text: str, public: Public, faulty: Servers
+) -> None:
+    assert text in livekit_at(faulty.url(server), public).text
+
+
+def test_nothing_at_livekit_url(public: Public) -> None:
+    assert "the connection is refused" in livekit_at("wss://127.0.0.1:1", public).text
+
+
+def test_no_encryption_for_livekit(public: Public) -> None:
+    report = public.check.run(module={"livekit_url": public.livekit.url})
+    finding = report.the("wrong", "livekit_url")
+    assert "a page that came over https may not connect to it" in finding.text
+    assert report.the("ok", "livekit_url")
+
+
+@pytest.mark.parametrize("key", ["APIrealparts", "APIother"])
+def test_another_livekit_than_the_internal_one(key: str, public: Public, tmp_path: Path) -> None:
+    other = LiveKit(tmp_path, key=key)
+    servers = {"other": proxy(other.api_url, "/", *UPGRADE)}
+    nginx = Servers(tmp_path, servers, public.synapse.directory)
+    with running(other, nginx):
+        finding = livekit_at(nginx.url("other"), public)
+    assert "is another LiveKit than at" in finding.text
+    assert finding.lines[0].startswith("livekit_url: ")
+
+
+def test_odd_answers_are_no_crash(public: Public, faulty: Servers) -> None:
+    """Whatever answers at all public names at once."""
+    for server in ("page", "odd JSON", "an object", "empty object", "nowhere", "in circles"):
+        url = faulty.url(server)
+        more: dict[str, Any] = {"livekit_url": url.replace("https", "wss")}
+        more["livekit_internal_url"] = url
+        option = f"127.0.0.1:443:127.0.0.1:{faulty.port(server)}"
+        report = public.check.run(
+            "--connect-to", option, config={"public_baseurl": url}, module=more
+        )
+        assert report.status == 1

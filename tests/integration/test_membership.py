@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Only those who are in the Matrix room get a token, right after a change too."""
+
+from collections.abc import Callable
+
+import pytest
+
+from testbed import service
+from testbed.http import Answer
+from testbed.matrix import User
+from testbed.process import wait_until
+from testbed.sets import Homeservers
+
+
+def ask(homeservers: Homeservers, user: User, room_id: str) -> Answer:
+    body = service.get_token_body(user, room_id)
+    return service.post(homeservers.a.client_url, "/get_token", body)
+
+
+GOING: dict[str, Callable[[User, User, str], None]] = {
+    "leaves": lambda alice, user, room_id: user.leave(room_id),
+    "is kicked": lambda alice, user, room_id: alice.kick(room_id, user.user_id),
+    "is banned": lambda alice, user, room_id: alice.ban(room_id, user.user_id),
+}
+
+
+@pytest.mark.parametrize("how", GOING)
+@pytest.mark.parametrize("local", [True, False])
+def test_who_goes_gets_no_token(how: str, local: bool, homeservers: Homeservers) -> None:
+    alice = homeservers.user_of_a()
+    user = homeservers.user_of_a("bob") if local else homeservers.user_of_b()
+    room_id = alice.create_room(invite=[user.user_id])
+    user.join(room_id, via=[homeservers.a.server_name])
+    ask(homeservers, user, room_id).ok()
+
+    GOING[how](alice, user, room_id)
+
+    # A leave of B's user is known on A once B has said so.
+    wait_until(lambda: alice.membership(room_id, user.user_id) != "join", "gone")
+    answer = ask(homeservers, user, room_id)
+    assert (answer.status, answer.json["errcode"]) == (403, "M_FORBIDDEN"), answer
+
+
+def test_users_of_a_server_that_is_shut_out_get_no_token(homeservers: Homeservers) -> None:
+    alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
+    room_id = homeservers.room_of_both(alice, rita)
+    ask(homeservers, rita, room_id).ok()
+    alice.send_state(room_id, "m.room.server_acl", {"allow": ["*"], "deny": ["localhost"]})
+    answer = ask(homeservers, rita, room_id)
+    assert (answer.status, answer.json["errcode"]) == (403, "M_FORBIDDEN"), answer
+    ask(homeservers, alice, room_id).ok()
+
+
+def test_strangers_get_no_token(homeservers: Homeservers) -> None:
+    alice, bob, rita = (
+        homeservers.user_of_a(),
+        homeservers.user_of_a("bob"),
+        homeservers.user_of_b(),
+    )
+    room_id = alice.create_room()
+    for user in (bob, rita):
+        answer = ask(homeservers, user, room_id)
+        assert (answer.status, answer.json["errcode"]) == (403, "M_FORBIDDEN"), answer
