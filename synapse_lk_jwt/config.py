@@ -19,10 +19,11 @@ from urllib.parse import SplitResult, urlsplit
 import attr
 import idna
 import yaml
-from synapse.config._base import Config, ConfigError
-from synapse.config.ratelimiting import RatelimitSettings
+from synapse.module_api.errors import ConfigError
 
 from synapse_lk_jwt.auth.access import ServerList
+from synapse_lk_jwt.compat.config import parse_duration
+from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.discovery import Advertise
 
 T = TypeVar("T")
@@ -672,7 +673,7 @@ def _duration(value: Any, example: str) -> int:
     if isinstance(value, str) and not value.strip():
         raise wrong
     try:
-        return Config.parse_duration(value)
+        return parse_duration(value)
     except (ValueError, TypeError):
         raise wrong from None
 

@@ -6,7 +6,21 @@ takes. Clients copy an entry into their call membership, where others read the i
 no entry names both kinds of endpoint.
 """
 
+import logging
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# The feature in `/versions` that announces `rtc/transports`.
+MSC4143 = "org.matrix.msc4143"
+
+# The key of the list of services in `.well-known/matrix/client`.
+FOCI = "org.matrix.msc4143.rtc_foci"
+
+# The types of an entry that names a LiveKit server. MSC4195 changed it when it was accepted.
+LIVEKIT_TYPES = ("livekit", "m.livekit")
 
 
 class Advertise(Enum):
@@ -52,3 +66,37 @@ def _service(service_url: str) -> dict[str, str]:
 
 def _msc4195(livekit_url: str) -> dict[str, str]:
     return {"type": "m.livekit", "url": livekit_url}
+
+
+def livekit_transports(entries: Any) -> list[Mapping[str, Any]]:
+    """The entries of a list of transports or foci that name a LiveKit server.
+
+    Clients and admins write such lists, so `entries` may be anything.
+    """
+    if not isinstance(entries, list):
+        return []
+    return [e for e in entries if isinstance(e, Mapping) and e.get("type") in LIVEKIT_TYPES]
+
+
+def destination(entry: Mapping[str, Any]) -> str:
+    """The URL that an entry of a list of transports or foci sends clients to, for messages."""
+    return str(entry.get("livekit_service_url") or entry.get("url") or "no service")
+
+
+def add_transports(where: str, entries: list[Any], ours: Sequence[Mapping[str, str]]) -> list[Any]:
+    """The entries with ours behind them, or unchanged if one of them names a LiveKit server.
+
+    Args:
+        where: names the list in the log.
+        entries: the admin's entries.
+        ours: the module's entries.
+    """
+    existing = livekit_transports(entries)
+    if not existing:
+        return [*entries, *ours]
+    if any(entry not in existing for entry in ours):
+        logger.info(
+            "%s already names a LiveKit server in homeserver.yaml. The module adds no entry to it",
+            where,
+        )
+    return entries

@@ -83,3 +83,8 @@ def is_user_id(user_id: Any, of_server: str | None = None) -> TypeGuard[str]:
         and is_server_name(get_domain_from_id(user_id))
         and of_server in (None, get_domain_from_id(user_id))
     )
+
+
+def path_prefixes_overlap(prefix: str, other: str) -> bool:
+    """Whether one of two path prefixes lies below the other."""
+    return f"{prefix}/".startswith(f"{other}/"[: len(prefix) + 1])

@@ -86,13 +86,13 @@ class Issuer:
         homeserver = self.homeserver
         # First, because this homeserver is not in a room that its admin has shut down, and who is
         # in such a room is not known here.
-        if await homeserver.is_room_blocked(room_id):
+        if await homeserver.rooms.is_blocked(room_id):
             raise NotInRoom()
         must_be_joined = strict or self.require_room_membership
         if must_be_joined and homeserver.is_mine(user_id):
-            if not await homeserver.is_joined(user_id, room_id):
+            if not await homeserver.rooms.is_joined(user_id, room_id):
                 raise NotInRoom()
-        elif not await homeserver.is_host_joined(homeserver.server_name, room_id):
+        elif not await homeserver.rooms.is_host_joined(homeserver.server_name, room_id):
             if strict or not self.believe_rooms_elsewhere:
                 raise NotInRoom()
         elif must_be_joined and not await self._may_be_joined(user_id, room_id):
@@ -107,22 +107,23 @@ class Issuer:
         homeserver = self.homeserver
         return (
             self.require_room_membership
-            and await homeserver.is_host_joined(homeserver.server_name, room_id)
+            and await homeserver.rooms.is_host_joined(homeserver.server_name, room_id)
             and not await self._may_be_joined(user_id, room_id)
         )
 
     async def _may_be_joined(self, user_id: str, room_id: str) -> bool:
         """Whether a user of another server is joined to a room, as far as that is known here."""
         homeserver = self.homeserver
-        if not await homeserver.acl_allows(get_domain_from_id(user_id), room_id):
+        if not await homeserver.rooms.acl_allows(get_domain_from_id(user_id), room_id):
             # Users of a server that was shut out stay joined in the room's state.
             return False
-        if await homeserver.is_joined(user_id, room_id):
+        if await homeserver.rooms.is_joined(user_id, room_id):
             return True
         # While a join of this homeserver is being completed not all members are known yet. Who has
         # left or is banned may be.
-        return await homeserver.has_partial_state(room_id) and (
-            await homeserver.membership(user_id, room_id) not in (Membership.LEAVE, Membership.BAN)
+        return await homeserver.rooms.has_partial_state(room_id) and (
+            await homeserver.rooms.membership(user_id, room_id)
+            not in (Membership.LEAVE, Membership.BAN)
         )
 
     async def issue(
@@ -151,7 +152,7 @@ class Issuer:
             TooManySlots: if the Matrix room has too many live slots for another one.
         """
         permissions = self.access.permissions(
-            get_domain_from_id(user_id), await self.homeserver.standing(user_id)
+            get_domain_from_id(user_id), await self.homeserver.users.standing(user_id)
         )
         livekit_room = livekit_room_name(room_id, slot_id)
         if self.can_update_own_metadata and not await self.store.note_owner(

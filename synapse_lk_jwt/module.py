@@ -39,7 +39,7 @@ class LiveKitJwtModule:
     """Hands out LiveKit access tokens to Matrix users."""
 
     def __init__(self, config: LiveKitJwtConfig, api: ModuleApi) -> None:
-        missing = missing_hooks(api._hs)
+        missing = missing_hooks(api)
         if Feature.TOKENS in missing:
             missing = {Feature.TOKENS: missing[Feature.TOKENS]}
         for feature, hooks in missing.items():
@@ -113,7 +113,7 @@ class LiveKitJwtModule:
             )
         check = CheckResource(services, processes, store, not_served)
         service = ServiceResource(services, monitor, processes, check, sealer)
-        if not homeserver.register_web_resource(config.path_prefix, service):
+        if not homeserver.servlets.register_web_resource(config.path_prefix, service):
             logger.error(
                 "Another module serves %s, or this one is listed twice: it is of no use here. %s",
                 config.path_prefix,
@@ -150,7 +150,7 @@ def _advertise(
         )
     if advertise is Advertise.OFF:
         return
-    not_served = homeserver.advertise(
+    not_served = homeserver.discovery.advertise(
         discovery.transports(advertise, config.livekit_url, service_url),
         discovery.foci(advertise, service_url),
         TransportsRestServlet(homeserver),
@@ -174,10 +174,10 @@ def _serve_homeserver_endpoints(services: Services) -> str | None:
 
     homeserver = services.homeserver
     client: list[RestServlet] = [GetTokenRestServlet(services, RemoteSfus(homeserver))]
-    if homeserver.has_delayed_events:
+    if homeserver.delayed_events.are_enabled:
         # Clients take any answer but 404 as a promise.
         client.append(DelegateDelayedLeaveRestServlet(services))
-    return homeserver.serve_below_matrix(
+    return homeserver.servlets.serve_below_matrix(
         client,
         partial(GetTokenFederationServlet, services=services),
         prefix=HOMESERVER_PREFIX,

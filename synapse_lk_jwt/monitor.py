@@ -191,7 +191,7 @@ class Monitor:
         self._finished: WorkByKey[str] = WorkByKey(
             homeserver, "synapse_lk_jwt_finished", self._check_after_finished
         )
-        homeserver.repeat(
+        homeserver.background.repeat(
             self._interval_ms, "synapse_lk_jwt_poll", self.poll, at_once=interval_ms > 0
         )
 
@@ -310,8 +310,8 @@ class Monitor:
         """Checks the rooms in which something may have changed, and some of the others."""
         self._seen = {name: seen for name, seen in self._seen.items() if poll.there.get(name)}
         users = {user_id for seen in self._seen.values() for user_id in seen.users}
-        inactive = await self._homeserver.inactive_users(users)
-        blocked = await self._homeserver.blocked_rooms(set(poll.calls.values()))
+        inactive = await self._homeserver.users.select_inactive(users)
+        blocked = await self._homeserver.rooms.select_blocked(set(poll.calls.values()))
         to_list = self._rooms_to_list(poll, inactive)
         to_list |= {name for name in self._seen if poll.calls.get(name) in blocked}
 

@@ -43,7 +43,9 @@ class ProcessRegistry:
         )
         self._is_told = True
         self._is_looked_after = True
-        homeserver.repeat(BEAT_MS, "synapse_lk_jwt_beat", self._beat, at_once=True, everywhere=True)
+        homeserver.background.repeat(
+            BEAT_MS, "synapse_lk_jwt_beat", self._beat, at_once=True, run_on_all_instances=True
+        )
 
     async def present(self) -> list[Process]:
         """The processes that are there, as far as they have said so."""
@@ -55,14 +57,14 @@ class ProcessRegistry:
         now_ms = self._homeserver.clock.time_msec()
         if now_ms >= self._this.webhook_ms + WEBHOOK_MS or livekit_room.startswith(CHECK_ROOM):
             self._this = attr.evolve(self._this, webhook_ms=now_ms)
-            self._homeserver.run_in_background("synapse_lk_jwt_beat", self._beat)
+            self._homeserver.background.run("synapse_lk_jwt_beat", self._beat)
 
     def refused(self) -> None:
         """Notes that this process rejected a request that may be a webhook of LiveKit's."""
         now_ms = self._homeserver.clock.time_msec()
         if now_ms >= self._this.refused_ms + REFUSED_MS:
             self._this = attr.evolve(self._this, refused_ms=now_ms)
-            self._homeserver.run_in_background("synapse_lk_jwt_beat", self._beat)
+            self._homeserver.background.run("synapse_lk_jwt_beat", self._beat)
 
     async def look(self, joined_sec: Iterable[int]) -> None:
         """Finds out whether webhooks have told of those who are in calls, and says so once.

@@ -5,14 +5,14 @@ import logging
 import re
 
 import attr
-from synapse.api.errors import HttpResponseException
-from synapse.http.client import is_unknown_endpoint
 from synapse.types import JsonDict
 from synapse.util.caches.ttlcache import TTLCache
 
 from synapse_lk_jwt import metrics
+from synapse_lk_jwt.compat.federation_http import is_unknown_endpoint
 from synapse_lk_jwt.compat.homeserver import Homeserver
-from synapse_lk_jwt.compat.http import NETWORK_ERRORS, bounded_repr, parse_json, read_body, within
+from synapse_lk_jwt.compat.http import NETWORK_ERRORS, read_body, within
+from synapse_lk_jwt.untrusted import bounded_repr, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class RemoteSfus:
         """
         way = self._ways.get(server_name, _Way())
         status, body = await self._ask_in(way, server_name, content)
-        if is_unknown_endpoint(HttpResponseException(status, "", body)):
+        if is_unknown_endpoint(status, body):
             way = attr.evolve(way, is_unstable=not way.is_unstable)
             status, body = await self._ask_in(way, server_name, content)
         if status == 400 and _errcode(body) in ("M_BAD_JSON", "M_NOT_JSON"):
@@ -132,7 +132,7 @@ class RemoteSfus:
         if way.is_nested:
             content = {**content, "member": {"id": content["member_id"]}}
             del content["member_id"]
-        response = await self._homeserver.federation_request(
+        response = await self._homeserver.federation.request(
             "POST",
             server_name,
             UNSTABLE_PATH if way.is_unstable else STABLE_PATH,

@@ -13,13 +13,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attr
-from synapse.storage.database import LoggingTransaction, make_in_list_sql_clause
-from synapse.storage.engines import PostgresEngine, Sqlite3Engine
-from synapse.storage.engines._base import IsolationLevel
+from synapse.module_api import LoggingTransaction
 from synapse.types import JsonDict
 from synapse.util.iterutils import batch_iter
 
-from synapse_lk_jwt.compat.homeserver import DelayedEvent, Homeserver
+from synapse_lk_jwt.compat.database import (
+    IsolationLevel,
+    PostgresEngine,
+    Sqlite3Engine,
+    make_in_list_sql_clause,
+)
+from synapse_lk_jwt.compat.delayed_events import DelayedEvent
+from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.delegation.state_machine import (
     ENCRYPTED_TYPE,
     MAX_DELEGATIONS,
@@ -231,7 +236,7 @@ class Store:
         self._unreadable: set[str] = set()
 
     async def _run(self, desc: str, func: Callable[..., T], *args: object, **more: Any) -> T:
-        run = self._homeserver.run_db_interaction
+        run = self._homeserver.database.run_interaction
         if not self._has_tables:
             await run("synapse_lk_jwt_migrate", _migrate)
             self._has_tables = True
@@ -262,7 +267,7 @@ class Store:
 
         try:
             await self._write("note_call", note_call)
-        except self._homeserver.database_error:
+        except self._homeserver.database.error:
             # All who share the CreateRoom would fail. The connection may have been an old one.
             await self._write("note_call", note_call)
 
@@ -537,7 +542,7 @@ class Store:
     ) -> tuple[bool, list[Task]]:
         # Clients ask twice in a row, and two processes may be asked.
         self._lock(txn, user_id)
-        event = self._homeserver.delayed_event(txn, delay_id, user_id)
+        event = self._homeserver.delayed_events.get(txn, delay_id, user_id)
         if event is None or event.room_id != room_id:
             return False, []
         content = event.event["content"]
@@ -640,7 +645,7 @@ class Store:
                 (event_type, state_key, older_key) == (event.type, event.state_key, key)
             )
             if is_same:
-                self._homeserver.cancel_delayed_event(txn, delay_id, user_id)
+                self._homeserver.delayed_events.cancel(txn, delay_id, user_id)
             if is_same or older_member == member:
                 self._delete(txn, delay_id)
 
@@ -827,14 +832,14 @@ class Store:
         before, leave = state
         if before.phase is Phase.LEAVING and signal is Signal.DUE:
             assert leave is not None
-            if self._homeserver.has_sent(txn, leave["event"], leave["since"]):
+            if self._homeserver.events.has_sent(txn, leave["event"], leave["since"]):
                 # It was sent, and this process or another one died ahead of noting that; or there
                 # is a newer membership, which it is not for.
                 signal = Signal.OVER
         elif (
             before.phase is Phase.WAITING
             and signal is Signal.DUE
-            and self._homeserver.delayed_event(txn, delay_id, user_id) is None
+            and self._homeserver.delayed_events.get(txn, delay_id, user_id) is None
         ):
             # It was sent, or cancelled, and there is nothing to wait for any more.
             signal = Signal.OVER
@@ -842,18 +847,18 @@ class Store:
         why = None
         after, action = transition(before, signal, now_ms, asked_ms)
         if action is Action.RESTART:
-            if not self._homeserver.restart_delayed_event(txn, delay_id, user_id):
+            if not self._homeserver.delayed_events.restart(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING
         elif action is Action.SEND and leave is None:
             # Once Synapse does not have it any more, nobody else can send it, or lose it.
-            event = self._homeserver.delayed_event(txn, delay_id, user_id)
-            if event is None or not self._homeserver.remove_delayed_event(txn, delay_id, user_id):
+            event = self._homeserver.delayed_events.get(txn, delay_id, user_id)
+            if event is None or not self._homeserver.delayed_events.remove(txn, delay_id, user_id):
                 after, action = None, Action.NOTHING
             else:
                 why = trigger(before)
                 leave = {
                     "event": event.event,
-                    "since": self._homeserver.newest_event(txn),
+                    "since": self._homeserver.events.newest_position(txn),
                     "gone_ms": before.doubted_ms or now_ms,
                 }
         if after is None:

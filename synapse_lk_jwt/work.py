@@ -102,7 +102,7 @@ class WorkByKey(Generic[T]):
                     return
                 self._running[key] = self._waiting.pop(key)
                 self._quick.add(key)
-                self._homeserver.run_in_background(self._desc, self._run, key)
+                self._homeserver.background.run(self._desc, self._run, key)
         finally:
             self._is_starting = False
 

@@ -14,9 +14,9 @@ from synapse.api.errors import Codes, SynapseError
 from synapse.http.site import SynapseRequest
 
 from synapse_lk_jwt.auth.openid import OpenIdToken
-from synapse_lk_jwt.compat.http import parse_json
 from synapse_lk_jwt.identifiers import is_clean, is_room_id, is_server_name, is_user_id
 from synapse_lk_jwt.livekit.naming import DEFAULT_SLOT
+from synapse_lk_jwt.untrusted import parse_json
 
 T = TypeVar("T")
 

@@ -63,7 +63,7 @@ class CheckResource(Endpoint):
             "versions": {name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse")},
             "now_ms": homeserver.clock.time_msec(),
             "processes": [attr.asdict(p) for p in await self._processes.present()],
-            "transports": homeserver.transports,
+            "transports": homeserver.discovery.transports,
             "not_served": self._not_served,
             "livekit_proxy": rooms.proxy.url if rooms.proxy else None,
         }
@@ -75,11 +75,11 @@ class CheckResource(Endpoint):
         """What decides whether a user gets a token."""
         homeserver, server = self._homeserver, get_domain_from_id(user_id)
         is_mine = homeserver.is_mine(user_id)
-        is_here = await homeserver.is_host_joined(homeserver.server_name, room_id)
+        is_here = await homeserver.rooms.is_host_joined(homeserver.server_name, room_id)
         auth_blocked: str | None = None
         if is_mine:
             try:
-                await homeserver.check_auth_blocking(user_id)
+                await homeserver.users.check_auth_blocking(user_id)
             except ResourceLimitError as e:
                 auth_blocked = e.msg
         try:
@@ -96,14 +96,14 @@ class CheckResource(Endpoint):
                 cannot_ask = None if e.cause == "refused" else str(e)
         return {
             "is_mine": is_mine,
-            "is_active": await homeserver.is_active(user_id) if is_mine else None,
+            "is_active": await homeserver.users.is_active(user_id) if is_mine else None,
             "auth_blocked": auth_blocked,
-            "standing": (await homeserver.standing(user_id)).value,
+            "standing": (await homeserver.users.standing(user_id)).value,
             "cannot_ask": cannot_ask,
-            "is_blocked": await homeserver.is_room_blocked(room_id),
+            "is_blocked": await homeserver.rooms.is_blocked(room_id),
             "is_here": is_here,
-            "membership": await homeserver.membership(user_id, room_id) if is_here else None,
-            "acl_allows": await homeserver.acl_allows(server, room_id) if is_here else None,
+            "membership": await homeserver.rooms.membership(user_id, room_id) if is_here else None,
+            "acl_allows": await homeserver.rooms.acl_allows(server, room_id) if is_here else None,
             "is_allowed": is_allowed,
             "livekit_rooms": (await self._store.calls_in([room_id])).get(room_id, []),
         }

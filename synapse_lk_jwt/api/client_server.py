@@ -43,8 +43,8 @@ def _patterns(name: str) -> tuple["re.Pattern[str]", ...]:
 
 async def _requester(homeserver: Homeserver, request: SynapseRequest) -> Requester:
     """Who asks; authenticated before anything of the body is looked at."""
-    requester = await homeserver.get_user_by_req(request, allow_guest=True)
-    if not await homeserver.is_active(requester.user.to_string()):
+    requester = await homeserver.users.get_user_by_req(request, allow_guest=True)
+    if not await homeserver.users.is_active(requester.user.to_string()):
         # Synapse itself turns away all of these but the suspended.
         raise SynapseError(401, "This account cannot be used", Codes.UNAUTHORIZED)
     return requester
@@ -79,7 +79,7 @@ class GetTokenRestServlet(RestServlet):
         requester = await _requester(self._services.homeserver, request)
         user_id = requester.user.to_string()
         body = HomeserverGetTokenRequest.from_json(read_json_object(request))
-        await self._services.homeserver.check_auth_blocking(user_id)
+        await self._services.homeserver.users.check_auth_blocking(user_id)
         await self._services.limits.ask_for_token(user_id, body.room_id)
         with as_matrix_errors():
             await self._services.issuer.check_membership(user_id, body.room_id, strict=True)
@@ -100,8 +100,8 @@ class GetTokenRestServlet(RestServlet):
     async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
         room_id = body.room_id
         homeserver = self._services.homeserver
-        host = await homeserver.host_in_room(server_name, room_id)
-        if host is None and not await homeserver.has_partial_state(room_id):
+        host = await homeserver.rooms.host_in_room(server_name, room_id)
+        if host is None and not await homeserver.rooms.has_partial_state(room_id):
             raise NotInRoom()
         # What is signed is what was checked, and nothing else that a client sent.
         return await self._remote_sfus.get_token(

@@ -27,7 +27,7 @@ class TransportsRestServlet(RestServlet):
     async def on_GET(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         """Handles a request."""
         # Guests get tokens as well.
-        await self._homeserver.get_user_by_req(request, allow_guest=True)
-        transports = self._homeserver.transports
+        await self._homeserver.users.get_user_by_req(request, allow_guest=True)
+        transports = self._homeserver.discovery.transports
         # By the name of MSC4143 before it was accepted, which clients in the field read, and after.
         return 200, {"rtc_transports": transports, "transports": transports}

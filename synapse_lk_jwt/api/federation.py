@@ -4,12 +4,12 @@
 from typing import Any
 
 from synapse.api.errors import Codes, SynapseError
-from synapse.federation.transport.server._base import BaseFederationServlet
 from synapse.types import JsonDict, get_domain_from_id
 
 from synapse_lk_jwt.api.bodies import FederationGetTokenRequest, Fields
 from synapse_lk_jwt.api.errors import as_matrix_errors, check_url, counts_refusals
 from synapse_lk_jwt.api.services import Services
+from synapse_lk_jwt.compat.federation_servlet import BaseFederationServlet
 from synapse_lk_jwt.livekit.naming import member_identity
 
 

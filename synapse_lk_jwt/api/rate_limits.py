@@ -7,10 +7,10 @@ from contextlib import asynccontextmanager
 from ipaddress import IPv6Address, IPv6Network, ip_address
 
 from synapse.api.errors import LimitExceededError
-from synapse.config.ratelimiting import RatelimitSettings
 from synapse.types import get_domain_from_id
 
 from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 
 # How many look-ups on other homeservers a process makes at a time. Each holds a connection.
 MAX_LOOK_UPS = 100
@@ -29,15 +29,15 @@ class Limits:
         self, homeserver: Homeserver, rc_token: RatelimitSettings, rc_openid: RatelimitSettings
     ) -> None:
         self._homeserver = homeserver
-        self._tokens = homeserver.ratelimiter(rc_token)
-        self._elsewhere = homeserver.ratelimiter(
+        self._tokens = homeserver.rate_limits.limiter(rc_token)
+        self._elsewhere = homeserver.rate_limits.limiter(
             RatelimitSettings(
                 key="rc_token (rooms elsewhere)",
                 per_second=rc_token.per_second * ELSEWHERE_FACTOR,
                 burst_count=rc_token.burst_count * ELSEWHERE_FACTOR,
             )
         )
-        self._look_ups = homeserver.ratelimiter(rc_openid)
+        self._look_ups = homeserver.rate_limits.limiter(rc_openid)
         # By address block; without those that have none.
         self._in_flight: Counter[str] = Counter()
 
@@ -49,10 +49,10 @@ class Limits:
         endless servers.
         """
         homeserver = self._homeserver
-        if await homeserver.is_exempt_from_limits(user_id):
+        if await homeserver.rate_limits.is_exempt(user_id):
             return
         await self._tokens.ratelimit(None, key=user_id)
-        if not homeserver.is_mine(user_id) and not await homeserver.is_host_joined(
+        if not homeserver.is_mine(user_id) and not await homeserver.rooms.is_host_joined(
             homeserver.server_name, room_id
         ):
             await self._tokens.ratelimit(None, key=get_domain_from_id(user_id))

@@ -54,7 +54,7 @@ class ServiceResource(Directory):
         sfu.putChild(b"get", SfuGetResource(services))
         self.putChild(b"sfu", sfu)
         self.putChild(b"get_token", GetTokenResource(services))
-        if homeserver.has_delayed_events:
+        if homeserver.delayed_events.are_enabled:
             # Clients take any answer but 404 as a promise.
             self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(services))
         self.putChild(
@@ -124,9 +124,9 @@ class _TokenEndpoint(Endpoint):
         endpoint: metrics.Endpoint,
     ) -> tuple[int, JsonDict]:
         if self._homeserver.is_mine(user_id):
-            await self._homeserver.check_auth_blocking(user_id)
+            await self._homeserver.users.check_auth_blocking(user_id)
         await self._check(user_id, room_id)
-        if delay_id is not None and self._homeserver.has_delayed_events:
+        if delay_id is not None and self._homeserver.delayed_events.are_enabled:
             # Ahead of what needs the SFU: a client does not ask a second time. One whose delayed
             # event is not there any more is served all the same.
             await self._delegate(user_id, room_id, slot_id, [identity], delay_id)

@@ -98,7 +98,7 @@ class SfuWebhookResource(Endpoint):
         self._processes.webhook(webhook.livekit_room)
         try:
             await self._monitor.webhook(webhook)
-        except (self._homeserver.database_error, OSError) as e:
+        except (self._homeserver.database.error, OSError) as e:
             # LiveKit tries again, also after the 500 that a programming error gives.
             rejected.labels("not_noted").inc()
             logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
@@ -122,7 +122,7 @@ class SfuWebhookResource(Endpoint):
         is_whole = True
         while piece := request.content.read(PIECE_BYTES):
             is_whole = False
-            await self._homeserver.sleep(0)
+            await self._homeserver.background.sleep(0)
             sha256.update(piece)
         verify_webhook_body(signed, sha256.digest())
         return body, is_whole

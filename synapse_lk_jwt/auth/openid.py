@@ -12,8 +12,9 @@ import attr
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.homeserver import Homeserver
-from synapse_lk_jwt.compat.http import NETWORK_ERRORS, parse_json, read_body, within
+from synapse_lk_jwt.compat.http import NETWORK_ERRORS, read_body, within
 from synapse_lk_jwt.identifiers import is_user_id
+from synapse_lk_jwt.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,10 @@ async def verify(homeserver: Homeserver, token: OpenIdToken) -> str:
 
 
 async def _look_up(homeserver: Homeserver, token: OpenIdToken) -> str:
-    user_id = await homeserver.user_of_openid_token(token.access_token)
+    user_id = await homeserver.users.of_openid_token(token.access_token)
     if user_id is None:
         raise InvalidToken("unknown", "unknown or expired")
-    if not await homeserver.is_active(user_id):
+    if not await homeserver.users.is_active(user_id):
         raise InvalidToken(
             "inactive_user", f"{user_id} is deactivated, locked, suspended, erased or expired"
         )
@@ -75,7 +76,7 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
     server = token.matrix_server_name
 
     async def ask() -> tuple[int, bytes]:
-        response = await homeserver.federation_request(
+        response = await homeserver.federation.request(
             "GET",
             server,
             "/_matrix/federation/v1/openid/userinfo",

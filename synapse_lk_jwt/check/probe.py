@@ -12,8 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import attr
 
-from synapse_lk_jwt.compat.homeserver import ForwardProxy
-from synapse_lk_jwt.compat.http import parse_json
+from synapse_lk_jwt.compat.forward_proxy import ForwardProxy
+from synapse_lk_jwt.untrusted import parse_json
 
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 1024 * 1024

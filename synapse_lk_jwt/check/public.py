@@ -11,8 +11,7 @@ from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.running import MODULES, NoModuleThere, Running, State
 from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.check.sfu import Sfu
-from synapse_lk_jwt.compat.homeserver import MSC4143, livekit_transports
-from synapse_lk_jwt.discovery import Advertise
+from synapse_lk_jwt.discovery import MSC4143, Advertise, livekit_transports
 from synapse_lk_jwt.livekit.proxies import is_redirect
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"

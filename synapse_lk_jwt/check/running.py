@@ -18,7 +18,7 @@ from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wron
 from synapse_lk_jwt.check.setup import MAIN, MODULE, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
-from synapse_lk_jwt.compat.homeserver import livekit_transports, name_of
+from synapse_lk_jwt.discovery import destination, livekit_transports
 from synapse_lk_jwt.livekit.naming import CHECK_ROOM
 
 # How long to wait for LiveKit's webhook, in seconds, and how often to ask meanwhile.
@@ -222,7 +222,7 @@ class Running:
             expected = self.setup.announced(has_msc4195=state["not_served"] is None)
             is_old = bool(expected) and announced != expected
         if is_old:
-            named = " and ".join(map(name_of, announced))
+            named = " and ".join(map(destination, announced))
             text = f"names {named}, as the running Synapse has it: restart it"
             return [warning("rtc/transports", text)]
         return []

@@ -4,15 +4,13 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from synapse.config.ratelimiting import RatelimitSettings
-
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, PUBLIC_BASEURL, Setup
-from synapse_lk_jwt.compat.homeserver import livekit_transports, name_of, path_prefixes_overlap
+from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.compat.self_test import describe, missing_in_installed_synapse
 from synapse_lk_jwt.config import HOMESERVER_PREFIX
-from synapse_lk_jwt.discovery import Advertise, transports
-from synapse_lk_jwt.identifiers import is_server_name
+from synapse_lk_jwt.discovery import Advertise, destination, livekit_transports, transports
+from synapse_lk_jwt.identifiers import is_server_name, path_prefixes_overlap
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
 RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}
@@ -121,7 +119,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
     ]
     advertise, url = setup.module.advertise, setup.module.livekit_url
     announced = setup.announced()
-    named = " and ".join(dict.fromkeys(map(name_of, announced)))
+    named = " and ".join(dict.fromkeys(map(destination, announced)))
     if not announced:
         yield wrong(
             "rtc/transports",
@@ -161,7 +159,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
     else:
         yield ok("rtc/transports", f"names {named}")
     if setup.foci is not None:
-        foci = [name_of(e).rstrip("/") for e in livekit_transports(setup.foci)]
+        foci = [destination(e).rstrip("/") for e in livekit_transports(setup.foci)]
         # The module adds itself to a list that names no LiveKit, unless that is not wanted.
         is_added_to = advertise is not Advertise.OFF and isinstance(setup.foci, list) and not foci
         if ours not in foci and not is_added_to:

@@ -9,24 +9,15 @@ from urllib.parse import quote
 
 import attr
 import yaml
-from synapse.config._base import (
-    ConfigError,
-    find_config_files,
-    read_config_files,
-)
-from synapse.config.homeserver import HomeServerConfig
-from synapse.config.ratelimiting import RatelimitSettings
+from synapse.module_api.errors import ConfigError
 
 from synapse_lk_jwt.check.report import Finding, wrong
-from synapse_lk_jwt.compat.homeserver import (
-    ForwardProxy,
-    forward_proxy,
-    has_delayed_events,
-    livekit_transports,
-    name_of,
-)
+from synapse_lk_jwt.compat.config import HomeServerConfig, find_config_files, read_config_files
+from synapse_lk_jwt.compat.delayed_events import has_delayed_events
+from synapse_lk_jwt.compat.forward_proxy import ForwardProxy, forward_proxy
+from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
-from synapse_lk_jwt.discovery import transports
+from synapse_lk_jwt.discovery import destination, livekit_transports, transports
 from synapse_lk_jwt.identifiers import is_same_url
 
 MODULE = "synapse_lk_jwt.LiveKitJwtModule"
@@ -140,7 +131,7 @@ class Setup:
     def is_among(self, entries: Iterable[Mapping[str, Any]]) -> bool:
         """Whether one of the entries sends clients to this module."""
         own = (self.service_url, self.module.livekit_url.rstrip("/"))
-        places = [name_of(entry).rstrip("/") for entry in entries]
+        places = [destination(entry).rstrip("/") for entry in entries]
         return any(is_same_url(place, url) for place in places for url in own)
 
     def file(self, key: str) -> str:

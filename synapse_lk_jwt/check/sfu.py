@@ -12,7 +12,7 @@ from livekit.protocol.room import DeleteRoomRequest, ListRoomsRequest, ListRooms
 
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, warning, wrong
-from synapse_lk_jwt.compat.homeserver import ForwardProxy
+from synapse_lk_jwt.compat.forward_proxy import ForwardProxy
 from synapse_lk_jwt.config import LiveKitJwtConfig
 from synapse_lk_jwt.livekit.naming import CHECK_ROOM
 from synapse_lk_jwt.livekit.proxies import is_down_behind_proxy, is_redirect, redirected_url

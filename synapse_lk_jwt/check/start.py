@@ -40,7 +40,7 @@ class SynapseProbe:
         """As `Probe` has it."""
 
         async def ask() -> Answer:
-            response = await self._homeserver.request(
+            response = await self._homeserver.http.request(
                 method,
                 url,
                 body,
@@ -87,8 +87,10 @@ class StartChecks:
         # in its log.
         self._is_enforced = False
         if homeserver.runs_background_tasks:
-            homeserver.run_in_background("synapse_lk_jwt_check", self._check_settings)
-            homeserver.repeat(LOOK_AGAIN_MS, "synapse_lk_jwt_check", self._check_sfu, at_once=True)
+            homeserver.background.run("synapse_lk_jwt_check", self._check_settings)
+            homeserver.background.repeat(
+                LOOK_AGAIN_MS, "synapse_lk_jwt_check", self._check_sfu, at_once=True
+            )
 
     async def _check_settings(self) -> None:
         self._log(f for f in settings.check(self._setup) if f.check not in SAID_ALREADY)

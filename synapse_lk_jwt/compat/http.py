@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes from the network is bounded here: in time, in size and in what counts as JSON."""
+"""Bounds on requests to other servers: on their time, and on the size of their responses."""
 
 from collections.abc import Awaitable, Callable
-from reprlib import Repr
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from OpenSSL.SSL import Error as TlsError
 from synapse.api.errors import FederationDeniedError
@@ -15,7 +14,6 @@ from synapse.logging.context import (
 )
 from synapse.util.async_helpers import timeout_deferred
 from synapse.util.clock import Clock
-from synapse.util.json import json_decoder
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectError, ConnectionClosed
@@ -30,15 +28,15 @@ T = TypeVar("T")
 
 
 class TimedOut(Exception):
-    """Something took longer than it was given."""
+    """A call took longer than its limit."""
 
 
 class BodyTooLarge(Exception):
     """The body of a response is larger than was allowed."""
 
 
-# What a request to another server can fail with because of the network, of DNS, of what answers
-# there, or because the admin does not allow it. Everything else is a programming error.
+# The exceptions of a request to another server that the network, DNS, the server or the admin's
+# configuration cause. Any other exception is a programming error.
 NETWORK_ERRORS = (
     TimedOut,
     BodyTooLarge,
@@ -52,27 +50,16 @@ NETWORK_ERRORS = (
     ConnectionClosed,
     TlsError,
     RequestTransmissionFailed,
-    # Also what Twisted's HTTP parser makes of an answer that is not HTTP.
+    # Twisted's HTTP parser also raises this for a response that is not HTTP.
     ResponseFailed,
     PotentialDataLoss,
-    # What Synapse's client makes of a connection that ends, or cannot be made, without an answer.
+    # Synapse's client raises this for a connection that fails, or ends without a response.
     RequestTimedOutError,
 )
 
-_MAX_REPR = 300
-
-_bounded = Repr()
-_bounded.maxstring = _bounded.maxother = 200
-_bounded.maxlevel = 2
-
-
-def bounded_repr(value: object) -> str:
-    """What another server or a participant sent, fit for a line of the log: escaped and short."""
-    return _bounded.repr(value)[:_MAX_REPR]
-
 
 async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]]) -> T:
-    """Awaits `call()`, and cancels it when the time is over.
+    """Awaits `call()`, and cancels it when its time is over.
 
     Args:
         seconds: how long it may take.
@@ -80,7 +67,7 @@ async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]])
         call: a function that follows Synapse's rules for log contexts.
 
     Raises:
-        TimedOut: if it took longer, whatever the cancelled call made of that.
+        TimedOut: if it took longer. This does not depend on what the cancelled call raised.
     """
     deadline = clock.time() + seconds
     deferred: Deferred[T] = run_in_background(call)
@@ -89,17 +76,17 @@ async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]])
             timeout_deferred(deferred=deferred, timeout=seconds, clock=clock)
         )
     except Exception:
-        # Whether cancelling is a CancelledError or something else is up to the cancelled call.
+        # The cancelled call decides what it raises: CancelledError or something else.
         if clock.time() >= deadline:
             raise TimedOut() from None
         raise
 
 
 async def read_body(response: IResponse, max_bytes: int) -> bytes:
-    """Reads the body of a response and keeps no more of it than allowed.
+    """Reads the body of a response, up to a limit.
 
     Raises:
-        BodyTooLarge: as soon as there are more than `max_bytes`; the connection is closed.
+        BodyTooLarge: as soon as more than `max_bytes` were received; the connection is closed.
         twisted.web.client.ResponseFailed: if the connection broke.
     """
     body = bytearray()
@@ -114,10 +101,10 @@ async def read_body(response: IResponse, max_bytes: int) -> bytes:
 
 
 async def stream_body(response: IResponse, receive: Callable[[bytes], None]) -> None:
-    """Hands over the body of a response piece by piece.
+    """Passes the body of a response to a function, piece by piece.
 
-    Cancelling closes the connection, which neither Twisted's nor Synapse's reader does together
-    with a limit: an endless body would otherwise go on being received.
+    Cancelling closes the connection. Twisted's and Synapse's readers have no limit that does so: an
+    endless body would be received for ever.
 
     Args:
         response: the response, its body unread.
@@ -140,8 +127,9 @@ class _BodyReader(Protocol):
         self._abort()
 
     def _abort(self) -> None:
-        # Twisted hands the body over through a proxy that knows the orderly way only. Under TLS
-        # that takes the other side's consent, and this is for those who do not stop.
+        # Twisted's transport for bodies can only close a connection in order, which under TLS needs
+        # the consent of the other side. A hostile server does not consent, so this aborts the
+        # connection below.
         transport = getattr(self.transport, "_producer", None) or self.transport
         abort = getattr(transport, "abortConnection", None) or getattr(
             transport, "loseConnection", None
@@ -155,7 +143,8 @@ class _BodyReader(Protocol):
         try:
             self._receive(data)
         except Exception:
-            # Twisted would log it and go on. The caller of `stream_body` gets it instead.
+            # Twisted would log any exception and continue. The caller of `stream_body` gets it
+            # instead.
             with PreserveLoggingContext():
                 self.done.errback(Failure())
             self._abort()
@@ -169,15 +158,3 @@ class _BodyReader(Protocol):
                 self.done.callback(None)
             else:
                 self.done.errback(reason)
-
-
-def parse_json(body: bytes) -> Any:
-    """Decodes JSON as RFC 8259 has it: UTF-8, without NaN and Infinity.
-
-    Raises:
-        ValueError: if it is anything else. The message is free of the input.
-    """
-    try:
-        return json_decoder.decode(body.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON") from None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of Synapse's internals the package uses, and which feature needs each of them.
+"""Which private names of Synapse the package uses, and which feature needs each of them.
 
-At start the module logs what this Synapse lacks, and leaves out the features that need it. Columns
-of Synapse's tables are not in here: to check them takes the database.
+At start the module logs the names that this Synapse lacks, and does without the features that need
+them. Columns of Synapse's tables are not in this list, because a check of them needs the database.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,13 +11,14 @@ from importlib import import_module
 from inspect import getattr_static, isclass
 from typing import Any
 
+from synapse.module_api import ModuleApi
 from synapse.server import HomeServer
 from synapse.storage.databases.main import DataStore
 
 
 @unique
 class Feature(Enum):
-    """A part of the module that can be off. The value says what that means to an admin."""
+    """A part of the module that can be off. The value states what that means for an admin."""
 
     TOKENS = "The module is off"
     DELEGATION = "Clients cannot delegate delayed leaves"
@@ -47,11 +48,15 @@ class Feature(Enum):
     PATHS = "The module cannot find out whether another module serves its path"
 
 
-# What each feature needs. A hook is a root, a colon, and attributes of it, which `()` calls. Roots
-# are `hs`, `store` and `config` of the homeserver, or a module. `or` separates alternatives.
+# The hooks that each feature needs. A hook is a root, a colon, and a path of attributes, in which
+# `()` is a call. The root is `hs`, `store` or `config` of the homeserver, or a module. `or`
+# separates alternatives.
 HOOKS: Mapping[Feature, tuple[str, ...]] = {
     Feature.TOKENS: (
         "config:config_files",
+        "config:server.proxy_config.get_proxies_dictionary",
+        "config:server.proxy_config.http_proxy",
+        "config:server.proxy_config.https_proxy",
         "hs:config",
         "hs:get_clock",
         "hs:get_datastores",
@@ -72,7 +77,7 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
         "synapse.types:UserInfo.suspended",
     ),
     Feature.DELEGATION: (
-        # Synapse 1.140 has the second one only.
+        # Synapse 1.140 has `max_event_delay_ms` only.
         "config:server.msc4140_enabled or config:server.max_event_delay_ms",
         "hs:get_event_creation_handler",
         "store:is_guest",
@@ -85,6 +90,9 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
         "store:_curr_state_delta_stream_cache.has_any_entity_changed",
         "store:get_partial_current_state_deltas",
         "store:get_room_max_stream_ordering",
+        "synapse.storage.databases.main.state_deltas:StateDelta.event_type",
+        "synapse.storage.databases.main.state_deltas:StateDelta.room_id",
+        "synapse.storage.databases.main.state_deltas:StateDelta.state_key",
         "synapse.notifier:Notifier.add_replication_callback",
     ),
     Feature.HOMESERVER_ENDPOINTS: (
@@ -116,7 +124,10 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
         "hs:get_auth_blocking",
         "synapse.api.auth_blocking:AuthBlocking.check_auth_blocking",
     ),
-    Feature.SERVER_ACLS: ("hs:get_storage_controllers().state.get_server_acl_for_room",),
+    Feature.SERVER_ACLS: (
+        "hs:get_storage_controllers().state.get_server_acl_for_room",
+        "synapse.synapse_rust.acl:ServerAclEvaluator.server_matches_acl_event",
+    ),
     Feature.PARTIAL_STATE: ("store:is_partial_state_room",),
     Feature.APPLICATION_SERVICES: (
         "store:get_app_service_by_id",
@@ -128,7 +139,7 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
     Feature.PATHS: ("hs:_module_web_resources",),
 }
 
-# What only an object has, and not its class.
+# Attributes of objects that their classes do not have.
 _INSTANCE_ONLY = (
     "config:",
     "hs:_module_web_resources",
@@ -139,17 +150,17 @@ _INSTANCE_ONLY = (
 )
 
 
-def missing_hooks(hs: Any) -> dict[Feature, list[str]]:
-    """The features that are off in a Synapse that runs, and which hooks each of them lacks.
+def missing_hooks(api: ModuleApi) -> dict[Feature, list[str]]:
+    """The features that are off in this running Synapse, and the hooks that each of them lacks.
 
     Args:
-        hs: Synapse's `HomeServer`.
+        api: Synapse's module API.
     """
-    return _missing(HOOKS, lambda root: _root_of(hs, root))
+    return _missing(HOOKS, lambda root: _root_of(api._hs, root))
 
 
 def missing_in_installed_synapse() -> dict[Feature, list[str]]:
-    """As `missing_hooks`, as far as Synapse's classes show it without a homeserver."""
+    """As `missing_hooks`, without a running homeserver, as far as Synapse's classes show it."""
     classes = {"hs": HomeServer, "store": DataStore}
     hooks = {
         feature: [name for name in names if not name.startswith(_INSTANCE_ONLY)]
@@ -159,7 +170,7 @@ def missing_in_installed_synapse() -> dict[Feature, list[str]]:
 
 
 def describe(feature: Feature, hooks: Iterable[str]) -> str:
-    """What a feature lacks and what that means, in two sentences without the last full stop."""
+    """Two sentences for the log: what a feature lacks, and what that means for the admin."""
     names = ", ".join(hook.replace(":", ".") for hook in hooks)
     return f"this Synapse lacks {names}. {feature.value}"
 
@@ -187,10 +198,10 @@ def _has(hook: str, root_of: Any) -> bool:
         for part in path.split("."):
             name = part.removesuffix("()")
             if isclass(found):
-                # Synapse's cached methods raise when they are read from their class.
+                # Synapse's cached methods raise when `getattr` reads them from their class.
                 found = getattr_static(found, name)
                 if name != part:
-                    # What a method returns takes an object.
+                    # The rest of the path belongs to a result, which only an object returns.
                     return True
             else:
                 found = getattr(found, name)

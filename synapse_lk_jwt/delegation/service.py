@@ -46,8 +46,8 @@ class DelegationService:
         # process is asked to, in milliseconds since the epoch.
         self._sending: dict[str, int] = {}
         self._sends: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_send", self._send_all)
-        if homeserver.has_delayed_events:
-            homeserver.repeat(CLOCK_MS, "synapse_lk_jwt_due", self._do_what_is_due)
+        if homeserver.delayed_events.are_enabled:
+            homeserver.background.repeat(CLOCK_MS, "synapse_lk_jwt_due", self._do_what_is_due)
 
     async def delegate(
         self,
@@ -186,21 +186,21 @@ class DelegationService:
         signal = await self._try_to_send(task)
         try:
             await self._store.apply_signal(task.delay_id, signal)
-        except self._homeserver.database_error as e:
+        except self._homeserver.database.error as e:
             # The others of the call are still being sent. The clock asks for this one again.
             logger.error("Could not note that the leave %s was sent: %s", task.delay_id, e)
 
     async def _try_to_send(self, task: Task) -> Signal:
         assert task.leave is not None
         try:
-            await self._homeserver.send(task.leave)
+            await self._homeserver.events.send(task.leave)
         except SynapseError as e:
             if 400 <= e.code < 500 and e.code != 429:
                 logger.info("The room rejected the delayed leave %s: %s", task.delay_id, e)
                 metrics.leave_failures.labels("refused").inc()
                 return Signal.OVER
             cause = str(e)
-        except (self._homeserver.database_error, OSError) as e:
+        except (self._homeserver.database.error, OSError) as e:
             cause = f"{type(e).__name__}: {e}"
         except Exception as e:
             # Not even a programming error may lose a leave.

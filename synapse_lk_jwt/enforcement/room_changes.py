@@ -99,12 +99,14 @@ class Membership:
         )
         self._recheck_until_ms: dict[str, int] = {}
         if homeserver.runs_background_tasks:
-            if homeserver.has_state_changes:
-                homeserver.on_new_data(self._on_new_data)
+            if homeserver.state_changes.are_available:
+                homeserver.state_changes.on_new_data(self._on_new_data)
                 # What happened while this process was down.
-                homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
-                homeserver.repeat(STORE_MS, "synapse_lk_jwt_follow", self._follow_and_store)
-            homeserver.repeat(RECHECK_MS, "synapse_lk_jwt_recheck", self._recheck)
+                homeserver.background.run("synapse_lk_jwt_follow", self._follow)
+                homeserver.background.repeat(
+                    STORE_MS, "synapse_lk_jwt_follow", self._follow_and_store
+                )
+            homeserver.background.repeat(RECHECK_MS, "synapse_lk_jwt_recheck", self._recheck)
 
     def joined(self, livekit_room: str, participant: CallParticipant) -> None:
         """Checks a participant that has just joined: its token may be older than its leave."""
@@ -217,7 +219,7 @@ class Membership:
         homeserver = self._homeserver
         if is_of_another:
             return not await self._issuer.is_known_to_be_out(user_id, room_id)
-        if homeserver.is_mine(user_id) and not await homeserver.is_active(user_id):
+        if homeserver.is_mine(user_id) and not await homeserver.users.is_active(user_id):
             return False
         try:
             await self._issuer.check_membership(user_id, room_id)
@@ -271,9 +273,9 @@ class Membership:
         if self._is_following or self._position is None:
             return
         try:
-            newest = self._homeserver.stream_position()
-            if self._homeserver.has_state_changed(self._position):
-                self._homeserver.run_in_background("synapse_lk_jwt_follow", self._follow)
+            newest = self._homeserver.state_changes.position()
+            if self._homeserver.state_changes.any_since(self._position):
+                self._homeserver.background.run("synapse_lk_jwt_follow", self._follow)
             else:
                 self._position = max(self._position, newest)
         except Exception:
@@ -292,14 +294,14 @@ class Membership:
             self._is_following = False
 
     async def _catch_up(self) -> None:
-        newest = self._homeserver.stream_position()
+        newest = self._homeserver.state_changes.position()
         if self._position is None:
             self._position = self._stored = await self._store.position()
             if self._position is None or self._position > newest:
                 # The first start; or events were removed, as Synapse itself has it too.
                 self._position = newest
         while self._position < newest:
-            reached, changes = await self._homeserver.state_changes(self._position, newest)
+            reached, changes = await self._homeserver.state_changes.between(self._position, newest)
             change = _Change(self._homeserver.clock.time_msec(), self._position)
             changed: dict[str, dict[str, _Change]] = {}
             for room_id, event_type, state_key in changes:
@@ -311,7 +313,7 @@ class Membership:
             for room_id in await self._store.calls_in(changed.keys()):
                 self._changes.add(room_id, changed[room_id])
             self._position = reached
-            newest = self._homeserver.stream_position()
+            newest = self._homeserver.state_changes.position()
 
     async def _follow_and_store(self) -> None:
         """As `_follow`. Work that is repeated does no harm, so not every step is stored."""
@@ -343,7 +345,7 @@ class Membership:
     async def _process_room_or_fail(self, room_id: str, changed: Mapping[str, _Change]) -> None:
         homeserver = self._homeserver
         livekit_rooms = (await self._store.calls_in([room_id])).get(room_id, [])
-        if not await homeserver.is_host_joined(homeserver.server_name, room_id):
+        if not await homeserver.rooms.is_host_joined(homeserver.server_name, room_id):
             for livekit_room in livekit_rooms:
                 await self._end(livekit_room, room_id)
             return
@@ -422,7 +424,7 @@ class Membership:
         """
         for user_id in gone:
             known = set(await self._store.identities_of(livekit_room, user_id))
-            for device_id in await self._homeserver.device_ids(user_id):
+            for device_id in await self._homeserver.users.device_ids(user_id):
                 known.add(device_identity(user_id, device_id))
             now_ms = self._homeserver.clock.time_msec()
             unwanted = [(identity, user_id, now_ms) for identity in known]
@@ -446,9 +448,9 @@ class Membership:
 
     async def _is_gone(self, user_id: str, room_id: str) -> bool:
         """Whether a user has left a room. A user who is only invited to it has not."""
-        if user_id == ALL_USERS or await self._homeserver.is_joined(user_id, room_id):
+        if user_id == ALL_USERS or await self._homeserver.rooms.is_joined(user_id, room_id):
             return False
-        membership = await self._homeserver.membership(user_id, room_id)
+        membership = await self._homeserver.rooms.membership(user_id, room_id)
         return membership not in ("invite", "knock")
 
     def _recheck_while_tokens_live(self, room_id: str) -> None:

@@ -25,14 +25,14 @@ from livekit.protocol.room import (
     RemoveParticipantResponse,
     RoomParticipantIdentity,
 )
-from synapse.util.caches.response_cache import ResponseCacheContext
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.web.client import ResponseFailed
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IResponse
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.compat.homeserver import Homeserver, forward_proxy
+from synapse_lk_jwt.compat.caches import ResponseCacheContext
+from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.http import (
     NETWORK_ERRORS,
     BodyTooLarge,
@@ -161,9 +161,9 @@ class RoomService:
         self._signer = signer
         self._sealer = sealer
         self._note_call = note_call
-        self.proxy = forward_proxy(homeserver.config, api_url)
+        self.proxy = homeserver.http.forward_proxy(api_url)
         self._way = f" through the proxy {self.proxy.url}" if self.proxy else ""
-        self._rooms = homeserver.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
+        self._rooms = homeserver.caches.response_cache("synapse_lk_jwt_rooms", REMEMBER_MS)
         self._listings: SharedQuestions[str, Listing] = SharedQuestions()
         self._removals: SharedQuestions[tuple[str, str], bool] = SharedQuestions()
         self._participants: SharedQuestions[tuple[str, str], CallParticipant | None] = (
@@ -423,7 +423,7 @@ class RoomService:
 
         async def post() -> T:
             try:
-                response = await self._homeserver.request(
+                response = await self._homeserver.http.request(
                     "POST", self._api_url + path, request.SerializeToString(), Headers(headers)
                 )
             except ResponseFailed as e:

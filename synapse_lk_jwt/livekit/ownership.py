@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from synapse.types import get_domain_from_id
 
-from synapse_lk_jwt.compat.http import parse_json
 from synapse_lk_jwt.livekit.naming import is_connection_of
+from synapse_lk_jwt.untrusted import parse_json
 
 ATTRIBUTE = "synapse_lk_jwt"
 

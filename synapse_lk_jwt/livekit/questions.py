@@ -4,7 +4,7 @@
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from synapse.logging.context import make_deferred_yieldable, run_in_background
+from synapse.module_api import make_deferred_yieldable, run_in_background
 from synapse.util.async_helpers import ObservableDeferred
 
 K = TypeVar("K")

@@ -19,7 +19,7 @@ from livekit.api import VideoGrants
 from livekit.api.access_token import Claims
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.compat.http import parse_json
+from synapse_lk_jwt.untrusted import parse_json
 
 # Long enough for the one request that it is made for, and for clocks that are a little apart.
 API_TOKEN_LIFETIME_SEC = 60

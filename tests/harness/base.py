@@ -272,7 +272,7 @@ class ModuleTestCase(FederatingHomeserverTestCase):
         self.others = OtherServers(lambda uri: response(401, b"{}"))
         client = hs.get_federation_http_client()
         client.agent = self.others
-        patcher = patch("synapse_lk_jwt.compat.homeserver._federation_client", return_value=client)
+        patcher = patch("synapse_lk_jwt.compat.federation_http.bounded_client", return_value=client)
         patcher.start()
         self.addCleanup(patcher.stop)
         self.alice = self.register_user("alice", "password")

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Synapse without some of the internals that the module uses."""
+"""The private names of Synapse that the module uses, and Synapses that lack some of them."""
 
 import ast
-import inspect
 import logging
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import TestCase
 from unittest.mock import patch
 
 from parameterized import parameterized
@@ -13,19 +15,74 @@ from synapse.api.errors import Codes
 from synapse.rest import ClientRestResource
 from synapse.rest.client import login, room
 
-from synapse_lk_jwt import LiveKitJwtModule
+from synapse_lk_jwt import LiveKitJwtModule, compat
 from synapse_lk_jwt.api.client_server import GetTokenRestServlet
 from synapse_lk_jwt.api.federation import GetTokenFederationServlet
-from synapse_lk_jwt.compat import homeserver, self_test
+from synapse_lk_jwt.compat import self_test
 from synapse_lk_jwt.compat.self_test import HOOKS, Feature, missing_hooks
 from tests.harness.base import ModuleTestCase, P
 
 ALL_HOOKS = [(feature, hook) for feature, hooks in HOOKS.items() for hook in hooks]
+ROOTS = ("hs", "store", "config", "client.agent")
 NOT_TOKENS = [(feature,) for feature in Feature if feature is not Feature.TOKENS]
 
 
+# What Synapse calls of the servlets that the module registers.
+NO_HOOKS = {"__call__", "register"}
+
+
+def compat_files() -> dict[str, ast.Module]:
+    """The files of `compat/` that read Synapse's attributes, parsed."""
+    (folder,) = compat.__path__
+    return {
+        file.name: ast.parse(file.read_text())
+        for file in Path(folder).glob("*.py")
+        # http.py knows Twisted's responses only.
+        if file.name not in ("http.py", "self_test.py")
+    }
+
+
+def hook_parts() -> set[str]:
+    """All names in the paths of hooks."""
+    return {
+        name.removesuffix("()")
+        for _, hook in ALL_HOOKS
+        for part in hook.split(" or ")
+        for name in part.partition(":")[2].split(".")
+    }
+
+
+def protocol_members() -> set[str]:
+    """The attributes of Synapse that Protocols in `compat/` declare."""
+    members = set()
+    for tree in compat_files().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and "Protocol" in map(ast.unparse, node.bases):
+                for statement in node.body:
+                    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+                        members.add(statement.name)
+                    elif isinstance(statement, ast.AnnAssign):
+                        members.add(ast.unparse(statement.target))
+    return members
+
+
+def read_attributes() -> set[str]:
+    """The attributes that `compat/` reads of the homeserver, its store and its configuration."""
+    roots = {f"{start}{name}" for start in ("", "self.", "self._") for name in ROOTS}
+    read = set()
+    for tree in compat_files().values():
+        for node in ast.walk(tree):
+            chain: list[str] = []
+            while isinstance(node, ast.Attribute):
+                chain.append(node.attr)
+                node = node.value
+                if ast.unparse(node) in roots:
+                    read.update(chain)
+    return read
+
+
 class Without:
-    """An object that lacks some attributes, each given as a path of names."""
+    """An object that hides some attributes, each given as a path of names."""
 
     def __init__(self, target: Any, *paths: list[str]) -> None:
         vars(self).update(_target=target, _paths=[path for path in paths if path])
@@ -54,7 +111,7 @@ def paths(*hooks: str) -> list[list[str]]:
 
 
 def module_without(*hooks: str) -> Any:
-    """What `import_module` returns, without the hooks that belong to modules."""
+    """A function like `import_module`, whose modules lack the hooks."""
 
     def import_without(name: str) -> Any:
         parts = [hook.partition(":") for hook in hooks]
@@ -68,11 +125,11 @@ class MissingHooksTests(ModuleTestCase):
         client = hs.get_federation_http_client()
         agent = client.agent
         super().prepare(reactor, clock, hs)
-        # The one of the harness has no inside.
+        # The agent of the harness lacks the attributes that the hooks name.
         client.agent = agent
 
     def test_missing_hooks_with_this_synapse_is_empty(self) -> None:
-        assert missing_hooks(self.hs) == {}
+        assert missing_hooks(self.hs.get_module_api()) == {}
 
     def test_missing_in_installed_synapse_is_empty(self) -> None:
         assert self_test.missing_in_installed_synapse() == {}
@@ -83,7 +140,8 @@ class MissingHooksTests(ModuleTestCase):
                 self.subTest(hook=hook),
                 patch.object(self_test, "import_module", module_without(hook)),
             ):
-                found = missing_hooks(Without(self.hs, *paths(hook)))
+                api: Any = SimpleNamespace(_hs=Without(self.hs, *paths(hook)))
+                found = missing_hooks(api)
                 assert hook in found[feature]
                 # Other hooks are attributes of these.
                 if hook not in ("hs:config", "hs:get_datastores"):
@@ -99,44 +157,38 @@ class MissingHooksTests(ModuleTestCase):
         # Only an object has these.
         assert "store:db_pool.runWithConnection" not in found[Feature.TOKENS]
 
-    def test_homeserver_uses_no_hook_that_is_not_in_the_table(self) -> None:
-        used = set()
-        roots = {"self._store": "store", "self._hs": "hs", "hs": "hs", "api._hs": "hs"}
-        roots.update({"self.config": "config", "self._hs.config": "config", "hs.config": "config"})
-        for node in ast.walk(ast.parse(inspect.getsource(homeserver))):
-            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in roots:
-                used.add(f"{roots[ast.unparse(node.value)]}:{node.attr}")
-        listed = {
-            f"{root}:{path.partition('.')[0].removesuffix('()')}"
+
+class TableTests(TestCase):
+    """The table of hooks and the code of `compat/` name the same attributes of Synapse."""
+
+    def test_protocols_of_compat_declare_only_hooks(self) -> None:
+        assert protocol_members() - hook_parts() == NO_HOOKS
+
+    def test_files_of_compat_read_only_hooks_of_the_homeserver(self) -> None:
+        # Methods of a dict, and of Twisted's agents.
+        assert read_attributes() - hook_parts() == {"get", "request"}
+
+    def test_hooks_of_the_homeserver_are_all_used(self) -> None:
+        parts = {
+            part.removesuffix("()")
             for _, hook in ALL_HOOKS
             for root, _, path in (part.partition(":") for part in hook.split(" or "))
             if root in ("hs", "store", "config")
+            for part in path.split(".")
         }
-        # The module's own functions read `config.server` and `config.matrix_rtc` as well, and make
-        # a federation client instead of using Synapse's. The module API has the other client.
-        assert used <= listed
-        assert listed - used <= {
-            "config:server", "config:matrix_rtc", "config:experimental",
-            "hs:get_federation_http_client", "hs:get_simple_http_client",
-        }  # fmt: skip
-
-    def test_no_other_file_uses_private_attributes_of_synapse(self) -> None:
-        for name in (
-            "store",
-            "enforcement.room_changes",
-            "monitor",
-            "delegation.service",
-            "issuer",
-            "auth.openid",
-            "remote_tokens",
-        ):
-            source = inspect.getsource(import_module(f"synapse_lk_jwt.{name}"))
-            assert "._hs" not in source, name
-            assert "get_datastores" not in source, name
+        used = {
+            node.attr if isinstance(node, ast.Attribute) else node.value
+            for tree in compat_files().values()
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+        }
+        # `compat/` makes its own federation client, and gets the other one from the module API.
+        assert parts - used == {"get_federation_http_client", "get_simple_http_client"}
 
 
 class WithoutFeatureTests(ModuleTestCase):
-    """The module in a Synapse that lacks all that one feature needs."""
+    """The module in a Synapse that lacks all hooks of one feature."""
 
     servlets = (*ModuleTestCase.servlets, login.register_servlets, room.register_servlets)
 
@@ -170,7 +222,8 @@ class WithoutFeatureTests(ModuleTestCase):
         lines = [
             record.getMessage()
             for record in self.errors
-            # The checks at start find delayed events off, where Synapse names that in another way.
+            # The checks at start log that delayed events are off, if this Synapse has another name
+            # for that option.
             if record.name != "synapse_lk_jwt.check.start"
         ]
         assert len(lines) == 1, lines
@@ -202,7 +255,7 @@ class WithoutFeatureTests(ModuleTestCase):
         self, feature: Feature
     ) -> None:
         self.start_without(feature)
-        # Until the first poll is over.
+        # The first poll ends.
         self.reactor.advance(2)
         bob = self.register_user("bob", "password")
         token = self.login("bob", "password")
@@ -242,7 +295,7 @@ class ListenerTests(ModuleTestCase):
     def test_client_servlet_that_cannot_be_registered_does_not_stop_a_listener(self) -> None:
         with (
             patch.object(GetTokenRestServlet, "register", side_effect=TypeError("other")),
-            self.assertLogs("synapse_lk_jwt.compat.homeserver", "ERROR") as logs,
+            self.assertLogs("synapse_lk_jwt.compat.servlets", "ERROR") as logs,
         ):
             ClientRestResource(self.hs)
         assert len(logs.output) == 1
@@ -253,7 +306,7 @@ class ListenerTests(ModuleTestCase):
     ) -> None:
         with (
             patch.object(GetTokenFederationServlet, method, side_effect=TypeError("other")),
-            self.assertLogs("synapse_lk_jwt.compat.homeserver", "ERROR") as logs,
+            self.assertLogs("synapse_lk_jwt.compat.servlets", "ERROR") as logs,
         ):
             self.create_resource_dict()
         assert len(logs.output) == 1

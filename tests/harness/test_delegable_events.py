@@ -9,10 +9,11 @@ from unittest.mock import Mock, patch
 from livekit.protocol.models import ParticipantInfo
 from parameterized import parameterized
 from synapse.api.errors import Codes, SynapseError
-from synapse.logging.context import make_deferred_yieldable
+from synapse.module_api import make_deferred_yieldable
 from twisted.internet.defer import Deferred, succeed
 
 from synapse_lk_jwt import store
+from synapse_lk_jwt.compat.events import Events
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.delegation.state_machine import MAX_IDENTITIES, Signal
@@ -165,7 +166,7 @@ class AlreadySentTests(EventsTestCase):
         assert self.delegate_of(self.schedule(RTC_MEMBER, content, sticky=True)).code == 200
         self.advance_by(3)
         with (
-            patch.object(Homeserver, "send", side_effect=SynapseError(500, "no luck")),
+            patch.object(Events, "send", side_effect=SynapseError(500, "no luck")),
             self.assertLogs("synapse_lk_jwt", logging.WARNING),
         ):
             self.leaves(alice)
@@ -231,7 +232,7 @@ class SentOnceTests(EventsTestCase):
         with (
             patch.object(Store, "apply_signal", when_noted),
             patch.object(DelegationService, "_send", sends),
-            patch.object(Homeserver, "send", wraps=succeed) as sent,
+            patch.object(Events, "send", wraps=succeed) as sent,
         ):
             self.leaves(alice)
             # What the clock read a moment ago arrives now.
@@ -267,7 +268,7 @@ class SentOnceTests(EventsTestCase):
             sent.append(event["content"]["sticky_key"])
 
         with (
-            patch.object(Homeserver, "send", send),
+            patch.object(Events, "send", send),
             patch("synapse_lk_jwt.delegation.service.CONCURRENT_SENDS", 1),
         ):
             for task in self.get_success(tables.left(room, there.identity, there.sid)):
@@ -324,7 +325,7 @@ class EncryptedTests(EncryptedTestCase):
     def test_encrypted_leave_is_sent_though_the_user_has_chatted(self) -> None:
         self.lose()
         with (
-            patch.object(Homeserver, "send", side_effect=SynapseError(500, "no luck")),
+            patch.object(Events, "send", side_effect=SynapseError(500, "no luck")),
             self.assertLogs("synapse_lk_jwt", logging.WARNING),
         ):
             self.leaves(self.alice_there)

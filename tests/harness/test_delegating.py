@@ -18,7 +18,7 @@ from synapse.rest import admin
 from synapse.rest.client import delayed_events
 from twisted.internet.defer import Deferred
 
-from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.events import Events
 from synapse_lk_jwt.delegation.service import DelegationService
 from tests.harness.base import SECRET, ModuleTestCase
 
@@ -681,7 +681,7 @@ class LeavingTests(DelegationTestCase):
     def test_a_leave_that_cannot_be_sent_is_tried_again(self) -> None:
         errors = [SynapseError(500, "no luck"), SynapseError(429, "slowly"), OSError("no network")]
         with (
-            patch.object(Homeserver, "send", side_effect=errors) as send,
+            patch.object(Events, "send", side_effect=errors) as send,
             self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs,
         ):
             self.leaves(self.participant)

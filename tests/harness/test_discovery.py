@@ -13,7 +13,7 @@ from synapse.rest.client import versions
 from tests.server import FakeChannel
 from tests.unittest import override_config
 
-import synapse_lk_jwt.compat.homeserver as homeserver_module
+import synapse_lk_jwt.compat.discovery as discovery_module
 from tests.harness.base import URL, ModuleTestCase, P
 
 UNSTABLE = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
@@ -209,7 +209,7 @@ class VersionsOfAnOldSynapseTests(DiscoveryTestCase):
         self.hs.config.experimental.msc4143_enabled = False
 
     def create_resource_dict(self) -> Any:
-        with patch.object(homeserver_module, "_synapse_version", return_value=(1, 155)):
+        with patch.object(discovery_module, "synapse_version", return_value=(1, 155)):
             return super().create_resource_dict()
 
     def test_versions_names_msc4143_beside_synapses_features(self) -> None:

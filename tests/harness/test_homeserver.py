@@ -22,11 +22,11 @@ from twisted.internet.error import ConnectionLost
 from twisted.python.failure import Failure
 from twisted.web.client import ResponseNeverReceived
 
-from synapse_lk_jwt.compat.homeserver import (
+from synapse_lk_jwt.compat.federation_http import (
     CONNECTION_LIFETIME_SEC,
     MAX_CONNECTION_BYTES,
-    _BoundedTls,
-    _federation_client,
+    BoundedTls,
+    bounded_client,
 )
 from synapse_lk_jwt.livekit.naming import member_identity
 from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
@@ -326,7 +326,7 @@ class HookTests(ModuleTestCase):
         assert "synapse_lk_jwt" in federation_servlets.SERVLET_GROUPS
 
     def test_connections_to_other_homeservers_do_not_persist(self) -> None:
-        agent: Any = _federation_client(self.hs).agent
+        agent: Any = bounded_client(self.hs).agent
         own: Any = MatrixFederationHttpClient(self.hs, FederationPolicyForHTTPS(self.hs.config))
         federation = agent._agent
         well_known = federation._well_known_resolver._well_known_agent._agent._agent
@@ -336,7 +336,7 @@ class HookTests(ModuleTestCase):
         assert own.agent._agent._pool.persistent
 
     def test_connection_to_other_homeserver_is_aborted_in_the_end(self) -> None:
-        policy = _BoundedTls(self.hs)
+        policy = BoundedTls(self.hs)
         for creator in (policy.get_options(b"a.org"), policy.creatorForNetloc(b"a.org", 443)):
             tls_protocol = Mock()
             assert creator.clientConnectionForTLS(tls_protocol) is not None
@@ -348,7 +348,7 @@ class HookTests(ModuleTestCase):
     def test_connection_to_other_homeserver_is_aborted_when_too_much_is_received(self) -> None:
         tls_protocol = Mock()
         receive = tls_protocol.dataReceived
-        creator: Any = _BoundedTls(self.hs).get_options(b"a.org")
+        creator: Any = BoundedTls(self.hs).get_options(b"a.org")
         creator.clientConnectionForTLS(tls_protocol)
         for _ in range(MAX_CONNECTION_BYTES // 1024):
             tls_protocol.dataReceived(b"x" * 1024)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapse's log contexts survive requests to other servers.
+"""Requests to other servers keep Synapse's log context.
 
-Without them the log has no request IDs, and Synapse accounts work to no request.
+Without it the log shows no request ID, and Synapse accounts the work to no request.
 """
 
 import json
@@ -31,10 +31,10 @@ log_context: Any = vars(contexts)["LoggingContext"]
 
 
 class Response:
-    """An answer whose body arrives when the test says so."""
+    """A response whose body arrives when the test calls `finish`."""
 
     def __init__(self, code: int, body: bytes) -> None:
-        # In which log context it is read.
+        # The log context that the body is read in.
         self.read_in: str | None = None
         self.code = code
         self.headers = Headers()
@@ -51,11 +51,11 @@ class Response:
 
 
 class Agent:
-    """Keeps the rules for log contexts as Synapse's agent does: none is left behind."""
+    """Resets the log context of its caller, as Synapse's agent does."""
 
     def __init__(self) -> None:
         self.waiting: list[Deferred[Any]] = []
-        # In which log contexts it is asked.
+        # The log contexts of its requests.
         self.asked_in: list[str] = []
 
     def request(self, *_args: Any) -> "Deferred[Any]":
@@ -81,7 +81,7 @@ class LogContextTests(ModuleTestCase):
         self.seen.append(str(current_context()))
 
     def run_in_context(self, call: Callable[[], Any]) -> list[Any]:
-        """Runs an async function in a log context of its own, and notes the one that it ends in."""
+        """Runs an async function in a new log context, and notes the context that it ends in."""
         results: list[Any] = []
 
         async def run() -> None:
@@ -94,13 +94,13 @@ class LogContextTests(ModuleTestCase):
 
         with PreserveLoggingContext():
             ensureDeferred(run())
-            # A waiting function leaves no context behind.
+            # A function that waits resets the context of its caller.
             assert current_context() is SENTINEL_CONTEXT
         return results
 
-    def test_log_context_is_kept_by_request_and_body(self) -> None:
+    def test_federation_request_and_its_body_keep_the_log_context(self) -> None:
         async def ask() -> bytes:
-            response = await self.homeserver.federation_request("GET", "other.example.com", "/x")
+            response = await self.homeserver.federation.request("GET", "other.example.com", "/x")
             self.note()
             body = await read_body(response, 100)
             self.note()
@@ -113,7 +113,7 @@ class LogContextTests(ModuleTestCase):
         assert results == [b"body"]
         assert self.seen == ["POST-1"] * 3
 
-    def test_log_context_is_kept_by_openid_look_up(self) -> None:
+    def test_openid_look_up_keeps_the_log_context(self) -> None:
         token = OpenIdToken("token", self.OTHER_SERVER_NAME)
         results = self.run_in_context(lambda: verify(self.homeserver, token))
         response = Response(200, json.dumps({"sub": self.rita}).encode())
@@ -122,14 +122,14 @@ class LogContextTests(ModuleTestCase):
         assert results == [self.rita]
         assert [*self.agent.asked_in, response.read_in, *self.seen] == ["POST-1"] * 3
 
-    def test_log_context_is_kept_by_look_up_that_times_out(self) -> None:
+    def test_openid_look_up_that_times_out_keeps_the_log_context(self) -> None:
         token = OpenIdToken("token", self.OTHER_SERVER_NAME)
         (*results,) = self.run_in_context(lambda: verify(self.homeserver, token))
         assert results == []
         self.reactor.advance(11)
         assert self.seen == ["POST-1"]
 
-    def test_log_context_is_kept_by_both_requests_for_remote_token(self) -> None:
+    def test_remote_token_at_the_second_path_keeps_the_log_context(self) -> None:
         unknown = Response(404, b'{"errcode": "M_UNRECOGNIZED", "error": ""}')
         good = Response(200, b'{"jwt": "a.b.c"}')
         sfus = RemoteSfus(self.homeserver)

@@ -12,7 +12,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.events import Events
+from synapse_lk_jwt.compat.rooms import Rooms
 from synapse_lk_jwt.delegation.state_machine import Phase
 from testbed.metrics import own_samples
 from tests.harness.base import ModuleTestCase, counting, response
@@ -123,7 +124,7 @@ class RefusalsTests(DelegationTestCase):
             assert self.post("/sfu/get", body).code == 503
         assert counted == refused("sfu_get", "sfu")
         with (
-            patch.object(Homeserver, "is_joined", side_effect=OSError("no disk")),
+            patch.object(Rooms, "is_joined", side_effect=OSError("no disk")),
             counting("refusals_total", "tokens_total") as counted,
         ):
             assert self.post("/sfu/get", body).code == 500
@@ -299,7 +300,7 @@ class LeavesTests(DelegationTestCase):
     def test_a_leave_that_fails_counts_from_when_they_went(self) -> None:
         errors = [SynapseError(500, "no luck"), OSError("no network")]
         with (
-            patch.object(Homeserver, "send", side_effect=errors),
+            patch.object(Events, "send", side_effect=errors),
             counting(*self.NAMES, "leave_seconds_sum") as counted,
         ):
             self.leaves(self.participant)

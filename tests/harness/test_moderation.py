@@ -9,7 +9,7 @@ from parameterized import parameterized
 from synapse.api.errors import Codes
 from synapse.types import UserID
 
-from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.rate_limits import RateLimits
 from synapse_lk_jwt.monitor import SWEEP_MS
 from tests.harness.base import SLOT, URL, ModuleTestCase
 from tests.harness.test_delegating import DelegationTestCase
@@ -260,7 +260,7 @@ class DisabledHomeserverTests(ModerationTestCase):
 
         with (
             patch.object(self.store, "get_app_service_by_id", return_value=Bridge()),
-            patch.object(Homeserver, "is_exempt_from_limits", return_value=True),
+            patch.object(RateLimits, "is_exempt", return_value=True),
         ):
             body = self.sfu_get_body(openid_token=token)
             self.assert_token(self.post("/sfu/get", body))

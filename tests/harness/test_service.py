@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from synapse.api.errors import Codes, SynapseError
 from synapse.http import RequestTimedOutError
-from synapse.storage.database import LoggingTransaction
+from synapse.module_api import LoggingTransaction
 from tests.test_utils import FakeResponse
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionLost, ConnectionRefusedError

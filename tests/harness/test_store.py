@@ -68,20 +68,20 @@ class NoteCallTests(ModuleTestCase):
     def prepare(self, reactor: object, clock: object, hs: object) -> None:
         super().prepare(reactor, clock, hs)
         self.homeserver = Homeserver(self.hs.get_module_api())
-        self.error = self.homeserver.database_error
+        self.error = self.homeserver.database.error
         self.tables = store.Store(self.homeserver)
         self.get_success(self.tables.calls())
 
     def errors(self, number: int) -> Any:
         """Lets that many transactions end with an error of the database."""
-        run = self.homeserver.run_db_interaction
+        run = self.homeserver.database.run_interaction
         results = iter([fail(self.error("the connection is closed")) for _ in range(number)])
 
         def or_fail(*args: Any, **more: Any) -> Any:
             failed = next(results, None)
             return run(*args, **more) if failed is None else failed
 
-        return patch.object(self.homeserver, "run_db_interaction", or_fail)
+        return patch.object(self.homeserver.database, "run_interaction", or_fail)
 
     def test_note_call_after_one_database_error_is_tried_again(self) -> None:
         with self.errors(1):

@@ -8,15 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from threading import Barrier
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
-from synapse.storage.engines import PostgresEngine
-from synapse.storage.engines._base import IsolationLevel
 
 from synapse_lk_jwt import store
-from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.database import IsolationLevel, PostgresEngine
+from synapse_lk_jwt.compat.delayed_events import DelayedEvents
 from synapse_lk_jwt.delegation.state_machine import Action, Signal
 from synapse_lk_jwt.store import Store, TooManySlots
 from testbed.postgres import Postgres
@@ -86,11 +86,11 @@ class Process:
         self._engine = PostgresEngine({})
         self.failed = 0
         self.transactions: list[list[tuple[str, int]]] = []
-        homeserver: Any = object.__new__(Homeserver)
-        homeserver.clock = self
-        homeserver.run_db_interaction = self._run
-        homeserver.database_error = postgres_error()
-        homeserver._keeps_finalised = None
+        homeserver: Any = SimpleNamespace(
+            clock=self,
+            database=SimpleNamespace(run_interaction=self._run, error=postgres_error()),
+            delayed_events=DelayedEvents(cast(Any, self), are_enabled=True),
+        )
         self.store = Store(homeserver)
 
     def time_msec(self) -> int:

@@ -5,7 +5,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from synapse.config.ratelimiting import RatelimitSettings
 
 from synapse_lk_jwt.check import settings
 from synapse_lk_jwt.check.command import _connect_to
@@ -14,6 +13,7 @@ from synapse_lk_jwt.check.public import Public
 from synapse_lk_jwt.check.running import Running
 from synapse_lk_jwt.check.setup import MAIN, Listener, Setup
 from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.config import parse_config
 
 SECRET = "not-a-secret-at-all-but-long-enough"

@@ -6,11 +6,11 @@ from typing import Any
 import attr
 import pytest
 import yaml
-from synapse.config._base import ConfigError
-from synapse.config.ratelimiting import RatelimitSettings
+from synapse.module_api.errors import ConfigError
 
 from synapse_lk_jwt import LiveKitJwtModule
 from synapse_lk_jwt.auth.access import ServerList
+from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.config import KEYS, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.discovery import Advertise
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bounds on what comes from the network."""
+"""The bounds on the time of requests, and on what log lines quote."""
 
 from typing import Any
 
@@ -8,11 +8,12 @@ from synapse.util.clock import Clock
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
 from twisted.internet.task import Clock as Time
 
-from synapse_lk_jwt.compat.http import TimedOut, bounded_repr, within
+from synapse_lk_jwt.compat.http import TimedOut, within
+from synapse_lk_jwt.untrusted import bounded_repr
 
 
 class Reactor(Time):
-    """As much of a reactor as Synapse's clock uses."""
+    """The part of a reactor that Synapse's clock uses."""
 
     def addSystemEventTrigger(self, *_args: Any) -> None:
         pass
@@ -24,7 +25,7 @@ def reactor() -> Reactor:
 
 
 def outcome(reactor: Any, call: Any) -> list[Any]:
-    """What becomes of a call that is given ten seconds; filled in when it ends."""
+    """A list for the result or failure of a call with ten seconds of time, filled when it ends."""
     seen: list[Any] = []
     clock = Clock(reactor, server_name="test")
     ensureDeferred(within(10, clock, call)).addBoth(seen.append)
@@ -47,7 +48,9 @@ def broken_canceller() -> "Deferred[None]":
     [Deferred, lambda: cancelled_with(IndexError()), broken_canceller],
     ids=["cancelled", "cancelled with another error", "canceller raises"],
 )
-def test_within_raises_timed_out_whatever_cancelling_does(reactor: Any, make: Any) -> None:
+def test_within_after_its_time_cancels_the_call_and_raises_timed_out(
+    reactor: Any, make: Any
+) -> None:
     seen = outcome(reactor, make)
     reactor.advance(9.9)
     assert seen == []
@@ -56,11 +59,11 @@ def test_within_raises_timed_out_whatever_cancelling_does(reactor: Any, make: An
     assert failure.type is TimedOut
 
 
-def test_within_returns_the_result(reactor: Any) -> None:
+def test_within_with_a_call_that_succeeds_returns_its_result(reactor: Any) -> None:
     assert outcome(reactor, lambda: succeed(1)) == [1]
 
 
-def test_within_passes_on_an_error_in_time(reactor: Any) -> None:
+def test_within_with_a_call_that_fails_in_time_raises_its_error(reactor: Any) -> None:
     waiting: Deferred[None] = Deferred()
     seen = outcome(reactor, lambda: waiting)
     waiting.errback(IndexError())
@@ -78,10 +81,10 @@ HUGE = {
 
 
 @pytest.mark.parametrize("value", HUGE.values(), ids=HUGE)
-def test_bounded_repr_is_bounded(value: object) -> None:
+def test_bounded_repr_of_a_huge_value_is_short(value: object) -> None:
     assert len(bounded_repr(value)) <= 300
 
 
-def test_bounded_repr_has_no_control_characters() -> None:
+def test_bounded_repr_of_control_characters_escapes_them() -> None:
     assert bounded_repr("M_\n\x1b[31mFORGED") == r"'M_\n\x1b[31mFORGED'"
     assert bounded_repr("M_FORBIDDEN") == "'M_FORBIDDEN'"

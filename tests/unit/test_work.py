@@ -15,11 +15,10 @@ class Background:
 
     def __init__(self) -> None:
         self.reactor = Clock()
+        self.background = self
         self.errors: list[str] = []
 
-    def run_in_background(
-        self, desc: str, func: Callable[..., Awaitable[None]], *args: object
-    ) -> None:
+    def run(self, desc: str, func: Callable[..., Awaitable[None]], *args: object) -> None:
         deferred = ensureDeferred(cast(Any, func(*args)))
         deferred.addErrback(lambda failure: self.errors.append(str(failure.value)))
 
