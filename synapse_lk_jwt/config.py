@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module's configuration: the block in homeserver.yaml, then the environment, then the default.
 
-Everything is checked here, files that hold secrets included, because an error that is raised in
-`parse_config` reaches the admin as a sentence and one that is raised later as a traceback. All
-problems are collected and told in one go; no secret is ever part of a message.
+All values are checked here, secret files included: Synapse shows an error of `parse_config` as a
+sentence, and any later error as a traceback. One error lists all problems. No message contains a
+secret.
 """
 
 import difflib
@@ -33,8 +33,8 @@ DEFAULT_PATH_PREFIX = "/_synapse/client/livekit/jwt"
 # Where MSC4195's endpoints are, below `/_matrix/client/…` and `/_matrix/federation/…`.
 HOMESERVER_PREFIX = "rtc/livekit"
 
-# What Synapse serves itself outside of `/_matrix`. A module's resource replaces what is mounted at
-# the same path or below it.
+# Paths outside of `/_matrix` that Synapse serves itself. A module's resource replaces resources at
+# the same path and below it.
 SYNAPSE_PATHS = (
     "/.well-known",
     "/_synapse/admin",
@@ -55,46 +55,46 @@ SYNAPSE_PATHS = (
     "/health",
 )
 
-# Synapse hands everything below these to one resource, so nothing of ours would be reached there.
+# Synapse routes all requests below these paths to one resource, so ours would get none there.
 SYNAPSE_SUBTREES = ("/_matrix", "/_synapse/admin", "/_synapse/metrics", "/health")
 
-# What people put around a value: by hand, or `docker --env-file`, which takes quotes literally.
+# Quotes that admins write around a value, and that `docker --env-file` keeps as part of it.
 QUOTES = ('""', "''", "``", "“”", "‘’")
 
-# Characters that no font shows, beside those that Unicode's categories name.
+# Characters that fonts show as blank although their Unicode categories are those of visible ones.
 BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | frozenset(
     map(chr, range(0xFE00, 0xFE10))
 )
 
-# LiveKit complains about shorter secrets in its log, and so does RFC 7518 (section 3.2) for HS256.
+# LiveKit logs an error for shorter secrets, and RFC 7518 (section 3.2) forbids them for HS256.
 RECOMMENDED_SECRET_LENGTH = 32
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
 class LiveKitJwtConfig:
-    """The configuration as working values: whoever holds one need not check again.
+    """The checked configuration. Code that uses it checks nothing again.
 
     Attributes:
-        livekit_url: the WebSocket URL handed to clients, without a slash at the end.
-        livekit_internal_url: where LiveKit's API is, `http(s)://`, without a slash at the end.
+        livekit_url: LiveKit's WebSocket URL for clients, without a slash at the end.
+        livekit_internal_url: LiveKit's API for Synapse, `http(s)://`, without a slash at the end.
         livekit_key: LiveKit's API key.
         livekit_secret: the secret of that key.
-        other_livekit_pairs: the other pairs of key and secret in livekit_key_file. Tokens are not
-            signed with them; webhooks and participants of theirs are recognised.
-        full_access_homeservers: servers whose users may start calls; our own need not be listed.
-        remote_can_publish: other servers whose users may publish.
+        other_livekit_pairs: the other pairs of key and secret in livekit_key_file. The module signs
+            no tokens with them, but accepts their webhooks and recognises their participants.
+        full_access_homeservers: servers whose users can start calls. Local users always can.
+        remote_can_publish: other servers whose users can publish.
         require_room_membership: whether users must be joined to the Matrix room to get a token.
         believe_rooms_elsewhere: whether users of other servers get tokens for rooms that this
             homeserver is not in.
         token_lifetime_ms: milliseconds from issue to `exp`.
-        can_update_own_metadata: the LiveKit grant of that name.
+        can_update_own_metadata: LiveKit's grant `canUpdateOwnMetadata`.
         path_prefix: path of the service endpoints, without a slash at the end.
-        service_url: what to advertise, or None for `public_baseurl` + `path_prefix`.
-        advertise: what to add to `rtc/transports` and `.well-known`.
-        sanity_check_interval_ms: milliseconds between two polls of the SFU; 0 is off.
-        rc_token: rate of token requests per user.
-        rc_openid: rate of OpenID look-ups on other servers per client address.
-        warnings: what to tell the admin at start, one sentence or two each.
+        service_url: the URL to advertise, or None for `public_baseurl` + `path_prefix`.
+        advertise: the entries to add to `rtc/transports` and `.well-known`.
+        sanity_check_interval_ms: milliseconds between two polls of LiveKit, or 0 for none.
+        rc_token: rate of token requests for each user.
+        rc_openid: rate of OpenID look-ups on other servers for each client address.
+        warnings: log lines for the admin at start.
     """
 
     livekit_url: str
@@ -117,11 +117,15 @@ class LiveKitJwtConfig:
     warnings: tuple[str, ...]
 
     def service_url_at(self, public_baseurl: str) -> str:
-        """Where clients are told that the service endpoints are, by Synapse's `public_baseurl`."""
+        """The URL of the service endpoints that is advertised to clients.
+
+        Args:
+            public_baseurl: Synapse's own, used unless `service_url` is set.
+        """
         return self.service_url or f"{public_baseurl.rstrip('/')}{self.path_prefix}"
 
 
-KEYS = (
+OPTIONS = (
     "livekit_url",
     "livekit_internal_url",
     "livekit_key",
@@ -144,33 +148,33 @@ KEYS = (
 )
 
 
-class _Wrong(Exception):
-    """One value is wrong; the text says what to write instead."""
+class _Invalid(Exception):
+    """A value is invalid. The text says what to write instead."""
 
 
 def parse_config(
     config: Mapping[str, Any], environ: Mapping[str, str] | None = None
 ) -> LiveKitJwtConfig:
-    """Turns the module's block of homeserver.yaml into a checked configuration.
+    """Checks the module's block in homeserver.yaml.
 
     Args:
         config: the `config:` mapping of the module.
-        environ: the environment to fall back on; the process's own by default.
+        environ: the environment variables, by default those of this process.
 
     Raises:
-        ConfigError: naming every key that is wrong and what to write instead.
+        ConfigError: listing all invalid options and what to write instead.
     """
     return _Parser(config, os.environ if environ is None else environ).parse()
 
 
 class _Parser:
-    """Reads one configuration and collects what is wrong with it."""
+    """Reads one configuration and collects its problems."""
 
     def __init__(self, config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
         if not isinstance(config, Mapping):
-            raise ConfigError("must be a mapping of keys to values")
+            raise ConfigError("must be a mapping of options to values")
         self._config = config
-        # An empty variable counts as unset: compose files and unit files pass them on like that.
+        # An empty variable counts as unset: compose files and unit files pass unset variables so.
         self._environ: dict[str, str] = {}
         self._quoted: set[str] = set()
         for name, value in environ.items():
@@ -185,12 +189,12 @@ class _Parser:
 
     def parse(self) -> LiveKitJwtConfig:
         for name in map(str, self._config):
-            if name not in KEYS:
+            if name not in OPTIONS:
                 self._problems.append((name, _unknown(name)))
 
         if "livekit_url" not in self._config and "LIVEKIT_URL" not in self._environ:
             self._problems.append(
-                ("livekit_url", "is missing; write livekit_url: wss://sfu.example.com")
+                ("livekit_url", "is missing. Write livekit_url: wss://sfu.example.com")
             )
         livekit_url = self._livekit_url()
         internal_url = self._value("livekit_internal_url", _api_url, "")
@@ -229,29 +233,30 @@ class _Parser:
         )
 
     def _error(self) -> ConfigError:
-        lines = [f"{key}: {text}" for key, text in self._problems]
+        lines = [f"{option}: {text}" for option, text in self._problems]
         if len(lines) == 1:
             return ConfigError(lines[0], path=(self._problems[0][0],))
         return ConfigError(f"{len(lines)} problems\n  " + "\n  ".join(lines))
 
-    def _check(self, key: str, check: Callable[[Any], T], value: Any, default: T) -> T:
-        if key in self._quoted:
+    def _check(self, option: str, check: Callable[[Any], T], value: Any, default: T) -> T:
+        if option in self._quoted:
             self._warnings.append(
-                f"{key} has quotes around its value, which are left out: docker --env-file passes"
-                " quotes on. Remove them. If they belong to the value, write it in homeserver.yaml."
+                f"{option} has quotes around its value, and the module ignores them. docker"
+                " --env-file does not remove quotes. Remove them, or write the option in"
+                " homeserver.yaml if they belong to the value."
             )
         try:
             return check(_clean(value))
-        except _Wrong as e:
-            self._problems.append((key, str(e)))
+        except _Invalid as e:
+            self._problems.append((option, str(e)))
             return default
 
     def _value(
-        self, key: str, check: Callable[[Any], T], default: T, variable: str | None = None
+        self, option: str, check: Callable[[Any], T], default: T, variable: str | None = None
     ) -> T:
-        """The value of a key, else of an environment variable, else the default."""
-        if key in self._config:
-            return self._check(key, check, self._config[key], default)
+        """The value of an option, else of its environment variable, else the default."""
+        if option in self._config:
+            return self._check(option, check, self._config[option], default)
         if variable is not None and variable in self._environ:
             return self._check(variable, check, self._environ[variable], default)
         return default
@@ -262,13 +267,13 @@ class _Parser:
             return url
         websocket_url = url.replace("http", "ws", 1)
         self._warnings.append(
-            f"livekit_url is {url}, and clients need a WebSocket URL. The module uses"
+            f"livekit_url is {url}, but clients need a WebSocket URL. The module uses"
             f" {websocket_url}. Write livekit_url: {websocket_url}"
         )
         return websocket_url
 
     def _credentials(self) -> dict[str, str]:
-        """LiveKit's API keys and secrets, the one to sign with first; problems are noted."""
+        """LiveKit's API keys and secrets. The pair that signs tokens is the first."""
         in_block = "livekit_key_file" in self._config
         secrets_in_block = _given(self._config, "livekit_secret", "livekit_secret_path")
         if in_block or ("LIVEKIT_KEY_FILE" in self._environ and not secrets_in_block):
@@ -281,29 +286,29 @@ class _Parser:
             self._warn_of_pair(key, secret)
         return pairs
 
-    def _text_or_file(self, key: str, variable: str) -> str | None:
-        """One of key and secret: written out, or in a file of its own."""
+    def _text_or_file(self, option: str, variable: str) -> str | None:
+        """The API key or the secret, from its option or from its file."""
         for values, direct, path in (
-            (self._config, key, f"{key}_path"),
+            (self._config, option, f"{option}_path"),
             (self._environ, variable, f"{variable}_FROM_FILE"),
         ):
             if direct in values and path in values:
-                self._problems.append((direct, f"is given twice; remove it or remove {path}"))
+                self._problems.append((direct, f"is given twice. Remove it or remove {path}"))
                 return None
             if direct in values:
                 return self._check(direct, _credential, values[direct], None)
             if path in values:
                 return self._check(path, _credential_file, values[path], None)
         self._problems.append(
-            (key, f"is missing; write {key} or {key}_path, as in LiveKit's own configuration")
+            (option, f"is missing. Write {option} or {option}_path, as in LiveKit's configuration")
         )
         return None
 
     def _key_file(self, in_block: bool) -> dict[str, str]:
-        """The pairs of a key file, the one that livekit_key chooses first."""
+        """The pairs of a key file. The pair that livekit_key chooses is the first."""
         values: Mapping[str, Any] = self._config if in_block else self._environ
         name = "livekit_key_file" if in_block else "LIVEKIT_KEY_FILE"
-        verb = "remove" if in_block else "unset"
+        verb = "Remove" if in_block else "Unset"
         secrets = (
             ("livekit_secret", "livekit_secret_path")
             if in_block
@@ -311,26 +316,26 @@ class _Parser:
         )
         given = _given(values, *secrets)
         if given:
-            self._problems.append((name, f"holds the secret; {verb} {' and '.join(given)}"))
+            self._problems.append((name, f"contains the secret. {verb} {' and '.join(given)}"))
             return {}
         pairs: dict[str, str] = self._check(name, _pairs_of_file, values[name], {})
         chooses = _given(self._config, "livekit_key", "livekit_key_path")
-        # A variable says nothing about the only pair of a file that the block names.
+        # The environment must not reject the only pair of a file in the block.
         if not in_block or len(pairs) > 1:
             chooses += _given(self._environ, "LIVEKIT_KEY", "LIVEKIT_KEY_FROM_FILE")
         if not pairs or (len(pairs) == 1 and not chooses):
             return pairs
         if not chooses:
-            # No key is shown here: in a file with the two swapped it is a secret.
+            # The message shows no key: in a file with key and secret swapped it is the secret.
             self._problems.append(
-                (name, f"holds {len(pairs)} pairs; write livekit_key: and the key to use")
+                (name, f"contains {len(pairs)} pairs. Set livekit_key to the key to use")
             )
             return {}
         key = self._text_or_file("livekit_key", "LIVEKIT_KEY")
         if key is None:
             return {}
         if key not in pairs:
-            text = f"is none of the {len(pairs)} keys in {name}; write one of them"
+            text = f"is none of the {len(pairs)} keys in {name}. Write one of them"
             self._problems.append((chooses[0], text))
             return {}
         return {key: pairs.pop(key), **pairs}
@@ -338,32 +343,32 @@ class _Parser:
     def _warn_of_pair(self, key: str, secret: str) -> None:
         if len(secret) < RECOMMENDED_SECRET_LENGTH:
             self._warnings.append(
-                f"livekit_secret has fewer than {RECOMMENDED_SECRET_LENGTH} characters and"
-                " can be guessed by any participant who holds a token. Create a longer one with"
-                " 'livekit-server generate-keys' and give it to LiveKit too."
+                f"livekit_secret has fewer than {RECOMMENDED_SECRET_LENGTH} characters. A"
+                " participant with a token can guess it. Create a longer one with 'livekit-server"
+                " generate-keys', and write it into LiveKit's configuration too."
             )
         for option, value in (("livekit_key", key), ("livekit_secret", secret)):
             if _is_quoted(value):
                 self._warnings.append(
-                    f"{option} begins and ends with quotes, which are used as a part of it."
+                    f"{option} begins and ends with quotes, which count as part of the value."
                     " Remove them unless LiveKit's configuration has them too."
                 )
             if re.fullmatch(r"\S+:\s+\S+", value):
                 self._warnings.append(
-                    f"{option} looks like 'key: secret'. Write one of the two alone, or name the"
-                    " file with livekit_key_file."
+                    f"{option} looks like 'key: secret'. Write only one of the two, or set"
+                    " livekit_key_file to the file."
                 )
 
     def _full_access_homeservers(self) -> ServerList:
-        key = "full_access_homeservers"
-        if key in self._config:
-            servers = self._check(key, _servers, self._config[key], ServerList(()))
+        option = "full_access_homeservers"
+        if option in self._config:
+            servers = self._check(option, _servers, self._config[option], ServerList(()))
         else:
             servers = self._full_access_from_environment()
         if servers.is_everyone:
             self._warnings.append(
-                "full_access_homeservers is '*': users of every homeserver can start calls on your"
-                " SFU. To restrict it to your own users, write full_access_homeservers: []."
+                "full_access_homeservers is '*', so users of every homeserver can start calls on"
+                " your LiveKit. To allow only your own users, write full_access_homeservers: []."
             )
         return servers
 
@@ -374,8 +379,8 @@ class _Parser:
                 continue
             if variable == legacy:
                 self._warnings.append(
-                    f"{legacy} is deprecated: rename it to {name}, or write"
-                    " full_access_homeservers in the module's configuration."
+                    f"{legacy} is deprecated. Rename it to {name}, or write"
+                    " full_access_homeservers in homeserver.yaml."
                 )
             return self._check(variable, _servers, self._environ[variable], ServerList(()))
         return ServerList(("*",))
@@ -390,53 +395,53 @@ class _Parser:
         )
 
     def _lists_servers(self, variable: str) -> bool:
-        """Whether a variable has more than separators; one that has not counts as empty."""
+        """Whether a variable lists a server. One with separators only counts as unset."""
         return bool(re.sub(r"[,\s]+", "", self._environ.get(variable, "")))
 
     def _token_lifetime(self) -> int:
         lifetime = self._value("token_lifetime", _token_lifetime, 900_000)
         if lifetime < 60_000:
             self._warnings.append(
-                f"token_lifetime is {lifetime / 1000:g} seconds: clients that take longer to"
-                " connect, or to reconnect, are rejected. The default is '15m'."
+                f"token_lifetime is {lifetime / 1000:g} seconds. LiveKit rejects clients that need"
+                " longer to connect or reconnect. The default is '15m'."
             )
         return lifetime
 
     def _sanity_check_interval(self) -> int:
-        key, variable = "sanity_check_interval", "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS"
-        if key not in self._config and variable in self._environ:
+        option, variable = "sanity_check_interval", "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS"
+        if option not in self._config and variable in self._environ:
             return self._check(variable, _seconds, self._environ[variable], 0)
-        return self._value(key, _interval, 30_000)
+        return self._value(option, _interval, 30_000)
 
-    def _rate(self, key: str, per_second: float, burst_count: int) -> RatelimitSettings:
-        default = RatelimitSettings(key=key, per_second=per_second, burst_count=burst_count)
+    def _rate(self, option: str, per_second: float, burst_count: int) -> RatelimitSettings:
+        default = RatelimitSettings(key=option, per_second=per_second, burst_count=burst_count)
 
         def check(value: Any) -> RatelimitSettings:
             if not isinstance(value, dict):
-                raise _Wrong(
-                    f"must hold per_second and burst_count, such as"
+                raise _Invalid(
+                    f"must have per_second and burst_count, such as"
                     f" {{per_second: {per_second}, burst_count: {burst_count}}}"
                 )
             for name, number in value.items():
                 if name not in ("per_second", "burst_count"):
-                    raise _Wrong(f"has an unknown key {name!r}; it takes per_second, burst_count")
+                    raise _Invalid(f"has no option {name!r}. Write per_second or burst_count")
                 if type(number) not in (int, float) or not math.isfinite(number) or number <= 0:
-                    raise _Wrong(f"{name} must be a number above 0")
+                    raise _Invalid(f"{name} must be a number above 0")
             settings = RatelimitSettings(
-                key=key,
+                key=option,
                 per_second=value.get("per_second", per_second),
                 burst_count=int(value.get("burst_count", burst_count)),
             )
             if settings.burst_count < 1:
-                raise _Wrong("burst_count must be at least 1")
+                raise _Invalid("burst_count must be at least 1")
             return settings
 
-        return self._value(key, check, default)
+        return self._value(option, check, default)
 
 
-def _unknown(key: str) -> str:
-    near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0)
-    return f"is not a key of this module; did you mean {near[0]}?"
+def _unknown(option: str) -> str:
+    near = difflib.get_close_matches(option, OPTIONS, n=1, cutoff=0)
+    return f"is not an option of this module. Did you mean {near[0]}?"
 
 
 def _given(values: Mapping[str, Any], *names: str) -> list[str]:
@@ -444,7 +449,7 @@ def _given(values: Mapping[str, Any], *names: str) -> list[str]:
 
 
 def _strip(text: str) -> str:
-    """A text without white space and byte-order marks around it."""
+    """Removes white space and byte-order marks around a text."""
     return re.sub(r"^[\s\ufeff]+|[\s\ufeff]+$", "", text)
 
 
@@ -453,10 +458,10 @@ def _is_quoted(text: str) -> bool:
 
 
 def _clean(value: Any) -> Any:
-    """A value as every option takes it: a string, or a list of strings, free of what is not seen.
+    """Strips a string, or each string of a list, as for every option.
 
     Raises:
-        _Wrong: if an invisible character is inside.
+        _Invalid: if there is an invisible character inside.
     """
     if isinstance(value, list):
         return [_clean(entry) for entry in value]
@@ -465,8 +470,8 @@ def _clean(value: Any) -> Any:
     text = _strip(value)
     for character in text:
         if _is_invisible(character):
-            raise _Wrong(
-                f"has an invisible character (U+{ord(character):04X}); remove it, or type the value"
+            raise _Invalid(
+                f"has an invisible character (U+{ord(character):04X}). Remove it, or type the value"
                 " again"
             )
     return text
@@ -474,7 +479,7 @@ def _clean(value: Any) -> Any:
 
 def _is_invisible(character: str) -> bool:
     if character in " \t\n\r":
-        # Each option decides about these by itself.
+        # Some options accept these, so each option checks them itself.
         return False
     category = unicodedata.category(character)
     return category[0] == "C" or category in ("Zs", "Zl", "Zp") or character in BLANK
@@ -482,9 +487,9 @@ def _is_invisible(character: str) -> bool:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _Wrong("must be a string; put the value in quotes")
+        raise _Invalid("must be a string. Put the value in quotes")
     if not value.strip():
-        raise _Wrong("is empty; give it a value or remove the key")
+        raise _Invalid("is empty. Write a value or remove the option")
     return value
 
 
@@ -492,9 +497,9 @@ def _boolean(value: Any) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.strip().lower() in ("true", "false", "1", "0"):
-        # Only the environment has no other way to say it, but a quoted value is as clear.
+        # Environment variables are always strings. A quoted value in YAML is as clear.
         return value.strip().lower() in ("true", "1")
-    raise _Wrong("must be true or false")
+    raise _Invalid("must be true or false")
 
 
 def _advertise(value: Any) -> Advertise:
@@ -505,60 +510,65 @@ def _advertise(value: Any) -> Advertise:
     if isinstance(value, str):
         value = value.strip().lower()
     if not isinstance(value, str | bool) or value not in values:
-        raise _Wrong(
-            "must be service, both, msc4195 or off. Write 'service' unless all clients are new"
-            " (docs/compatibility.md)"
+        raise _Invalid(
+            "must be service, both, msc4195 or off. Write advertise: service unless all clients are"
+            " new (docs/compatibility.md)"
         )
     return values[value]
 
 
 def _rooms_elsewhere(value: Any) -> bool:
     if value not in ("believe", "refuse"):
-        raise _Wrong(
-            "must be 'believe' or 'refuse'. Write 'refuse' to give no tokens for rooms that this"
+        raise _Invalid(
+            "must be 'believe' or 'refuse'. Write 'refuse' to issue no tokens for rooms that this"
             " homeserver is not in"
         )
     return bool(value == "believe")
 
 
 def _url(value: Any, schemes: tuple[str, ...], example: str) -> str:
-    """Reads a URL of one of some schemes, the one to recommend first.
+    """Checks a URL.
+
+    Args:
+        value: the value of an option.
+        schemes: the accepted schemes. Messages name the first two.
+        example: a URL for messages.
 
     Returns:
         The URL with scheme and host in lower case, and without a slash at the end.
 
     Raises:
-        _Wrong: for anything that not all clients, proxies and Synapse take for the same URL.
+        _Invalid: also for URLs that clients, proxies and Synapse could read differently.
     """
     text = _text(value)
-    # No part of the URL is shown before this: a password may be in it.
+    # The URL can contain a password, so no message before this check shows a part of it.
     if "@" in text:
-        raise _Wrong(f"must be a URL without user and password, such as {example}")
+        raise _Invalid(f"must be a URL without user and password, such as {example}")
     if re.search(r"\s", text) or len(text) > 2048:
-        raise _Wrong(f"must be one URL without spaces, such as {example}")
+        raise _Invalid(f"must be one URL without spaces, such as {example}")
     if "?" in text or "#" in text:
-        raise _Wrong(f"must be a URL without '?' and '#', such as {example}")
+        raise _Invalid(f"must be a URL without '?' and '#', such as {example}")
     try:
         parts = urlsplit(text)
         name = parts.hostname
     except ValueError:
         what = "IPv6 address in brackets" if "[" in text or "]" in text else "host name"
-        raise _Wrong(f"has no valid {what}; write a URL such as {example}") from None
+        raise _Invalid(f"has no valid {what}. Write a URL such as {example}") from None
     if parts.scheme not in schemes or not parts.netloc:
         instead = f", not {parts.scheme}://" if "://" in text and parts.scheme else ""
-        begins = " or ".join(f"{scheme}://" for scheme in schemes)
-        raise _Wrong(f"must begin with {begins}{instead}, such as {example}")
+        starts = " or ".join(f"{scheme}://" for scheme in schemes[:2])
+        raise _Invalid(f"must start with {starts}{instead}. Write a URL such as {example}")
     host = _host(name or "", parts, example)
     port = _port(parts, f"{parts.scheme}://{host}:7880")
     if not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", parts.path):
-        raise _Wrong(f"has characters in its path that must be written as %XX, such as {example}")
+        raise _Invalid(f"has characters in its path that must be written as %XX, such as {example}")
     if re.search(r"/\.\.?(/|$)", parts.path):
-        raise _Wrong(f"must be a URL without '.' and '..' in its path, such as {example}")
+        raise _Invalid(f"must be a URL without '.' and '..' in its path, such as {example}")
     return f"{parts.scheme}://{host}{port}{parts.path}".rstrip("/")
 
 
 def _host(name: str, parts: SplitResult, example: str) -> str:
-    """The host of a URL as it belongs into one."""
+    """The host of a URL, with brackets if it is an IPv6 address."""
     if "[" in parts.netloc or name.count(":") > 1 or parts.netloc.count(":") > 1:
         return _ipv6_host(name, parts, example)
     if not name.isascii():
@@ -566,13 +576,13 @@ def _host(name: str, parts: SplitResult, example: str) -> str:
             ascii_name = idna.encode(name, uts46=True).decode("ascii")
         except idna.IDNAError:
             ascii_name = "xn--…"
-        raise _Wrong(
-            f"has letters in its host name {name!r} that are not ASCII, which Synapse and LiveKit"
-            f" do not resolve; write {ascii_name}"
+        raise _Invalid(
+            f"has letters in its host name {name!r} that are not ASCII. Synapse and LiveKit do not"
+            f" resolve them. Write {ascii_name}"
         )
     if "_" in name:
-        raise _Wrong(
-            f"has '_' in its host name {name!r}, which Synapse's HTTP client refuses; give the"
+        raise _Invalid(
+            f"has '_' in its host name {name!r}, which Synapse's HTTP client rejects. Give the"
             f" container an alias such as {name.replace('_', '-')!r} and write that"
         )
     name = name.removesuffix(".")
@@ -580,9 +590,9 @@ def _host(name: str, parts: SplitResult, example: str) -> str:
     if len(name) > 253 or not all(
         re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", label) for label in labels
     ):
-        raise _Wrong(f"has no valid host name; write a URL such as {example}")
+        raise _Invalid(f"has no valid host name. Write a URL such as {example}")
     if labels[-1].isdigit() and not _is_address(name, ipaddress.IPv4Address):
-        raise _Wrong(f"has no valid IPv4 address ({name}); write four numbers from 0 to 255")
+        raise _Invalid(f"has no valid IPv4 address ({name}). Write four numbers from 0 to 255")
     return name
 
 
@@ -590,14 +600,14 @@ def _ipv6_host(name: str, parts: SplitResult, example: str) -> str:
     if "[" not in parts.netloc:
         address = parts.netloc
         if _is_address(address, ipaddress.IPv6Address):
-            raise _Wrong(
-                f"has an IPv6 address without brackets; write {parts.scheme}://[{address}]"
+            raise _Invalid(
+                f"has an IPv6 address without brackets. Write {parts.scheme}://[{address}]"
             )
-        raise _Wrong(f"has more than one port; write a URL such as {example}")
+        raise _Invalid(f"has more than one port. Write a URL such as {example}")
     if not _is_address(name, ipaddress.IPv6Address) or "%" in name:
-        raise _Wrong(
-            f"has no valid IPv6 address in brackets; write {parts.scheme}://[2001:db8::1] without"
-            " a zone"
+        raise _Invalid(
+            f"has no valid IPv6 address in brackets. Write {parts.scheme}://[2001:db8::1] without a"
+            " zone"
         )
     return f"[{name}]"
 
@@ -619,7 +629,7 @@ def _port(parts: SplitResult, example: str) -> str:
     if port is None:
         return ""
     if port == 0:
-        raise _Wrong(f"must have a port from 1 to 65535, such as {example}")
+        raise _Invalid(f"must have a port from 1 to 65535, such as {example}")
     return f":{port}"
 
 
@@ -639,15 +649,15 @@ def _http_url(value: Any) -> str:
 def _path_prefix(value: Any) -> str:
     text = _text(value)
     if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", text) or re.search(r"/\.\.?(/|$)", text):
-        raise _Wrong(f"must be a path such as {DEFAULT_PATH_PREFIX}")
+        raise _Invalid(f"must be a path such as {DEFAULT_PATH_PREFIX}")
     path = text.rstrip("/")
     for taken in SYNAPSE_SUBTREES:
         if path == taken or path.startswith(f"{taken}/"):
-            raise _Wrong(f"must not lie below {taken}; write {DEFAULT_PATH_PREFIX}")
+            raise _Invalid(f"must not be below {taken}. Write {DEFAULT_PATH_PREFIX}")
     for taken in SYNAPSE_PATHS:
         if taken == path or taken.startswith(f"{path}/"):
-            raise _Wrong(
-                f"would replace {taken}, which Synapse serves; write {DEFAULT_PATH_PREFIX}"
+            raise _Invalid(
+                f"would replace {taken}, which Synapse serves. Write {DEFAULT_PATH_PREFIX}"
             )
     return path
 
@@ -660,16 +670,16 @@ def _servers(value: Any) -> ServerList:
     elif isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         entries = value
     else:
-        raise _Wrong(f"must be a list of server names, such as {example}")
+        raise _Invalid(f"must be a list of server names, such as {example}")
     names = [name for entry in entries for name in re.split(r"[,\s]+", entry) if name]
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9.:*?\[\]-]+", name):
-            raise _Wrong(f"{name!r} is not a server name; write server names, such as {example}")
+            raise _Invalid(f"{name!r} is not a server name. Write server names, such as {example}")
     return ServerList(tuple(names))
 
 
 def _duration(value: Any, example: str) -> int:
-    wrong = _Wrong(f"must be a duration such as '{example}'")
+    wrong = _Invalid(f"must be a duration such as '{example}'")
     if isinstance(value, str) and not value.strip():
         raise wrong
     try:
@@ -681,15 +691,17 @@ def _duration(value: Any, example: str) -> int:
 def _token_lifetime(value: Any) -> int:
     duration = _duration(value, "15m")
     if duration < 1000:
-        raise _Wrong("must be at least one second; write '15m' (a bare number counts milliseconds)")
+        raise _Invalid(
+            "must be at least one second. Write '15m' (a bare number counts milliseconds)"
+        )
     return duration
 
 
 def _interval(value: Any) -> int:
     duration = _duration(value, "30s")
     if duration < 0 or 0 < duration < 1000:
-        raise _Wrong(
-            "must be at least one second, or 0 for off; write '30s' (a bare number counts"
+        raise _Invalid(
+            "must be at least one second, or 0 for off. Write '30s' (a bare number counts"
             " milliseconds)"
         )
     return duration
@@ -701,14 +713,14 @@ def _seconds(value: Any) -> int:
     except ValueError:
         seconds = math.nan
     if not math.isfinite(seconds) or seconds < 0 or 0 < seconds < 1:
-        raise _Wrong("must be a number of seconds, at least 1, or 0 for off; write 30")
+        raise _Invalid("must be a number of seconds, at least 1, or 0 for off. Write 30")
     return int(seconds * 1000)
 
 
 def _credential(value: Any) -> str:
     text = _text(_clean(value))
     if re.search(r"[\t\n\r]", text):
-        raise _Wrong("must be one line of text; copy it from LiveKit's configuration")
+        raise _Invalid("must be one line of text. Copy it from LiveKit's configuration")
     return text
 
 
@@ -718,13 +730,13 @@ def _read_file(path: Any) -> str:
         with open(name, encoding="utf-8") as file:
             text = _strip(file.read())
     except (OSError, ValueError) as e:
-        # A ValueError quotes what it could not decode, and that may be the secret.
+        # The text of a ValueError quotes the bytes, which may be the secret.
         cause = e.strerror if isinstance(e, OSError) else "it is not a text file"
-        raise _Wrong(
-            f"cannot read {name!r} ({cause}); name a file that Synapse's user may read"
+        raise _Invalid(
+            f"cannot read {name!r} ({cause}). Name a file that Synapse's user can read"
         ) from None
     if not text:
-        raise _Wrong(f"{name!r} is empty; put the value from LiveKit's configuration into it")
+        raise _Invalid(f"{name!r} is empty. Write the value from LiveKit's configuration into it")
     return text
 
 
@@ -732,21 +744,19 @@ def _credential_file(path: Any) -> str:
     text = _read_file(path)
     try:
         return _credential(text)
-    except _Wrong as e:
-        raise _Wrong(f"{path!r} {e}") from None
+    except _Invalid as e:
+        raise _Invalid(f"{path!r} {e}") from None
 
 
 def _pairs_of_file(path: Any) -> dict[str, str]:
-    """Reads LiveKit's `key_file`: YAML, a map of API keys to secrets."""
+    """Reads a file in the form of LiveKit's `key_file`: YAML, a map of API keys to secrets."""
     text = _read_file(path)
-    wrong = _Wrong(
-        f"{path!r} must hold lines 'key: secret' and nothing else, as LiveKit's own key_file does"
-    )
+    wrong = _Invalid(f"{path!r} must contain only lines 'key: secret', like LiveKit's own key_file")
     try:
-        # Scalars are taken as they are written: a secret of digits stays a string.
+        # BaseLoader reads every scalar as a string, so a secret of digits keeps its zeros.
         node = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError:
-        # The error quotes the line.
+        # The YAML error quotes the line, which may contain the secret.
         raise wrong from None
     if isinstance(node, yaml.MappingNode):
         nodes = [part for pair in node.value for part in pair]
@@ -754,18 +764,18 @@ def _pairs_of_file(path: Any) -> dict[str, str]:
             raise wrong
         pairs = [(key.value, secret.value) for key, secret in node.value]
     else:
-        # The stand-alone service also takes 'key:secret', without the blank.
+        # lk-jwt-service also accepts 'key:secret' without a blank.
         lines = [line.partition(":") for line in text.splitlines() if not line.startswith("#")]
         pairs = [(key, secret) for key, _, secret in lines if key or secret]
     found: dict[str, str] = {}
     for number, pair in enumerate(pairs, 1):
         try:
             key, secret = map(_credential, pair)
-        except _Wrong as e:
-            # Not the key: where the two are swapped it is the secret.
-            raise _Wrong(f"{path!r}: key or secret of pair {number} {e}") from None
+        except _Invalid as e:
+            # The message shows no key: if the two are swapped, it is the secret.
+            raise _Invalid(f"{path!r}: key or secret of pair {number} {e}") from None
         if key in found:
-            raise _Wrong(f"{path!r} has the key of pair {number} twice; remove one of them")
+            raise _Invalid(f"{path!r} has the key of pair {number} twice. Remove one of them")
         found[key] = secret
     if not found:
         raise wrong

@@ -215,8 +215,8 @@ def test_a_mistake_in_the_block(public: Public) -> None:
     (finding,) = report.findings
     assert (report.status, finding.verdict, finding.check) == (1, "wrong", "module")
     assert finding.file == "changed.json"
-    assert "livekit_url: must begin with wss://" in finding.text
-    assert "full_acess_homeservers: is not a key of this module" in finding.text
+    assert "livekit_url: must start with wss://" in finding.text
+    assert "full_acess_homeservers: is not an option of this module" in finding.text
 
 
 @pytest.mark.parametrize("modules", [None, [], [{"module": "elsewhere.Module", "config": {}}]])

@@ -22,9 +22,9 @@ def test_a_bad_configuration_is_told_in_full_and_without_a_traceback(tmp_path: P
         synapse.wait_ready()
     log = synapse.log_text()
     assert "Error in configuration at 'modules.<item 0>.config'" in log
-    assert "livekit_url: must begin with wss://" in log
+    assert "livekit_url: must start with wss://" in log
     assert "livekit_secret_path: cannot read '/does/not/exist' (No such file or directory)" in log
-    assert "full_acess_homeservers: is not a key of this module; did you mean" in log
+    assert "full_acess_homeservers: is not an option of this module. Did you mean" in log
     assert "Traceback" not in log
 
 

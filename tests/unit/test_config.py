@@ -11,7 +11,7 @@ from synapse.module_api.errors import ConfigError
 from synapse_lk_jwt import LiveKitJwtModule
 from synapse_lk_jwt.auth.access import ServerList
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
-from synapse_lk_jwt.config import KEYS, LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.config import OPTIONS, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.discovery import Advertise
 
 SECRET = "a-secret-that-no-message-may-ever-show"
@@ -59,7 +59,7 @@ def error(config: Any, environ: dict[str, str] | None = None) -> str:
     return raised.value.msg
 
 
-def test_the_smallest() -> None:
+def test_config_smallest_block_has_defaults_and_warns_of_full_access() -> None:
     config = parse()
     (warning,) = config.warnings
     assert warning.startswith("full_access_homeservers is '*'")
@@ -68,7 +68,7 @@ def test_the_smallest() -> None:
     assert SECRET not in repr(config)
 
 
-def test_every_key(tmp_path: Path) -> None:
+def test_config_every_option_is_read(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("APIfile\n")
     (tmp_path / "secret").write_text(f"  {SECRET}\n")
     config = parse_config(
@@ -114,7 +114,7 @@ def test_every_key(tmp_path: Path) -> None:
     )
 
 
-def test_the_environment_is_behind_the_configuration(tmp_path: Path) -> None:
+def test_config_environment_is_used_where_block_is_silent(tmp_path: Path) -> None:
     (tmp_path / "pair").write_text(f"APIpair: {SECRET}\n")
     environ = {
         "LIVEKIT_URL": "wss://environment.example.com",
@@ -145,14 +145,14 @@ def test_the_environment_is_behind_the_configuration(tmp_path: Path) -> None:
     )
 
 
-def test_files_of_the_environment(tmp_path: Path) -> None:
+def test_config_secret_file_of_environment_is_read(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(SECRET)
     environ = {"LIVEKIT_KEY": "APIkey", "LIVEKIT_SECRET_FROM_FILE": str(tmp_path / "secret")}
     assert parse_config({"livekit_url": "wss://a.org"}, environ).livekit_secret == SECRET
 
 
 @pytest.mark.parametrize("empty", ["", " ", ","])
-def test_the_legacy_variable(empty: str) -> None:
+def test_config_legacy_variable_is_read_if_new_one_is_empty(empty: str) -> None:
     environ = {"LIVEKIT_FULL_ACCESS_HOMESERVERS": empty, "LIVEKIT_LOCAL_HOMESERVERS": "legacy.org"}
     config = parse(environ)
     assert config.full_access_homeservers == ServerList(("legacy.org",))
@@ -161,16 +161,16 @@ def test_the_legacy_variable(empty: str) -> None:
     assert parse({"LIVEKIT_LOCAL_HOMESERVERS": empty}).full_access_homeservers.is_everyone
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_config_with_several_problems_error_lists_all() -> None:
     message = error({"livekit_ulr": 1, "advertise": "maybe", "rc_token": {"per_second": 0}})
     assert message.startswith("6 problems\n")
     for problem in (
-        "livekit_ulr: is not a key of this module; did you mean livekit_url?",
-        "livekit_url: is missing; write livekit_url: wss://sfu.example.com",
-        "livekit_key: is missing; write livekit_key or livekit_key_path",
+        "livekit_ulr: is not an option of this module. Did you mean livekit_url?",
+        "livekit_url: is missing. Write livekit_url: wss://sfu.example.com",
+        "livekit_key: is missing. Write livekit_key or livekit_key_path",
         "livekit_secret: is missing",
-        "advertise: must be service, both, msc4195 or off. Write 'service' unless all clients are"
-        " new (docs/compatibility.md)",
+        "advertise: must be service, both, msc4195 or off. Write advertise: service unless all"
+        " clients are new (docs/compatibility.md)",
         "rc_token: per_second must be a number above 0",
     ):
         assert problem in message
@@ -180,9 +180,9 @@ NO_RATES: list[Any] = [0, -1, "1", True, float("nan"), float("inf"), None]
 WRONG: list[tuple[str, Any, str]] = [
     ("livekit_url", 1, "must be a string"),
     ("livekit_url", "", "is empty"),
-    ("livekit_internal_url", "ftp://a.org", "or wss://, not ftp://"),
-    ("service_url", "wss://a.org", "must begin with https:// or http://, not wss://"),
-    ("livekit_key", 1, "must be a string; put the value in quotes"),
+    ("livekit_internal_url", "ftp://a.org", "http:// or https://, not ftp://. Write a URL"),
+    ("service_url", "wss://a.org", "must start with https:// or http://, not wss://"),
+    ("livekit_key", 1, "must be a string. Put the value in quotes"),
     ("livekit_secret", "", "is empty"),
     ("livekit_secret", f"{SECRET}\nmore", "must be one line"),
     ("livekit_secret_path", "/tmp", "is given twice"),
@@ -200,12 +200,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("token_lifetime", "1 hour", "must be a duration such as '15m'"),
     ("token_lifetime", True, "must be a duration"),
     ("token_lifetime", "", "must be a duration"),
-    ("sanity_check_interval", 30, "write '30s'"),
+    ("sanity_check_interval", 30, "Write '30s'"),
     ("sanity_check_interval", "-5s", "must be at least one second, or 0"),
-    *(("path_prefix", value, "must not lie below /_matrix") for value in (
+    *(("path_prefix", value, "must not be below /_matrix") for value in (
         "/_matrix", "/_matrix/client", "/_matrix/client/v1/rtc/",
     )),
-    ("path_prefix", "/_synapse/admin/livekit", "must not lie below /_synapse/admin"),
+    ("path_prefix", "/_synapse/admin/livekit", "must not be below /_synapse/admin"),
     *(("path_prefix", value, "which Synapse serves") for value in (
         "/_synapse", "/_synapse/client", "/_synapse/client/", "/.well-known",
         "/_synapse/client/pick_idp",
@@ -213,15 +213,15 @@ WRONG: list[tuple[str, Any, str]] = [
     *(("path_prefix", value, "must be a path such as") for value in (
         "livekit", "/", "//a", "/a/../b", "/a?b", "/a b", "/%41",
     )),
-    *(("rc_openid", value, "must hold per_second and burst_count") for value in (1, "x", None)),
+    *(("rc_openid", value, "must have per_second and burst_count") for value in (1, "x", None)),
     *(("rc_openid", {"per_second": value}, "must be a number above 0") for value in NO_RATES),
     ("rc_openid", {"burst_count": 0.5}, "burst_count must be at least 1"),
-    ("rc_openid", {"burst": 1}, "has an unknown key 'burst'"),
+    ("rc_openid", {"burst": 1}, "has no option 'burst'. Write per_second or burst_count"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("key", "value", "fix"), WRONG)
-def test_what_is_wrong(key: str, value: Any, fix: str) -> None:
+def test_config_invalid_value_error_names_option_and_fix(key: str, value: Any, fix: str) -> None:
     message = error({**SMALLEST, key: value})
     assert fix in message
     assert key in message
@@ -236,17 +236,17 @@ def test_what_is_wrong(key: str, value: Any, fix: str) -> None:
         ("LIVEKIT_FULL_ACCESS_HOMESERVERS", "a/b"),
     ],
 )
-def test_what_is_wrong_in_the_environment(variable: str, value: str) -> None:
+def test_config_invalid_variable_error_names_variable(variable: str, value: str) -> None:
     assert error(SMALLEST, {variable: value}).startswith(f"{variable}: ")
 
 
-def test_two_sources_for_one_secret(tmp_path: Path) -> None:
+def test_config_with_two_sources_for_one_secret_is_rejected(tmp_path: Path) -> None:
     pair = tmp_path / "pair"
     pair.write_text(f"key: {SECRET}")
     both = {**SMALLEST, "livekit_key_file": str(pair)}
-    assert "holds the secret; remove livekit_secret" in error(both)
+    assert "contains the secret. Remove livekit_secret" in error(both)
     environ = {"LIVEKIT_KEY_FILE": str(pair), "LIVEKIT_SECRET": SECRET}
-    assert "unset LIVEKIT_SECRET" in error({"livekit_url": "wss://a.org"}, environ)
+    assert "Unset LIVEKIT_SECRET" in error({"livekit_url": "wss://a.org"}, environ)
     environ = {"LIVEKIT_KEY": "k", "LIVEKIT_SECRET": SECRET, "LIVEKIT_SECRET_FROM_FILE": "/x"}
     assert "LIVEKIT_SECRET: is given twice" in error({"livekit_url": "wss://a.org"}, environ)
 
@@ -260,7 +260,7 @@ def test_two_sources_for_one_secret(tmp_path: Path) -> None:
         ("123: 00123", ("123", "00123")),
     ],
 )
-def test_key_files(text: str, pair: tuple[str, str], tmp_path: Path) -> None:
+def test_key_file_with_one_pair_is_read(text: str, pair: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(text)
     config = parse_config(
         {"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "keys")}, {}
@@ -281,13 +281,13 @@ def test_key_files(text: str, pair: tuple[str, str], tmp_path: Path) -> None:
         f"a: {{b: {SECRET}}}",
     ],
 )
-def test_bad_key_files(text: str, tmp_path: Path) -> None:
+def test_key_file_in_another_form_is_rejected(text: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(text)
     message = error({"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "keys")})
-    assert "must hold lines 'key: secret' and nothing else" in message or "is empty" in message
+    assert "must contain only lines 'key: secret'" in message or "is empty" in message
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_secret_file_that_cannot_be_read_error_names_cause(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(SECRET.encode() + b"\xff")
     for path, cause in (
         (tmp_path / "none", "No such file"),
@@ -299,17 +299,17 @@ def test_unreadable_files(tmp_path: Path) -> None:
         assert cause in error(config)
 
 
-def test_a_short_secret_and_a_short_lifetime_are_warned_of() -> None:
+def test_config_short_secret_and_short_lifetime_get_warnings() -> None:
     config = parse(livekit_secret="short", token_lifetime="5s", full_access_homeservers=[])
     lifetime, secret = sorted(config.warnings, reverse=True)
     assert lifetime.startswith("token_lifetime is 5 seconds")
     assert secret.startswith("livekit_secret has fewer than 32 characters")
 
 
-def test_the_sample(tmp_path: Path) -> None:
+def test_sample_has_every_option_and_is_accepted(tmp_path: Path) -> None:
     text = SAMPLE.read_text()
-    for key in KEYS:
-        assert re.search(rf"^\s*(# ?)?{key}:", text, re.M), key
+    for option in OPTIONS:
+        assert re.search(rf"^\s*(# ?)?{option}:", text, re.M), option
     (module,) = yaml.safe_load(text)["modules"]
     assert module["module"] == "synapse_lk_jwt.LiveKitJwtModule"
     secret = tmp_path / "secret"
@@ -318,8 +318,7 @@ def test_the_sample(tmp_path: Path) -> None:
     assert LiveKitJwtModule.parse_config(block).livekit_secret == SECRET
 
 
-def test_the_sample_holds_the_defaults() -> None:
-    """What is commented out is what counts without it."""
+def test_sample_options_in_comments_hold_defaults() -> None:
     (module,) = yaml.safe_load(re.sub(r"^(\s+)# ?(\w+:)", r"\1\2", SAMPLE.read_text(), flags=re.M))[
         "modules"
     ]
@@ -398,15 +397,15 @@ def test_url_written_with_is_accepted(option: str, written: str, used: str, what
 
 
 BAD_URLS: list[tuple[str, str]] = [
-    ("sfu.example.com", "must begin with"),
-    ("sfu.example.com:7880", "must begin with"),
-    ("localhost:7880", "must begin with"),
-    ("//sfu.example.com", "must begin with"),
-    ("{scheme}:a.org", "must begin with"),
-    ("{scheme}:/a.org", "must begin with"),
-    ("{scheme}:///a.org", "must begin with"),
-    ("{scheme}://", "must begin with"),
-    ("{scheme}:\\\\a.org", "must begin with"),
+    ("sfu.example.com", "must start with"),
+    ("sfu.example.com:7880", "must start with"),
+    ("localhost:7880", "must start with"),
+    ("//sfu.example.com", "must start with"),
+    ("{scheme}:a.org", "must start with"),
+    ("{scheme}:/a.org", "must start with"),
+    ("{scheme}:///a.org", "must start with"),
+    ("{scheme}://", "must start with"),
+    ("{scheme}:\\\\a.org", "must start with"),
     ("ftp://a.org", ", not ftp://"),
     ("{scheme}:// a.org", "without spaces"),
     ("{scheme}://a.org {scheme}://b.org", "one URL"),
@@ -426,8 +425,8 @@ BAD_URLS: list[tuple[str, str]] = [
     ("{scheme}://a.org:-1", "a port from 1 to 65535"),
     ("{scheme}://a.org:7880:7881", "more than one port"),
     ("{scheme}://live_kit:7880", "an alias such as 'live-kit'"),
-    ("{scheme}://sfu.b\xfccher.example", "write sfu.xn--bcher-kva.example"),
-    ("{scheme}://sfu.stra\xdfe.example", "write sfu.xn--strae-oqa.example"),
+    ("{scheme}://sfu.b\xfccher.example", "Write sfu.xn--bcher-kva.example"),
+    ("{scheme}://sfu.stra\xdfe.example", "Write sfu.xn--strae-oqa.example"),
     ("{scheme}://\u0430.org", "are not ASCII"),
     ("{scheme}://a..org", "no valid host name"),
     ("{scheme}://.a.org", "no valid host name"),
@@ -436,12 +435,12 @@ BAD_URLS: list[tuple[str, str]] = [
     ("{scheme}://%61.org", "no valid host name"),
     ("{scheme}://a\\b.org", "no valid host name"),
     ("{scheme}://<sfu.example.com>", "no valid host name"),
-    ("'{scheme}://a.org'", "must begin with"),
+    ("'{scheme}://a.org'", "must start with"),
     ("{scheme}://" + 64 * "a" + ".org", "no valid host name"),
     ("{scheme}://10.0.0.256", "no valid IPv4 address"),
     ("{scheme}://10.0.1", "no valid IPv4 address"),
-    ("{scheme}://::1", "without brackets; write {scheme}://[::1]"),
-    ("{scheme}://2001:db8::1", "write {scheme}://[2001:db8::1]"),
+    ("{scheme}://::1", "without brackets. Write {scheme}://[::1]"),
+    ("{scheme}://2001:db8::1", "Write {scheme}://[2001:db8::1]"),
     ("{scheme}://[::1", "no valid IPv6 address"),
     ("{scheme}://[::g]", "no valid IPv6 address"),
     ("{scheme}://[127.0.0.1]", "no valid IPv6 address"),
@@ -455,9 +454,7 @@ BAD_URLS: list[tuple[str, str]] = [
 
 @pytest.mark.parametrize("option", URL_OPTIONS)
 @pytest.mark.parametrize(("written", "text"), BAD_URLS)
-def test_url_that_cannot_be_used_is_refused_with_what_to_write(
-    option: str, written: str, text: str
-) -> None:
+def test_url_that_cannot_be_used_is_rejected_with_fix(option: str, written: str, text: str) -> None:
     scheme = URL_OPTIONS[option].partition("://")[0]
     message = error({**SMALLEST, option: written.replace("{scheme}", scheme)})
     assert message.startswith(f"{option}: ")
@@ -516,7 +513,7 @@ INVISIBLE = "\u200b\u200d\u2060\ufeff\xa0\xad\x00\x07\x7f\x85\u2028\u202e\u2800\
 
 
 @pytest.mark.parametrize("character", INVISIBLE, ids=[f"U+{ord(c):04X}" for c in INVISIBLE])
-def test_secret_with_invisible_character_inside_is_refused(character: str, tmp_path: Path) -> None:
+def test_secret_with_invisible_character_inside_is_rejected(character: str, tmp_path: Path) -> None:
     text = f"{SECRET}{character}x"
     (tmp_path / "secret").write_text(text, encoding="utf-8", newline="")
     rest = {"livekit_url": "wss://a.org", "livekit_key": "APIkey"}
@@ -529,7 +526,7 @@ def test_secret_with_invisible_character_inside_is_refused(character: str, tmp_p
 
 
 @pytest.mark.parametrize("pair", ["APIkey: {}\u200bx", "API\xa0key: {}", "APIkey:{}\u200bx"])
-def test_key_file_with_invisible_character_is_refused(pair: str, tmp_path: Path) -> None:
+def test_key_file_with_invisible_character_is_rejected(pair: str, tmp_path: Path) -> None:
     (tmp_path / "pair").write_text(pair.format(SECRET), encoding="utf-8")
     message = error({"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "pair")})
     assert "key or secret of pair 1 has an invisible character (U+" in message
@@ -553,7 +550,7 @@ STRINGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("option", STRINGS)
-def test_string_option_with_blanks_around_is_stripped_and_inside_refused(option: str) -> None:
+def test_string_option_with_blanks_around_is_stripped_and_inside_rejected(option: str) -> None:
     value = STRINGS[option]
 
     def change(form: str) -> Any:
@@ -565,7 +562,7 @@ def test_string_option_with_blanks_around_is_stripped_and_inside_refused(option:
     inside = value[0] if isinstance(value, list) else value
     message = error({**SMALLEST, option: f"{inside[:-1]}\u200b{inside[-1]}"})
     assert message == (
-        f"{option}: has an invisible character (U+200B); remove it, or type the value again"
+        f"{option}: has an invisible character (U+200B). Remove it, or type the value again"
     )
 
 
@@ -600,7 +597,7 @@ def test_environment_variable_with_nothing_in_quotes_counts_as_unset() -> None:
     assert parse({"LIVEKIT_FULL_ACCESS_HOMESERVERS": '""', "LIVEKIT_KEY_FILE": "''"}) == parse()
 
 
-def test_environment_variable_in_quotes_that_is_not_used_gets_no_warning() -> None:
+def test_environment_variable_in_quotes_without_use_gets_no_warning() -> None:
     assert parse({"LIVEKIT_SECRET": f'"{SECRET}"', "HOME": '"x"'}) == parse()
 
 
@@ -662,13 +659,13 @@ def test_key_file_with_several_pairs_livekit_key_chooses_one(text: str, tmp_path
         assert SECRET not in repr(parsed)
 
 
-def test_key_file_with_several_pairs_and_no_choice_is_refused(tmp_path: Path) -> None:
+def test_key_file_with_several_pairs_and_no_choice_is_rejected(tmp_path: Path) -> None:
     message = error(several(tmp_path))
-    assert message == ("livekit_key_file: holds 2 pairs; write livekit_key: and the key to use")
+    assert message == "livekit_key_file: contains 2 pairs. Set livekit_key to the key to use"
 
 
 @pytest.mark.parametrize("text", [TWO, f"APIold: {OLD}", f"{OLD}: APIold\n{NEW}: APInew"])
-def test_key_file_without_the_chosen_key_is_refused(text: str, tmp_path: Path) -> None:
+def test_key_file_without_the_chosen_key_is_rejected(text: str, tmp_path: Path) -> None:
     message = error({**several(tmp_path, text), "livekit_key": "APIother"})
     assert message.startswith("livekit_key: is none of the ")
     assert "in livekit_key_file" in message
@@ -685,15 +682,15 @@ def test_key_file_with_one_pair_in_the_block_stands_alone(tmp_path: Path) -> Non
     assert (config.livekit_key, config.livekit_secret) == ("APInew", NEW)
 
 
-def test_key_file_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+def test_key_file_with_a_key_twice_is_rejected(tmp_path: Path) -> None:
     block = several(tmp_path, f"APIold: {OLD}\nAPIold: {NEW}")
     assert "has the key of pair 2 twice" in error({**block, "livekit_key": "APIold"})
 
 
-def test_key_file_and_a_secret_are_refused(tmp_path: Path) -> None:
+def test_key_file_and_a_secret_are_rejected(tmp_path: Path) -> None:
     block = several(tmp_path)
     message = error({**block, "livekit_key": "APInew", "livekit_secret_path": "/x"})
-    assert message == "livekit_key_file: holds the secret; remove livekit_secret_path"
+    assert message == "livekit_key_file: contains the secret. Remove livekit_secret_path"
 
 
 def test_short_secret_among_several_gets_warning(tmp_path: Path) -> None:
@@ -703,7 +700,7 @@ def test_short_secret_among_several_gets_warning(tmp_path: Path) -> None:
     assert "fewer than 32 characters" in warning
 
 
-# Variables of the stand-alone service
+# Variables of lk-jwt-service
 
 
 def test_require_membership_variable_is_read_behind_the_block() -> None:
