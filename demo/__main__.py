@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts two real Synapses that federate and a real LiveKit, and makes a call. Ends by itself."""
+"""Makes a call between two real homeservers with a real LiveKit, and checks each step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 
 try:
-    # These take a moment, and Ctrl-C meanwhile is no reason for a traceback.
+    # The imports take a second. Ctrl-C must not print a traceback meanwhile.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from demo.browser import BrowserStory
-    from demo.story import NotAsPromised, Story
+    from demo.story import Story, UnexpectedResult
     from testbed.element_call import find_element_call
     from testbed.process import MissingTool, ProcessDied, TimedOut
     from testbed.stage import BrowserStage, Stage
@@ -29,7 +29,7 @@ except (ModuleNotFoundError, importlib.metadata.PackageNotFoundError) as e:
     sys.exit(f"✘ The Python package {e.name} is missing: pip install '.[test]'")
 
 _Stage = TypeVar("_Stage", bound=Stage)
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> int:
@@ -39,39 +39,39 @@ def main() -> int:
     way.add_argument(
         "--keep",
         action="store_true",
-        help="go on with the call until Ctrl-C, and print what can be tried meanwhile",
+        help="continue the call until Ctrl-C, and print commands to try",
     )
     way.add_argument(
         "--browser",
         action="store_true",
-        help="print links to Element Call for three people, and what they can try, until Ctrl-C",
+        help="serve Element Call and print links for three users, until Ctrl-C",
     )
     arguments = parser.parse_args()
-    # The end by `kill` or a closed terminal is as tidy as that by Ctrl-C.
-    for number in _ENDING:
+    # `kill` and a closed terminal stop the servers like Ctrl-C.
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.default_int_handler)
 
     directory = Path(tempfile.mkdtemp(prefix="synapse-lk-jwt-demo-"))
     try:
         if arguments.browser:
-            # Asked for first: it is to be said at once that it is missing.
+            # Element Call comes first, so that a missing npm is reported before servers start.
             find_element_call()
             with _running(BrowserStage(directory)) as stage:
-                BrowserStory(stage).tell()
+                BrowserStory(stage).run()
         else:
             with _running(Stage(directory)) as stage:
-                asyncio.run(Story(stage).tell(arguments.keep))
+                asyncio.run(Story(stage).run(arguments.keep))
     except KeyboardInterrupt:
         print("\nStopped.")
         status = 0 if arguments.keep or arguments.browser else 130
     except MissingTool as e:
         print(f"✘ {e}")
         status = 1
-    except (NotAsPromised, ProcessDied, TimedOut) as e:
+    except (UnexpectedResult, ProcessDied, TimedOut) as e:
         print(f"✘ {e}\n\nThe logs are in {directory}")
         return 1
     else:
-        print("\nEverything was as promised. All servers have been stopped.")
+        print("\nEvery step worked. All servers are stopped.")
         status = 0
     shutil.rmtree(directory, ignore_errors=True)
     return status
@@ -84,8 +84,8 @@ def _running(stage: _Stage) -> Iterator[_Stage]:
         stage.start()
         yield stage
     finally:
-        # It takes a moment only, and one more Ctrl-C would leave it half done.
-        for number in _ENDING:
+        # Stopping takes a second. Another Ctrl-C would leave servers running.
+        for number in _STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         stage.stop()
 

@@ -23,7 +23,7 @@ def test_the_demo_tells_the_truth(tmp_path: Path) -> None:
         missing_tool(e)
     try:
         stage.start()
-        asyncio.run(Story(stage).tell(keep=False))
+        asyncio.run(Story(stage).run(keep=False))
     finally:
         stage.stop()
 
