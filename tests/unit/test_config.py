@@ -240,15 +240,35 @@ def test_config_invalid_variable_error_names_variable(variable: str, value: str)
     assert error(SMALLEST, {variable: value}).startswith(f"{variable}: ")
 
 
-def test_config_with_two_sources_for_one_secret_is_rejected(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("block", "environ", "fix"),
+    [
+        (
+            {**SMALLEST, "livekit_key_file": "{pair}"},
+            {},
+            "livekit_key_file: contains the secret. Remove livekit_secret",
+        ),
+        (
+            {"livekit_url": "wss://a.org"},
+            {"LIVEKIT_KEY_FILE": "{pair}", "LIVEKIT_SECRET": SECRET},
+            "LIVEKIT_KEY_FILE: contains the secret. Unset LIVEKIT_SECRET",
+        ),
+        (
+            {"livekit_url": "wss://a.org"},
+            {"LIVEKIT_KEY": "k", "LIVEKIT_SECRET": SECRET, "LIVEKIT_SECRET_FROM_FILE": "/x"},
+            "LIVEKIT_SECRET: is given twice. Remove it or remove LIVEKIT_SECRET_FROM_FILE",
+        ),
+    ],
+    ids=["block", "environment", "variable and file"],
+)
+def test_config_with_two_sources_for_one_secret_is_rejected(
+    block: dict[str, str], environ: dict[str, str], fix: str, tmp_path: Path
+) -> None:
     pair = tmp_path / "pair"
     pair.write_text(f"key: {SECRET}")
-    both = {**SMALLEST, "livekit_key_file": str(pair)}
-    assert "contains the secret. Remove livekit_secret" in error(both)
-    environ = {"LIVEKIT_KEY_FILE": str(pair), "LIVEKIT_SECRET": SECRET}
-    assert "Unset LIVEKIT_SECRET" in error({"livekit_url": "wss://a.org"}, environ)
-    environ = {"LIVEKIT_KEY": "k", "LIVEKIT_SECRET": SECRET, "LIVEKIT_SECRET_FROM_FILE": "/x"}
-    assert "LIVEKIT_SECRET: is given twice" in error({"livekit_url": "wss://a.org"}, environ)
+    block = {name: value.format(pair=pair) for name, value in block.items()}
+    environ = {name: value.format(pair=pair) for name, value in environ.items()}
+    assert error(block, environ) == fix
 
 
 @pytest.mark.parametrize(
@@ -287,23 +307,32 @@ def test_key_file_in_another_form_is_rejected(text: str, tmp_path: Path) -> None
     assert "must contain only lines 'key: secret'" in message or "is empty" in message
 
 
-def test_secret_file_that_cannot_be_read_error_names_cause(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("none", "No such file"), ("", "Is a directory"), ("binary", "it is not a text file")],
+)
+def test_secret_file_that_cannot_be_read_error_names_cause(
+    name: str, cause: str, tmp_path: Path
+) -> None:
     (tmp_path / "binary").write_bytes(SECRET.encode() + b"\xff")
-    for path, cause in (
-        (tmp_path / "none", "No such file"),
-        (tmp_path, "Is a directory"),
-        (tmp_path / "binary", "not a text file"),
-    ):
-        config = {**SMALLEST, "livekit_secret_path": str(path)}
-        del config["livekit_secret"]
-        assert cause in error(config)
+    config = {**SMALLEST, "livekit_secret_path": str(tmp_path / name)}
+    del config["livekit_secret"]
+    message = error(config)
+    assert message.startswith("livekit_secret_path: cannot read '")
+    assert f"({cause}" in message
 
 
-def test_config_short_secret_and_short_lifetime_get_warnings() -> None:
-    config = parse(livekit_secret="short", token_lifetime="5s", full_access_homeservers=[])
-    lifetime, secret = sorted(config.warnings, reverse=True)
-    assert lifetime.startswith("token_lifetime is 5 seconds")
-    assert secret.startswith("livekit_secret has fewer than 32 characters")
+@pytest.mark.parametrize(
+    ("option", "value", "warned"),
+    [
+        ("livekit_secret", "short", "livekit_secret has fewer than 32 characters"),
+        ("token_lifetime", "5s", "token_lifetime is 5 seconds"),
+    ],
+)
+def test_config_short_value_gets_warning(option: str, value: str, warned: str) -> None:
+    block: dict[str, Any] = {"full_access_homeservers": [], option: value}
+    (warning,) = parse(**block).warnings
+    assert warning.startswith(warned)
 
 
 def test_sample_has_every_option_and_is_accepted(tmp_path: Path) -> None:
@@ -461,6 +490,7 @@ def test_url_that_cannot_be_used_is_rejected_with_fix(option: str, written: str,
     assert text.replace("{scheme}", scheme) in message
 
 
+@pytest.mark.parametrize("is_variable", [False, True], ids=["option", "variable"])
 @pytest.mark.parametrize(
     ("written", "used"),
     [
@@ -469,60 +499,85 @@ def test_url_that_cannot_be_used_is_rejected_with_fix(option: str, written: str,
         ("HTTPS://SFU.example.com/livekit/", "wss://sfu.example.com/livekit"),
     ],
 )
-def test_livekit_url_with_http_is_taken_as_websocket_url_with_warning(
-    written: str, used: str
+def test_livekit_url_with_http_is_read_as_websocket_url_with_warning(
+    written: str, used: str, is_variable: bool
 ) -> None:
-    for config in (
-        parse(livekit_url=written, full_access_homeservers=[]),
-        parse_config(
-            {k: v for k, v in SMALLEST.items() if k != "livekit_url"}
-            | {"full_access_homeservers": []},
-            {"LIVEKIT_URL": written},
-        ),
-    ):
-        assert config.livekit_url == used
-        assert config.livekit_internal_url == used.replace("ws", "http", 1)
-        (warning,) = config.warnings
-        assert f"Write livekit_url: {used}" in warning
+    block: dict[str, Any] = {**SMALLEST, "livekit_url": written, "full_access_homeservers": []}
+    if is_variable:
+        del block["livekit_url"]
+    config = parse_config(block, {"LIVEKIT_URL": written} if is_variable else {})
+    assert config.livekit_url == used
+    assert config.livekit_internal_url == used.replace("ws", "http", 1)
+    (warning,) = config.warnings
+    assert f"Write livekit_url: {used}" in warning
 
 
 # Byte-order marks, invisible characters, quotes
 
 
+# The ways to give the secret, with `{secret}` for the text, `{path}` and `{pair}` for files of it.
+SECRET_SOURCES: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "livekit_secret": ({"livekit_key": "APIkey", "livekit_secret": "{secret}"}, {}),
+    "livekit_secret_path": ({"livekit_key": "APIkey", "livekit_secret_path": "{path}"}, {}),
+    "livekit_key_file": ({"livekit_key_file": "{pair}"}, {}),
+    "LIVEKIT_SECRET": ({"livekit_key": "APIkey"}, {"LIVEKIT_SECRET": "{secret}"}),
+    "LIVEKIT_SECRET_FROM_FILE": (
+        {"livekit_key": "APIkey"},
+        {"LIVEKIT_SECRET_FROM_FILE": "{path}"},
+    ),
+    "LIVEKIT_KEY_FILE": ({}, {"LIVEKIT_KEY_FILE": "{pair}"}),
+}
+
+
+def with_secret(source: str, secret: str, around: str, tmp_path: Path) -> Any:
+    """A block and an environment that give a secret in one of these ways.
+
+    Args:
+        around: what surrounds the secret, or the line of the key file, such as `" {}"`.
+    """
+    for name, text in (("secret", secret), ("pair", f"APIkey: {secret}")):
+        (tmp_path / name).write_text(around.format(text), encoding="utf-8", newline="")
+    values = {
+        "secret": around.format(secret),
+        "path": str(tmp_path / "secret"),
+        "pair": str(tmp_path / "pair"),
+    }
+    block, environ = (
+        {name: value.format(**values) for name, value in given.items()}
+        for given in SECRET_SOURCES[source]
+    )
+    return {"livekit_url": "wss://a.org", **block}, environ
+
+
+@pytest.mark.parametrize("source", SECRET_SOURCES)
 @pytest.mark.parametrize("around", ["\ufeff{}", "\ufeff{}\r\n", " \t{}\n\n", "\xa0{}\u2003"])
 def test_secret_with_byte_order_mark_or_white_space_around_it_is_stripped(
+    around: str, source: str, tmp_path: Path
+) -> None:
+    block, environ = with_secret(source, SECRET, around, tmp_path)
+    assert parse_config(block, environ).livekit_secret == SECRET
+
+
+@pytest.mark.parametrize("around", ["\ufeff{}\r\n", " {}\n"])
+def test_path_variable_with_byte_order_mark_or_white_space_around_it_is_stripped(
     around: str, tmp_path: Path
 ) -> None:
-    text = around.format(SECRET)
-    (tmp_path / "secret").write_text(text, encoding="utf-8", newline="")
-    (tmp_path / "pair").write_text(around.format(f"APIkey: {SECRET}"), encoding="utf-8", newline="")
-    rest = {"livekit_url": "wss://a.org", "livekit_key": "APIkey"}
-    path = str(tmp_path / "secret")
-    for config, environ in (
-        ({**rest, "livekit_secret": text}, {}),
-        ({**rest, "livekit_secret_path": path}, {}),
-        ({"livekit_url": "wss://a.org", "livekit_key_file": str(tmp_path / "pair")}, {}),
-        (rest, {"LIVEKIT_SECRET": text}),
-        (rest, {"LIVEKIT_SECRET_FROM_FILE": around.format(path)}),
-        ({"livekit_url": "wss://a.org"}, {"LIVEKIT_KEY_FILE": str(tmp_path / "pair")}),
-    ):
-        assert parse_config(config, environ).livekit_secret == SECRET
+    (tmp_path / "secret").write_text(SECRET)
+    environ = {"LIVEKIT_SECRET_FROM_FILE": around.format(tmp_path / "secret")}
+    block = {"livekit_url": "wss://a.org", "livekit_key": "APIkey"}
+    assert parse_config(block, environ).livekit_secret == SECRET
 
 
 INVISIBLE = "\u200b\u200d\u2060\ufeff\xa0\xad\x00\x07\x7f\x85\u2028\u202e\u2800\u3164\ufe0f\ue000"
 
 
+@pytest.mark.parametrize("source", ["livekit_secret", "livekit_secret_path", "LIVEKIT_SECRET"])
 @pytest.mark.parametrize("character", INVISIBLE, ids=[f"U+{ord(c):04X}" for c in INVISIBLE])
-def test_secret_with_invisible_character_inside_is_rejected(character: str, tmp_path: Path) -> None:
-    text = f"{SECRET}{character}x"
-    (tmp_path / "secret").write_text(text, encoding="utf-8", newline="")
-    rest = {"livekit_url": "wss://a.org", "livekit_key": "APIkey"}
-    for config, environ in (
-        ({**rest, "livekit_secret": text}, {}),
-        ({**rest, "livekit_secret_path": str(tmp_path / "secret")}, {}),
-        (rest, {"LIVEKIT_SECRET": text}),
-    ):
-        assert f"has an invisible character (U+{ord(character):04X})" in error(config, environ)
+def test_secret_with_invisible_character_inside_is_rejected(
+    character: str, source: str, tmp_path: Path
+) -> None:
+    block, environ = with_secret(source, f"{SECRET}{character}x", "{}", tmp_path)
+    assert f"has an invisible character (U+{ord(character):04X})" in error(block, environ)
 
 
 @pytest.mark.parametrize("pair", ["APIkey: {}\u200bx", "API\xa0key: {}", "APIkey:{}\u200bx"])
@@ -601,26 +656,23 @@ def test_environment_variable_in_quotes_without_use_gets_no_warning() -> None:
     assert parse({"LIVEKIT_SECRET": f'"{SECRET}"', "HOME": '"x"'}) == parse()
 
 
-def test_secret_file_in_quotes_or_with_its_key_gets_warning(tmp_path: Path) -> None:
-    for text, warned in (
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
         (f'"{SECRET}"', "begins and ends with quotes"),
         (f"APIkey: {SECRET}", "looks like 'key: secret'"),
-    ):
-        (tmp_path / "secret").write_text(text)
-        config = parse_config(
-            {
-                "livekit_url": "wss://a.org",
-                "livekit_key": "APIkey",
-                "livekit_secret_path": str(tmp_path / "secret"),
-                "full_access_homeservers": [],
-            },
-            {},
-        )
-        assert config.livekit_secret == text
-        (warning,) = config.warnings
-        assert warning.startswith("livekit_secret ")
-        assert warned in warning
-        assert SECRET not in warning
+    ],
+)
+def test_secret_file_in_quotes_or_with_its_key_gets_warning(
+    text: str, warned: str, tmp_path: Path
+) -> None:
+    block, environ = with_secret("livekit_secret_path", text, "{}", tmp_path)
+    config = parse_config({**block, "full_access_homeservers": []}, environ)
+    assert config.livekit_secret == text
+    (warning,) = config.warnings
+    assert warning.startswith("livekit_secret ")
+    assert warned in warning
+    assert SECRET not in warning
 
 
 # Key files with several pairs
@@ -635,28 +687,33 @@ def several(tmp_path: Path, text: str = TWO) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", [TWO, f"APIold:{OLD}\nAPInew:{NEW}", f"# ours\n{TWO}"])
-def test_key_file_with_several_pairs_livekit_key_chooses_one(text: str, tmp_path: Path) -> None:
-    block = several(tmp_path, text)
+@pytest.mark.parametrize(
+    ("choice", "environ"),
+    [
+        ({"livekit_key": "APInew"}, {}),
+        ({"livekit_key_path": "{key}"}, {}),
+        ({}, {"LIVEKIT_KEY": "APInew"}),
+        ({}, {"LIVEKIT_KEY_FROM_FILE": "{key}"}),
+        (
+            {"livekit_key": "APInew", "livekit_key_file": None},
+            {"LIVEKIT_KEY_FILE": "{keys}", "LIVEKIT_KEY": "APIold"},
+        ),
+        ({"livekit_key_file": None}, {"LIVEKIT_KEY_FILE": "{keys}", "LIVEKIT_KEY": "APInew"}),
+    ],
+)
+def test_key_file_with_several_pairs_livekit_key_chooses_one(
+    choice: dict[str, str | None], environ: dict[str, str], text: str, tmp_path: Path
+) -> None:
     (tmp_path / "key").write_text("APInew\n")
-    path = str(tmp_path / "key")
-    for config, environ in (
-        ({**block, "livekit_key": "APInew"}, {}),
-        ({**block, "livekit_key_path": path}, {}),
-        (block, {"LIVEKIT_KEY": "APInew"}),
-        (block, {"LIVEKIT_KEY_FROM_FILE": path}),
-        (
-            {"livekit_url": "wss://a.org", "livekit_key": "APInew"},
-            {"LIVEKIT_KEY_FILE": block["livekit_key_file"], "LIVEKIT_KEY": "APIold"},
-        ),
-        (
-            {"livekit_url": "wss://a.org"},
-            {"LIVEKIT_KEY_FILE": block["livekit_key_file"], "LIVEKIT_KEY": "APInew"},
-        ),
-    ):
-        parsed = parse_config(config, environ)
-        assert (parsed.livekit_key, parsed.livekit_secret) == ("APInew", NEW)
-        assert parsed.other_livekit_pairs == {"APIold": OLD}
-        assert SECRET not in repr(parsed)
+    files = {"key": tmp_path / "key", "keys": tmp_path / "keys"}
+    block = {**several(tmp_path, text), **choice}
+    parsed = parse_config(
+        {name: value.format(**files) for name, value in block.items() if value is not None},
+        {name: value.format(**files) for name, value in environ.items()},
+    )
+    assert (parsed.livekit_key, parsed.livekit_secret) == ("APInew", NEW)
+    assert parsed.other_livekit_pairs == {"APIold": OLD}
+    assert SECRET not in repr(parsed)
 
 
 def test_key_file_with_several_pairs_and_no_choice_is_rejected(tmp_path: Path) -> None:
