@@ -93,13 +93,10 @@ def test_page_relative_links_resolve(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_page_options_in_module_blocks_exist(page: Path) -> None:
+def test_page_yaml_blocks_are_valid_and_name_existing_options(page: Path) -> None:
     for block in re.findall(r"^ *```yaml\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
-        if "synapse_lk_jwt.LiveKitJwtModule" not in block:
-            continue
-        # Pages may show other files beside the block, or leave out parts of it.
-        modules = yaml.safe_load(block).get("modules", [])
-        for module in modules:
+        settings = yaml.safe_load(block)
+        for module in settings.get("modules", []):
             if module["module"].startswith("synapse_lk_jwt"):
                 assert set(module["config"]) <= set(OPTIONS)
 
