@@ -3,7 +3,18 @@
 
 import sys
 
-from synapse_lk_jwt.check.command import main
+from synapse_lk_jwt.compat.synapse_version import unsupported_synapse
+
+
+def main() -> int | str:
+    """Runs the command, and returns its exit status or the reason why it cannot run."""
+    if (problem := unsupported_synapse()) is not None:
+        return problem
+    # Imports what a Synapse that is too old does not have.
+    from synapse_lk_jwt.check import command
+
+    return command.main()
+
 
 if __name__ == "__main__":
     sys.exit(main())
