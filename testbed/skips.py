@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests do where a program is missing."""
+"""What a test does when a program that it needs is not installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import pytest
 
 
 def missing_tool(message: object) -> NoReturn:
-    """Skip for want of a program, or fail where all of them have to be there."""
+    """Skip the test, or fail it if REQUIRE_REAL_PARTS=1 demands that every program is installed.
+
+    Args:
+        message: names the program and says how to install it.
+    """
     if os.environ.get("REQUIRE_REAL_PARTS") == "1":
         pytest.fail(str(message), pytrace=False)
     pytest.skip(str(message))

@@ -2,8 +2,9 @@
 import functools
 import os
 import threading
-import warnings
+from collections.abc import Generator
 
+import pytest
 from twisted.python.threadpool import ThreadPool
 
 from testbed.process import MissingTool
@@ -17,5 +18,13 @@ try:
 except MissingTool as e:
     if os.environ.get("REQUIRE_REAL_PARTS") == "1":
         raise
-    warnings.warn(f"Tests in Synapse's harness are skipped: {e}", stacklevel=1)
     collect_ignore_glob = ["test_*.py"]
+    _skip_reason = str(e)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(
+        terminalreporter: pytest.TerminalReporter,
+    ) -> Generator[None, None, None]:
+        yield
+        terminalreporter.section("ALL TESTS IN tests/harness WERE SKIPPED", sep="!", red=True)
+        terminalreporter.line(_skip_reason, red=True)
