@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token costs, measured on a real Synapse beside what Synapse does itself."""
+"""Benchmarks of the module on a real Synapse, compared with Synapse's own requests."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures tokens per second on a real Synapse, beside what Synapse does itself; or the rest."""
+"""Measures tokens per second on a real Synapse, compared with Synapse's own requests."""
 
 import argparse
 import asyncio
@@ -42,17 +42,17 @@ STORM = 1000
 
 @attr.s(auto_attribs=True, frozen=True)
 class Row:
-    """One line of the table.
+    """A row of the table.
 
     Attributes:
         name: the endpoint.
-        beside: the row that it is compared with.
-        goal: requests per second, as a part of that row's.
-        make: makes so many requests.
+        baseline: the row that it is compared with.
+        goal: the intended requests per second, divided by those of the baseline.
+        make: creates a number of requests.
     """
 
     name: str
-    beside: str | None
+    baseline: str | None
     goal: float | None
     make: Callable[[int], list[bytes]]
 
@@ -94,7 +94,7 @@ class Bench:
         return sfu
 
     def start(self) -> None:
-        """Starts the homeservers and makes users and rooms."""
+        """Starts the homeservers and creates users and rooms."""
         for synapse in (self.a, self.b):
             synapse.start()
         for synapse in (self.a, self.b):
@@ -108,7 +108,7 @@ class Bench:
         self.tokens = Tokens(self.a, self.users, self.room_id)
 
     def rows(self) -> list[Row]:
-        """What is measured."""
+        """The rows of the table."""
         return [
             Row("whoami", None, None, self._whoami),
             Row("/sfu/get", "whoami", 0.62, self.tokens.sfu_get),
@@ -154,7 +154,7 @@ def measure(bench: Bench, rounds: int, seconds: float) -> None:
     results: dict[str, list[Result]] = {row.name: [] for row in rows}
     cpu: dict[str, list[float]] = {row.name: [] for row in rows}
     for row in rows:
-        # Warms up caches, and has the key of the other homeserver fetched.
+        # Warms up caches, and makes Synapse fetch the key of the other homeserver.
         asyncio.run(run(bench.port, row.make(4 * USERS), 4, 10))
     for _ in range(rounds):
         for row in rows:
@@ -177,22 +177,22 @@ def measure(bench: Bench, rounds: int, seconds: float) -> None:
             line += f"{1000 * median(row.name, lambda r, part=part: r.quantile(part)):8.1f}"  # type: ignore[misc]
         cpu_seconds = statistics.median(cpu[row.name])
         line += f"{1000 * cpu_seconds:8.3f}"
-        if row.beside is not None:
-            line += f"{statistics.median(cpu[row.beside]) / cpu_seconds:8.2f}"
-            ratio = rate / median(row.beside, lambda result: result.per_second)
+        if row.baseline is not None:
+            line += f"{statistics.median(cpu[row.baseline]) / cpu_seconds:8.2f}"
+            ratio = rate / median(row.baseline, lambda result: result.per_second)
             line += f"{ratio:8.2f}"
             if row.goal is not None:
-                line += f"  {'met' if ratio >= row.goal else 'missed'}, {row.goal} x {row.beside}"
+                line += f"  {'met' if ratio >= row.goal else 'missed'}, {row.goal} x {row.baseline}"
             else:
-                line += f"  x {row.beside}"
+                line += f"  x {row.baseline}"
         print(line)
 
 
 def storm(bench: Bench) -> None:
-    """Prints what happens when very many people join one new call at once."""
+    """Prints how long token requests take when very many users join a new call at once."""
     sfu = bench.sfu(delay_ms=50)
     try:
-        # Whatever the homeserver remembers of the room is over.
+        # A new Matrix room, so that the module has cached nothing of the call.
         bench.tokens.room_id = bench.users[0].create_room(preset="public_chat")
         for user in bench.users[1:]:
             user.join(bench.tokens.room_id)
@@ -208,7 +208,7 @@ def storm(bench: Bench) -> None:
 
 
 def cost_of_the_module(directory: Path, starts: int) -> None:
-    """Prints what the module adds to Synapse's start and memory."""
+    """Prints what the module adds to Synapse's start time and memory."""
     seen: dict[bool, list[tuple[float, int]]] = {True: [], False: []}
     directory.mkdir()
     synapses = {
@@ -225,7 +225,7 @@ def cost_of_the_module(directory: Path, starts: int) -> None:
             synapse.start()
             synapse.wait_ready()
             took = time.perf_counter() - began
-            # The first start makes the database.
+            # The first start creates the database.
             if number > 0:
                 seen[module].append((took, synapse.main.memory()))
             synapse.stop()
@@ -240,7 +240,7 @@ def cost_of_the_module(directory: Path, starts: int) -> None:
 
 
 def profile(bench: Bench, name: str, seconds: float) -> None:
-    """Prints where the time of one row goes."""
+    """Prints a profile of the requests of one row."""
     (row,) = (row for row in bench.rows() if row.name == name)
     bench.a.stop()
     output = bench.directory / "profile"
@@ -256,26 +256,34 @@ def profile(bench: Bench, name: str, seconds: float) -> None:
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the benchmark that the command line chooses."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="how often each row is measured")
-    parser.add_argument("--seconds", type=float, default=5, help="of each row in each round")
-    parser.add_argument("--starts", type=int, default=5, help="of Synapse with and without it")
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that it runs")
-    parser.add_argument("--profile", metavar="ROW", help="where the time of one row goes")
     parser.add_argument(
-        "--leaves", action="store_true", help="not tokens, but following the SFU and the rooms"
+        "--seconds", type=float, default=5, help="seconds for each row in each round"
+    )
+    parser.add_argument(
+        "--starts", type=int, default=5, help="starts of Synapse with and without the module"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round, to test the benchmark"
+    )
+    parser.add_argument("--profile", metavar="ROW", help="profile the requests of one row")
+    parser.add_argument(
+        "--leaves", action="store_true", help="removals and leaves instead of tokens"
     )
     parser.add_argument(
         "--workers", action="store_true", help="tokens of one worker and of two, on PostgreSQL"
     )
-    parser.add_argument("--hanging", action="store_true", help="a LiveKit that does not answer")
+    parser.add_argument("--hanging", action="store_true", help="a LiveKit that never answers")
     parser.add_argument(
-        "--minutes", type=float, default=5, help="how long LiveKit does not answer, with --hanging"
+        "--minutes", type=float, default=5, help="duration of the outage with --hanging"
     )
     parser.add_argument("--poll", action="store_true", help="polls of up to 10,000 calls")
-    parser.add_argument("--end-of-call", action="store_true", help="a call of 1,000 that ends")
-    parser.add_argument("--kicks", action="store_true", help="kicks beside a flood in other rooms")
+    parser.add_argument(
+        "--end-of-call", action="store_true", help="a call of 1,000 participants that ends"
+    )
+    parser.add_argument("--kicks", action="store_true", help="kicks during a flood in other rooms")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.seconds, options.starts, options.minutes = 1, 1, 1, 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Participants with delegated leaves, put into the database: to make 10,000 by requests is slow."""
+"""Participants with delegated leaves, written to the database, as 10,000 requests would be slow."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from testbed.member import MEMBER, POWER_LEVELS
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
-# How often the leave of a connected participant is restarted then.
+# How often the module restarts a leave with this delay while the participant is connected.
 RESTART_MS = 300_000
 
 _SEALER = OwnerSealer(SECRET)
@@ -27,13 +27,13 @@ _SEALER = OwnerSealer(SECRET)
 
 @attr.s(auto_attribs=True, frozen=True)
 class Participant:
-    """A device of a user in a call, with what its LiveKit token says.
+    """A device of a user in a call, with the claims of its LiveKit token.
 
     Attributes:
         user: the user.
         room_id: the Matrix room.
-        slot_id: the slot of the call in it.
-        device_id: the device, made up.
+        slot_id: the slot of the call in the room.
+        device_id: an invented device ID.
     """
 
     user: User
@@ -69,13 +69,13 @@ class Participant:
 
 
 def users(synapse: Synapse, number: int) -> list[User]:
-    """New users."""
+    """Creates users."""
     with ThreadPoolExecutor(8) as threads:
         return list(threads.map(synapse.register, (f"user{n}" for n in range(number))))
 
 
 def room(members: Sequence[User]) -> str:
-    """A Matrix room in which its members may be in calls."""
+    """Creates a Matrix room whose members may be in calls."""
     room_id = members[0].create_room(preset="public_chat", power_levels=POWER_LEVELS)
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda user: user.join(room_id), members[1:]))
@@ -83,13 +83,13 @@ def room(members: Sequence[User]) -> str:
 
 
 def rooms(members: Sequence[User], number: int) -> list[str]:
-    """Matrix rooms of one member each."""
+    """Creates Matrix rooms with one member each."""
     with ThreadPoolExecutor(8) as threads:
         return list(threads.map(lambda n: room([members[n % len(members)]]), range(number)))
 
 
 def join(sfu: StubSfu, participants: Iterable[Participant]) -> None:
-    """Lets participants be in the stub's rooms."""
+    """Adds participants to the stub's rooms."""
     there: dict[str, dict[str, dict[str, str]]] = {}
     for participant in participants:
         attributes = participant.attributes
@@ -98,7 +98,7 @@ def join(sfu: StubSfu, participants: Iterable[Participant]) -> None:
 
 
 def leave(sfu: StubSfu, participants: Iterable[Participant]) -> None:
-    """Takes participants out of the stub's rooms."""
+    """Removes participants from the stub's rooms."""
     gone: dict[str, dict[str, dict[str, str]]] = {}
     for participant in participants:
         gone.setdefault(participant.livekit_room, {})[participant.identity] = {}
@@ -106,7 +106,7 @@ def leave(sfu: StubSfu, participants: Iterable[Participant]) -> None:
 
 
 def note_calls(synapse: Synapse, participants: Iterable[Participant]) -> None:
-    """Notes the calls of participants, as the first token for each call does."""
+    """Writes the calls of participants to the database, as the first token of a call does."""
     now_ms = int(1000 * time.time())
     calls = {participant.livekit_room: participant.room_id for participant in participants}
     rows = [{"livekit_room": a, "room_id": b, "seen_ms": now_ms} for a, b in calls.items()]
@@ -123,7 +123,7 @@ def delegate(synapse: Synapse, participants: Sequence[Participant]) -> None:
     }
     delegations, identities, delayed = tables.values()
     for number, p in enumerate(participants):
-        # Their restarts are due one after the other, as they would be.
+        # The restarts fall due one after the other, as for real participants.
         restarted_ms = now_ms - number * RESTART_MS // len(participants)
         delegations.append(
             {
@@ -171,11 +171,11 @@ def delegate(synapse: Synapse, participants: Sequence[Participant]) -> None:
 
 
 def leaves_since(synapse: Synapse, since_ms: int) -> tuple[int, int]:
-    """How many leaves are in the rooms since some time, and when the last of them was sent.
+    """The number of leaves in the rooms since a time, and when the last one was sent.
 
     Both times are milliseconds since the epoch.
     """
-    # State that is left has a content of `{}`, which only the JSON of an event shows.
+    # A leave has the content `{}`, which only the JSON of an event contains.
     ((number, last_ms),) = synapse.select(
         "SELECT COUNT(*), MAX(received_ts) FROM events JOIN event_json USING (event_id)"
         " WHERE type = ? AND received_ts >= ? AND json LIKE '%\"content\":{}%'",
@@ -185,7 +185,7 @@ def leaves_since(synapse: Synapse, since_ms: int) -> tuple[int, int]:
 
 
 def metric(synapse: Synapse, name: str, label: str = "") -> float:
-    """The sum of a metric of the main process, of the series that have a text in their labels."""
+    """The sum of a metric of the main process over the series whose labels contain a text."""
     answer = http("GET", f"{synapse.client_url}/_synapse/metrics")
     total = 0.0
     for line in answer.body.decode("utf-8").splitlines():
@@ -196,9 +196,9 @@ def metric(synapse: Synapse, name: str, label: str = "") -> float:
 
 @contextmanager
 def sampling(synapse: Synapse, pause_sec: float, path: str = "/health") -> Iterator[list[float]]:
-    """Asks for something trivial all the time, and notes how many seconds each answer takes.
+    """Sends trivial requests one after the other, and records how many seconds each answer takes.
 
-    What keeps the reactor from its work shows in these.
+    The times show how long the reactor was blocked.
     """
     times: list[float] = []
     is_over = threading.Event()
@@ -222,5 +222,5 @@ def sampling(synapse: Synapse, pause_sec: float, path: str = "/health") -> Itera
 
 
 def quantile(times: Sequence[float], part: float) -> float:
-    """What this part of the times stayed below."""
+    """The time that this part of the answers stayed below."""
     return sorted(times)[min(len(times) - 1, int(len(times) * part))]

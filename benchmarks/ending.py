@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the leaves of a large call take that ends at once, beside Synapse's own state events."""
+"""How long leaves take when a large call ends, compared with Synapse's own state events."""
 
 import asyncio
 import statistics
@@ -19,13 +19,13 @@ from testbed.process import stop_all, wait_until
 from testbed.synapse import Synapse
 
 PARTICIPANTS = 1000
-# Synapse persists one event of a room after the other, so that more of these gain nothing.
+# Synapse persists the events of a room one by one, so that more connections gain nothing.
 CONNECTIONS = 16
 GOAL = 1.3
 
 
 def _state(participants: Sequence[Participant], content: object) -> list[bytes]:
-    """Requests of participants to set their membership."""
+    """The requests with which participants set their memberships."""
     return [
         http_request(
             "PUT",
@@ -47,21 +47,21 @@ def _end(
 ) -> float:
     """Seconds from the first webhook until the last leave was sent."""
     calls.join(sfu, participants)
-    # Only `room_finished` lets the module forget a call at once.
+    # The module deletes a call from its table only after `room_finished`.
     if not synapse.select("SELECT 1 FROM synapse_lk_jwt_calls"):
         calls.note_calls(synapse, participants[:1])
     calls.delegate(synapse, participants)
     if is_one_webhook:
-        told = [webhook("room_finished", participants[0].livekit_room, "", {})]
+        webhooks = [webhook("room_finished", participants[0].livekit_room, "", {})]
         sfu.put("/gone", {participants[0].livekit_room: {}})
     else:
-        told = [
+        webhooks = [
             webhook("participant_left", p.livekit_room, p.identity, p.attributes)
             for p in participants
         ]
         calls.leave(sfu, participants)
     began_ms = int(1000 * time.time())
-    _send(synapse, told)
+    _send(synapse, webhooks)
 
     def all_are_sent() -> bool:
         time.sleep(0.2)
@@ -76,7 +76,7 @@ def _end(
 
 
 def measure(directory: Path, rounds: int, is_quick: bool) -> None:
-    """Prints everything.
+    """Runs the benchmark and prints the table.
 
     Args:
         directory: for all files.
@@ -94,8 +94,8 @@ def measure(directory: Path, rounds: int, is_quick: bool) -> None:
         room_id = calls.room(users)
         participants = [Participant(user, room_id, service.SLOT, "DEVICE") for user in users]
         print(
-            f"\na call of {number:,} delegated participants ends at once, {rounds} rounds, medians"
-            f" (goal: within {GOAL} x)"
+            f"\na call of {number:,} participants with delegated leaves ends at once, {rounds}"
+            f" rounds, medians (goal: within {GOAL} x)"
         )
         print(f"{'':30}{'leaves, s':>10}{'CPU s':>8}{'Synapse, s':>12}{'CPU s':>8}{'ratio':>8}")
         _send(synapse, _state(participants, {"warms": "up"}))

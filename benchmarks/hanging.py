@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a thousand leaves do to Synapse while LiveKit hangs, and how soon they are sent after."""
+"""What a thousand leaves cost while LiveKit hangs, and how soon they are sent afterwards."""
 
 import asyncio
 import math
@@ -33,12 +33,12 @@ GOAL_SEC = 20
 
 @attr.s(auto_attribs=True, frozen=True)
 class Moment:
-    """What is seen while LiveKit hangs.
+    """Measurements while LiveKit hangs.
 
     Attributes:
-        running: background processes of the module.
-        in_flight: requests that wait for LiveKit, at most since the moment before.
-        cpu: CPU seconds of Synapse in a second.
+        running: the number of running background processes of the module.
+        in_flight: the highest number of requests that waited for LiveKit since the last sample.
+        cpu: CPU seconds that Synapse uses in a second.
     """
 
     running: int
@@ -47,7 +47,7 @@ class Moment:
 
 
 def guest(synapse: Synapse, room_id: str) -> User:
-    """A guest, whose tokens are restricted, in a room."""
+    """Creates a guest in a room. Tokens of guests are restricted."""
     url = f"{synapse.client_url}/_matrix/client/v3/register?kind=guest"
     account = http("POST", url, {}).ok()
     guest = User(synapse.client_url, account["user_id"], "guest", account["access_token"])
@@ -57,7 +57,7 @@ def guest(synapse: Synapse, room_id: str) -> User:
 
 @contextmanager
 def timing(do: Callable[[], object], pause_sec: float = 0.2) -> Iterator[list[float]]:
-    """Does something all the time, and notes how many seconds it takes, infinite if it fails."""
+    """Calls a function repeatedly, and records its seconds, or infinity if it fails."""
     times: list[float] = []
     is_over = threading.Event()
 
@@ -80,7 +80,7 @@ def timing(do: Callable[[], object], pause_sec: float = 0.2) -> Iterator[list[fl
         thread.join()
 
 
-def _many_calls(synapse: Synapse, users: Sequence[User]) -> list[Participant]:
+def _many_calls(users: Sequence[User]) -> list[Participant]:
     rooms = calls.rooms(users, PARTICIPANTS)
     return [
         Participant(users[n % USERS], room_id, service.SLOT, f"DEVICE{n}")
@@ -88,7 +88,7 @@ def _many_calls(synapse: Synapse, users: Sequence[User]) -> list[Participant]:
     ]
 
 
-def _large_calls(synapse: Synapse, users: Sequence[User]) -> list[Participant]:
+def _large_calls(users: Sequence[User]) -> list[Participant]:
     rooms = [calls.room(users) for _ in range(PARTICIPANTS // IN_A_LARGE_CALL)]
     return [
         Participant(users[n % USERS], room_id, service.SLOT, f"DEVICE{number}-{n}")
@@ -100,7 +100,7 @@ def _large_calls(synapse: Synapse, users: Sequence[User]) -> list[Participant]:
 def _measure(
     directory: Path,
     name: str,
-    make: Callable[[Synapse, Sequence[User]], list[Participant]],
+    make: Callable[[Sequence[User]], list[Participant]],
     seconds: float,
 ) -> None:
     directory.mkdir()
@@ -112,7 +112,7 @@ def _measure(
         synapse.start()
         synapse.wait_ready()
         users = calls.users(synapse, USERS)
-        participants = make(synapse, users)
+        participants = make(users)
         calls.join(sfu, participants)
         calls.note_calls(synapse, participants)
         calls.delegate(synapse, participants)
@@ -127,7 +127,7 @@ def _measure(
         def message() -> None:
             users[0].send_text(open_room, "Good morning")
 
-        # Warms up what these need.
+        # Warms up caches.
         token()
         message()
         print(
@@ -140,11 +140,11 @@ def _measure(
         moments = []
         with timing(token) as tokens, timing(message) as messages:
             calls.leave(sfu, participants)
-            told = [
+            webhooks = [
                 webhook("participant_left", p.livekit_room, p.identity, p.attributes)
                 for p in participants
             ]
-            asyncio.run(run(port(synapse.client_url), told, 16, 600))
+            asyncio.run(run(port(synapse.client_url), webhooks, 16, 600))
             used, since = synapse.main.cpu_seconds(), time.monotonic()
             for row in range(1, ROWS + 1):
                 time.sleep(max(1.0, began + row * seconds / ROWS - time.monotonic()))
@@ -189,7 +189,7 @@ def _measure(
 
 
 def measure(directory: Path, seconds: float) -> None:
-    """Prints everything.
+    """Runs the benchmark and prints the tables.
 
     Args:
         directory: for all files.

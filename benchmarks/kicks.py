@@ -18,7 +18,7 @@ from testbed.matrix import User
 from testbed.process import stop_all, wait_until
 from testbed.synapse import Synapse
 
-# Where the kicks are.
+# The size of the call in which users are kicked.
 CALLS = 20
 IN_A_CALL = 10
 EVERY_SEC = 0.25
@@ -26,7 +26,7 @@ EVERY_SEC = 0.25
 SLOTS = 900
 FLOOD_USERS = 50
 LISTING_MS = 10
-# One user leaves so often, and joins again.
+# How often each user of the flood leaves and joins again.
 FLOOD_SEC = 0.1
 
 HANGING_CALLS = 20
@@ -69,14 +69,14 @@ def _kick(
     at = removed()
     return (
         [at[identity] - sent[identity] for identity in sent],
-        # The module may have seen the kick before Synapse answered.
+        # The module may see the kick before Synapse answers.
         [max(0.0, at[identity] - answered[identity]) for identity in sent],
     )
 
 
 @contextmanager
 def _flood(users: Sequence[User], room_id: str) -> Iterator[list[int]]:
-    """Lets users leave a Matrix room all the time; counts them."""
+    """Makes users leave and join a Matrix room continuously, and counts the leaves."""
     is_over = threading.Event()
     count = [0]
 
@@ -99,7 +99,7 @@ def _flood(users: Sequence[User], room_id: str) -> Iterator[list[int]]:
 
 
 def measure(directory: Path, is_quick: bool) -> None:
-    """Prints everything.
+    """Runs the benchmark and prints the table.
 
     Args:
         directory: for all files.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs to follow the SFU and the Matrix room, on a real Synapse and a stub SFU."""
+"""What leaves, removals, webhooks and polls cost on a real Synapse with a stub SFU."""
 
 import asyncio
 import datetime
@@ -31,20 +31,20 @@ from testbed.service import PREFIX
 from testbed.synapse import Synapse
 
 CALLS = 20
-PEOPLE_IN_A_CALL = 10
+USERS_PER_CALL = 10
 EVERY_SEC = 0.05
 GOAL_MS = 250
 TRACKED = (100, 10_000, 100_000)
 HOUR_MS = 3_600_000
-# How often the leave of somebody who is connected is restarted then.
+# How often the module restarts a leave with this delay while the participant is connected.
 RESTART_MS = 300_000
-# Long enough for whatever is measured to be over ahead of the next poll.
+# Long enough that each measurement ends before the next poll.
 POLL_SEC = 300
 
 
 @attr.s(auto_attribs=True, frozen=True)
-class Somebody:
-    """Somebody in a call, with what their LiveKit token says."""
+class CallUser:
+    """A user in a call, with the claims of their LiveKit token."""
 
     user: User
     room_id: str
@@ -54,12 +54,12 @@ class Somebody:
 
     @property
     def key(self) -> str:
-        """The state key of their membership event."""
+        """The state key of the user's membership event."""
         return f"_{self.user.user_id}_{self.user.device_id}_m.call"
 
 
 def webhook(event: str, livekit_room: str, identity: str, attributes: Mapping[str, str]) -> bytes:
-    """A whole request, as LiveKit sends it."""
+    """A webhook as a whole HTTP request, in LiveKit's form."""
     participant = ParticipantInfo(
         identity=identity, sid=f"PA_{identity}", attributes=dict(attributes)
     )
@@ -75,7 +75,7 @@ def webhook(event: str, livekit_room: str, identity: str, attributes: Mapping[st
 
 
 def measure_times(directory: Path) -> None:
-    """Prints how long a leave takes to reach the SFU, and a disconnect to reach the room."""
+    """Prints how soon a leave of the room reaches the SFU, and a disconnect reaches the room."""
     directory.mkdir()
     sfu = StubSfu(directory)
     synapse = Synapse("leaves", directory, module_config(sfu, POLL_SEC))
@@ -84,17 +84,17 @@ def measure_times(directory: Path) -> None:
         synapse.start()
         synapse.wait_ready()
         watcher = synapse.register("watcher")
-        people = list(_people(synapse, watcher))
-        sfu.put("/rooms", _rooms(people))
-        for somebody in people:
-            _delegate(somebody)
-        to_room = _disconnect(synapse, sfu, watcher, people)
-        sfu.put("/rooms", _rooms(people))
-        from_request, from_answer = _leave(sfu, people)
+        members = list(_call_users(synapse, watcher))
+        sfu.put("/rooms", _rooms(members))
+        for member in members:
+            _delegate(member)
+        to_room = _disconnect(synapse, sfu, watcher, members)
+        sfu.put("/rooms", _rooms(members))
+        from_request, from_answer = _leave(sfu, members)
     finally:
         stop_all([sfu.process, *synapse.processes])
     print(
-        f"\n{len(people)} people in {CALLS} calls, one of them goes every"
+        f"\n{len(members)} users in {CALLS} calls, one of them leaves every"
         f" {1000 * EVERY_SEC:.0f} ms (goal: p99 below {GOAL_MS} ms)"
     )
     print(f"{'':62}{'p50 ms':>8}{'p99 ms':>8}{'max ms':>8}")
@@ -109,72 +109,72 @@ def measure_times(directory: Path) -> None:
         )
 
 
-def _people(synapse: Synapse, watcher: User) -> Iterator[Somebody]:
+def _call_users(synapse: Synapse, watcher: User) -> Iterator[CallUser]:
     for call in range(CALLS):
         room_id = watcher.create_room(preset="public_chat", power_levels=POWER_LEVELS)
-        for number in range(PEOPLE_IN_A_CALL):
+        for number in range(USERS_PER_CALL):
             user = synapse.register(f"user{call}-{number}")
             user.join(room_id)
             body = service.get_token_body(user, room_id)
             jwt = service.post(synapse.client_url, "/get_token", body).ok()["jwt"]
             claims = service.claims(jwt)
-            yield Somebody(
+            yield CallUser(
                 user, room_id, claims["video"]["room"], claims["sub"], claims["attributes"]
             )
 
 
-def _rooms(people: Sequence[Somebody]) -> dict[str, dict[str, Mapping[str, str]]]:
+def _rooms(members: Sequence[CallUser]) -> dict[str, dict[str, Mapping[str, str]]]:
     rooms: dict[str, dict[str, Mapping[str, str]]] = {}
-    for somebody in people:
-        rooms.setdefault(somebody.livekit_room, {})[somebody.identity] = somebody.attributes
+    for member in members:
+        rooms.setdefault(member.livekit_room, {})[member.identity] = member.attributes
     return rooms
 
 
-def _delegate(somebody: Somebody) -> None:
-    """Somebody sends their membership and hands over their leave."""
-    user, room_id = somebody.user, somebody.room_id
-    user.send_state(room_id, MEMBER, {"application": "m.call"}, somebody.key)
-    delay_id = user.delay_state(room_id, MEMBER, {}, somebody.key, HOUR_MS)
+def _delegate(member: CallUser) -> None:
+    """Sends the membership of a user and delegates the leave."""
+    user, room_id = member.user, member.room_id
+    user.send_state(room_id, MEMBER, {"application": "m.call"}, member.key)
+    delay_id = user.delay_state(room_id, MEMBER, {}, member.key, HOUR_MS)
     more = {"delay_id": delay_id, "delay_timeout": HOUR_MS}
     body = service.get_token_body(user, room_id, **more)
     service.post(user.client_url, "/delegate_delayed_leave", body).ok()
 
 
-def _one_by_one(people: Sequence[Somebody], go: Callable[[Somebody], None]) -> None:
+def _one_by_one(members: Sequence[CallUser], go: Callable[[CallUser], None]) -> None:
     with ThreadPoolExecutor(16) as threads:
         began = time.monotonic()
         doing = []
-        for number, somebody in enumerate(people):
+        for number, member in enumerate(members):
             time.sleep(max(0.0, began + number * EVERY_SEC - time.monotonic()))
-            doing.append(threads.submit(go, somebody))
+            doing.append(threads.submit(go, member))
         for done in doing:
             done.result()
 
 
 def _disconnect(
-    synapse: Synapse, sfu: StubSfu, watcher: User, people: Sequence[Somebody]
+    synapse: Synapse, sfu: StubSfu, watcher: User, members: Sequence[CallUser]
 ) -> list[float]:
     sent: dict[str, float] = {}
     seen: dict[str, float] = {}
     synapse_port = port(synapse.client_url)
 
-    def go(somebody: Somebody) -> None:
-        sfu.put("/gone", {somebody.livekit_room: {somebody.identity: {}}})
+    def go(member: CallUser) -> None:
+        sfu.put("/gone", {member.livekit_room: {member.identity: {}}})
         request = webhook(
-            "participant_left", somebody.livekit_room, somebody.identity, somebody.attributes
+            "participant_left", member.livekit_room, member.identity, member.attributes
         )
-        sent[somebody.key] = time.monotonic()
+        sent[member.key] = time.monotonic()
         asyncio.run(run(synapse_port, [request], 1, 10))
 
     with _watching(watcher, seen):
-        _one_by_one(people, go)
+        _one_by_one(members, go)
         wait_until(lambda: sent.keys() <= seen.keys(), "all leaves in the rooms")
     return [seen[key] - sent[key] for key in sent]
 
 
 @contextmanager
 def _watching(watcher: User, seen: dict[str, float]) -> Iterator[None]:
-    """Notes when a client sees that somebody has left a call."""
+    """Records when a client's sync contains each leave."""
     wanted = {"room": {"timeline": {"types": [MEMBER]}, "state": {"types": []}}}
     path = f"/_matrix/client/v3/sync?filter={quote(json.dumps(wanted))}"
     since = watcher.call("GET", path).ok()["next_batch"]
@@ -200,21 +200,21 @@ def _watching(watcher: User, seen: dict[str, float]) -> Iterator[None]:
         thread.join()
 
 
-def _leave(sfu: StubSfu, people: Sequence[Somebody]) -> tuple[list[float], list[float]]:
+def _leave(sfu: StubSfu, members: Sequence[CallUser]) -> tuple[list[float], list[float]]:
     sent: dict[str, float] = {}
     answered: dict[str, float] = {}
 
-    def go(somebody: Somebody) -> None:
-        sent[somebody.identity] = time.monotonic()
-        somebody.user.leave(somebody.room_id)
-        answered[somebody.identity] = time.monotonic()
+    def go(member: CallUser) -> None:
+        sent[member.identity] = time.monotonic()
+        member.user.leave(member.room_id)
+        answered[member.identity] = time.monotonic()
 
-    _one_by_one(people, go)
-    wait_until(lambda: len(sfu.get("/removed")) >= len(people), "all of them removed")
+    _one_by_one(members, go)
+    wait_until(lambda: len(sfu.get("/removed")) >= len(members), "all of them removed")
     removed = {identity: at for _, identity, at in sfu.get("/removed")}
     return (
         [removed[identity] - at for identity, at in sent.items()],
-        # Synapse may have told the module before it answered.
+        # The module may see the leave before Synapse answers.
         [max(0.0, removed[identity] - at) for identity, at in answered.items()],
     )
 
@@ -238,7 +238,7 @@ def measure_messages(directory: Path, rounds: int, messages: int) -> None:
             asyncio.run(run(port(synapse.client_url), makes[has_module](messages), 1, 600))
         cpu: dict[bool, list[float]] = {True: [], False: []}
         for number in range(rounds):
-            # Whoever comes first has a cache that is colder, or a machine that is.
+            # The first of the two has colder caches, so they take turns.
             for has_module in (True, False) if number % 2 else (False, True):
                 synapse = synapses[has_module]
                 requests = makes[has_module](messages)
@@ -276,14 +276,14 @@ def _messages(synapse: Synapse) -> Callable[[int], list[bytes]]:
 
 @attr.s(auto_attribs=True, frozen=True)
 class Cost:
-    """Of one thing: seconds of wall clock, and of CPU time."""
+    """The wall clock and CPU seconds of one operation."""
 
     wall: float
     cpu: float
 
 
 def measure_many(directory: Path, requests: int) -> None:
-    """Prints what a token, a webhook and a poll cost when very many people are in calls."""
+    """Prints what a token, a webhook and a poll cost while very many users are in calls."""
     directory.mkdir()
     sfu = StubSfu(directory)
     synapse = Synapse("many", directory, module_config(sfu, POLL_SEC))
@@ -306,25 +306,25 @@ def measure_many(directory: Path, requests: int) -> None:
 
 
 class Many:
-    """A few users who are in very many calls, each time with another device.
+    """A few users who are in very many calls, in each with another device.
 
     Attributes:
-        tokens: makes requests for tokens of theirs.
+        tokens: creates the users' token requests.
     """
 
     def __init__(
-        self, synapse: Synapse, sfu: StubSfu, people_in_a_call: int = PEOPLE_IN_A_CALL
+        self, synapse: Synapse, sfu: StubSfu, users_per_call: int = USERS_PER_CALL
     ) -> None:
         """
         Args:
-            synapse: where they have their accounts.
-            sfu: where they are in calls.
-            people_in_a_call: how many users there are, and people in each call.
+            synapse: the homeserver of the users.
+            sfu: the SFU of the calls.
+            users_per_call: the number of users, all of whom are in each call.
         """
         self._synapse = synapse
         self._sfu = sfu
-        self._people_in_a_call = people_in_a_call
-        users = [synapse.register(f"user{number}") for number in range(people_in_a_call)]
+        self._users_per_call = users_per_call
+        users = [synapse.register(f"user{number}") for number in range(users_per_call)]
         room_id = users[0].create_room(preset="public_chat", power_levels=POWER_LEVELS)
         for user in users[1:]:
             user.join(room_id)
@@ -332,7 +332,7 @@ class Many:
         self._count = 0
 
     def fill_up_to(self, count: int) -> None:
-        """Notes participants in the database, and tells the SFU; Synapse must be down."""
+        """Adds participants to the database and to the SFU. Synapse must be stopped."""
         now_ms = int(1000 * time.time())
         rooms: dict[str, dict[str, dict[str, str]]] = {}
         delegations: list[dict[str, object]] = []
@@ -343,7 +343,7 @@ class Many:
             state_key = f"_{identity}"
             rooms.setdefault(livekit_room, {})[identity] = {}
             delay_id = f"delay{number}"
-            # Their restarts are due one after the other, as they would be.
+            # The restarts fall due one after the other, as for real participants.
             restarted_ms = now_ms - number * RESTART_MS // count
             delegations.append(
                 {
@@ -400,17 +400,17 @@ class Many:
         self._sfu.put("/rooms", rooms)
 
     def _participant(self, number: int) -> tuple[str, str, User]:
-        user = self.tokens.users[number % self._people_in_a_call]
-        return f"call{number // self._people_in_a_call}", f"{user.user_id}:DEVICE{number}", user
+        user = self.tokens.users[number % self._users_per_call]
+        return f"call{number // self._users_per_call}", f"{user.user_id}:DEVICE{number}", user
 
     def participants(self, count: int) -> list[tuple[str, str, str]]:
-        """Some of them, from all over: LiveKit rooms, identities and delay IDs."""
+        """A sample of the participants: LiveKit rooms, identities and delay IDs."""
         numbers = (number * self._count // count for number in range(count))
         return [(*self._participant(number)[:2], f"delay{number}") for number in numbers]
 
     def costs(self, requests: int) -> dict[str, Cost]:
-        """Of each thing that is measured."""
-        # The module polls as soon as it is up.
+        """The cost of each operation."""
+        # The module polls as soon as Synapse has started.
         first = self._poll()
         self._run(self.tokens.sfu_get(requests))
         costs = {"token": self._run(self.tokens.sfu_get(requests))}
@@ -427,9 +427,9 @@ class Many:
     def wait_for_poll(self) -> float:
         """Waits until the first poll is over, and returns how many seconds it took.
 
-        The SFU is asked for a list of rooms first, and for participants last.
+        A poll begins with ListRooms and ends with ListParticipants.
         """
-        rooms = self._count // self._people_in_a_call
+        rooms = self._count // self._users_per_call
 
         def is_over() -> bool:
             return bool(self._sfu.get("/asked").get("ListParticipants", [0])[0] >= rooms)
@@ -448,7 +448,7 @@ class Many:
 
 
 def measure(directory: Path, is_quick: bool) -> None:
-    """Prints everything."""
+    """Runs the benchmarks and prints the tables."""
     measure_times(directory / "times")
     measure_messages(directory / "messages", *((1, 100) if is_quick else (9, 400)))
     measure_many(directory / "many", 50 if is_quick else 400)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load over HTTP/1.1: requests are made beforehand, and answers hardly looked at."""
+"""Sends prepared HTTP/1.1 requests, and checks only the status of the answers."""
 
 import asyncio
 import time
@@ -10,11 +10,11 @@ import attr
 
 @attr.s(auto_attribs=True, frozen=True)
 class Result:
-    """What was measured.
+    """The measured times.
 
     Attributes:
-        seconds: from the first request to the last answer.
-        times: seconds of each request.
+        seconds: the seconds from the first request to the last answer.
+        times: the seconds of each request.
     """
 
     seconds: float
@@ -26,12 +26,12 @@ class Result:
         return len(self.times) / self.seconds
 
     def quantile(self, part: float) -> float:
-        """Seconds that this part of the requests stayed below."""
+        """The seconds that this part of the requests stayed below."""
         return sorted(self.times)[min(len(self.times) - 1, int(len(self.times) * part))]
 
 
 class WrongAnswer(Exception):
-    """An answer other than 200; the text is what came."""
+    """An answer is not 200. The message contains it."""
 
 
 class _Connection(asyncio.Protocol):
@@ -95,14 +95,14 @@ def _is_complete(answer: bytes) -> bool:
 async def run(
     port: int, requests: list[bytes], connections: int, seconds: float, pause: float = 0.0
 ) -> Result:
-    """Sends requests until the time is over or there are none left.
+    """Sends requests until the time is over or all have been sent.
 
     Args:
-        port: on 127.0.0.1.
-        requests: whole HTTP requests, each used once.
-        connections: how many are open, and wait for an answer, at a time.
-        seconds: how long to go on.
-        pause: seconds that each connection waits between an answer and the next request.
+        port: the port on 127.0.0.1.
+        requests: whole HTTP requests, each of which is sent once.
+        connections: the number of connections, each with one request at a time.
+        seconds: the maximum duration.
+        pause: the seconds that each connection waits between an answer and the next request.
 
     Raises:
         WrongAnswer: if any answer is not 200.

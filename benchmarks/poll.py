@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a poll costs where nothing changes, and how soon it misses a participant."""
+"""What a poll costs if nothing has changed, and how soon a poll notices a lost participant."""
 
 import statistics
 import time
@@ -26,19 +26,19 @@ SAMPLE_SEC = 0.005
 GOAL_MS = 0.15
 GOAL_BLOCK_MS = 50
 
-# The poll reads from the database ahead of its first request, and writes after its last.
+# The poll reads from the database before its first request, and writes after its last one.
 AROUND_SEC = 2.0
 
 
 @attr.s(auto_attribs=True, frozen=True)
 class Poll:
-    """What one poll took.
+    """The cost of one poll.
 
     Attributes:
-        seconds: from its first request to its last.
-        cpu: CPU seconds of Synapse, less what it uses between polls.
-        block: the longest time that a trivial request waited, in seconds.
-        requests: how many requests LiveKit got, by method.
+        seconds: the seconds from its first request to its last one.
+        cpu: CPU seconds of Synapse, without those that it uses between polls.
+        block: the longest time in seconds that a trivial request waited.
+        requests: the number of requests that LiveKit got, by method.
     """
 
     seconds: float
@@ -48,7 +48,7 @@ class Poll:
 
 
 class Polls:
-    """Follows the polls of a Synapse by what the stub SFU is asked."""
+    """Recognises the polls of a Synapse by the requests that the stub SFU gets."""
 
     def __init__(self, synapse: Synapse, sfu: StubSfu) -> None:
         self._synapse = synapse
@@ -60,19 +60,19 @@ class Polls:
         return asked
 
     def count(self) -> int:
-        """How many polls there were since the stub was told about participants."""
+        """The number of polls since the last change of the stub's participants."""
         return int(self._asked().get("ListRooms", [0])[0])
 
     def first(self) -> Poll:
-        """The one after Synapse's start, which lists every room."""
+        """The first poll after Synapse's start, which lists every room."""
         return self._measure(0)
 
     def next(self) -> Poll:
-        """The next poll; CPU time and requests are those of a room in which nothing happens."""
+        """The next poll. Nothing changes in the rooms."""
         began, used = time.monotonic(), self._synapse.main.cpu_seconds()
         time.sleep(max(0.0, self._next - AROUND_SEC - time.monotonic()))
         idle = time.monotonic() - began
-        # A poll that takes nearly all of the interval leaves nothing to compare it with.
+        # After a poll that takes nearly the whole interval, no idle time is left to compare with.
         rate = (self._synapse.main.cpu_seconds() - used) / idle if idle > 1 else 0.0
         return self._measure(rate)
 
@@ -89,13 +89,13 @@ class Polls:
         first = asked["ListRooms"][2]
         last = max(at for _, _, at in asked.values())
         self._next = first + POLL_SEC
-        # What the sampling itself costs Synapse.
+        # The requests that measure the delay cost CPU time, too.
         cpu -= len(times) * self._cpu_of_a_sample()
         requests = {m: number - before.get(m, 0) for m, (number, _, _) in asked.items()}
         return Poll(last - first, cpu, max(times), requests)
 
     def _wait_for_quiet(self) -> None:
-        """Waits until LiveKit has not been asked for a while."""
+        """Waits until LiveKit has had no request for a while."""
         count, since = -1, time.monotonic()
         while time.monotonic() < since + AROUND_SEC:
             time.sleep(0.2)
@@ -111,7 +111,7 @@ class Polls:
 
 
 def _participants(users: Sequence[User], room_id: str, numbers: range) -> list[list[Participant]]:
-    """The participants of some calls of one Matrix room, call by call."""
+    """The participants of several calls of one Matrix room, ordered by call."""
     return [
         [
             Participant(users[(PARTICIPANTS * n + i) % USERS], room_id, f"slot{n}", f"DEVICE{i}")
@@ -143,13 +143,13 @@ def _row(number: int, delegations: int, what: str, polls: Sequence[Poll], has_go
 
 
 def _vanish(synapse: Synapse, sfu: StubSfu, call: Sequence[Participant], polls: Polls) -> None:
-    """Prints how soon a participant is missed that leaves while another one joins."""
+    """Prints how soon a poll notices a participant who leaves while another one joins."""
     polls.next()
     now_ms = int(1000 * time.time())
     calls.leave(sfu, call[:1])
     sfu.put("/rooms", {call[0].livekit_room: {"@another:server:DEVICE": {}}})
     wait_until(lambda: calls.leaves_since(synapse, now_ms)[0] > 0, "leave", 5 * POLL_SEC)
-    # `/rooms` starts the counts anew.
+    # `/rooms` resets the counts.
     number, seconds = polls.count(), calls.leaves_since(synapse, now_ms)[1] / 1000 - now_ms / 1000
     print(
         f"a delegated participant who vanished without a webhook while another one joined: the"
@@ -159,11 +159,11 @@ def _vanish(synapse: Synapse, sfu: StubSfu, call: Sequence[Participant], polls: 
 
 
 def measure(directory: Path, rounds: int, is_quick: bool) -> None:
-    """Prints everything.
+    """Runs the benchmark and prints the tables.
 
     Args:
         directory: for all files.
-        rounds: how many polls of each kind are measured.
+        rounds: the number of polls of each kind.
         is_quick: whether to leave out the largest number of calls.
     """
     print(

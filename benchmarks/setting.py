@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all benchmarks run beside: a stub SFU, and requests made by hand."""
+"""Runs the stub SFU, and creates HTTP requests for all benchmarks."""
 
 import json
 import sys
@@ -21,14 +21,14 @@ RATE_OFF = {"per_second": 1_000_000, "burst_count": 1_000_000}
 
 
 class StubSfu:
-    """`benchmarks/stub_sfu.py` in a process of its own."""
+    """`benchmarks/stub_sfu.py` in its own process."""
 
     def __init__(self, directory: Path, delay_ms: int = 0, port: int | None = None) -> None:
         """
         Args:
             directory: for its log.
-            delay_ms: how long it takes to make a room.
-            port: by default any.
+            delay_ms: how long CreateRoom takes, in milliseconds.
+            port: its port; None for any free port.
         """
         self.port = port or free_port()
         self.api_url = f"http://127.0.0.1:{self.port}"
@@ -39,32 +39,32 @@ class StubSfu:
         )
 
     def start(self) -> None:
-        """Starts it, and waits until it answers."""
+        """Starts the stub, and waits until it answers."""
         self.process.start()
         self.process.wait_until(self._answers, "stub SFU")
 
     def stop(self) -> None:
-        """Ends it."""
+        """Stops the stub."""
         self.process.stop()
 
     def get(self, path: str) -> Any:
-        """What it has noted."""
+        """Reads what the stub has recorded."""
         return http("GET", self.api_url + path).ok()
 
-    def put(self, path: str, told: Any) -> None:
-        """Tells it who is there."""
-        http("PUT", self.api_url + path, told).ok()
+    def put(self, path: str, body: Any) -> None:
+        """Changes the stub's participants or behaviour."""
+        http("PUT", self.api_url + path, body).ok()
 
     def hang(self, rooms: Collection[str] | None = None) -> None:
-        """Lets requests about some rooms, or all, go without an answer; no rooms end that."""
+        """Leaves requests about these rooms, or all rooms, unanswered. An empty list ends that."""
         self.put("/hang", {"rooms": None if rooms is None else list(rooms)})
 
     def delay(self, **methods: int) -> None:
-        """Slows methods down to so many milliseconds."""
+        """Delays the answers of methods by a number of milliseconds."""
         self.put("/delay", methods)
 
     def in_flight(self) -> tuple[int, int]:
-        """How many requests wait for an answer, and how many at most since this was asked last."""
+        """The number of unanswered requests, and the highest one since the last call."""
         now, most = self.get("/flight")
         return now, most
 
@@ -78,7 +78,7 @@ class StubSfu:
 def http_request(
     method: str, path: str, body: bytes | None = None, authorization: str | None = None
 ) -> bytes:
-    """A whole HTTP request; the body is JSON."""
+    """A whole HTTP request with a JSON body."""
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n"
     if authorization is not None:
         head += f"Authorization: {authorization}\r\n"
@@ -93,10 +93,10 @@ def as_json(body: Any) -> bytes:
 
 
 class Tokens:
-    """Requests for tokens, each with an OpenID token that nobody has used yet.
+    """Token requests, each with its own new OpenID token.
 
     Attributes:
-        users: who asks, one after the other; they are in the room.
+        users: the users who take turns. They are joined to the room.
         room_id: the Matrix room.
     """
 
@@ -107,7 +107,7 @@ class Tokens:
         self._made = 0
 
     def openid(self, count: int) -> Iterator[tuple[User, dict[str, str]]]:
-        """OpenID tokens as good as those that clients ask for, with their users."""
+        """New OpenID tokens, written to the database, with their users."""
         numbers = range(self._made, self._made + count)
         self._made += count
         tokens = [(self.users[n % len(self.users)], f"token{n:018}") for n in numbers]
@@ -137,7 +137,7 @@ class Tokens:
         ]
 
     def client_get_token(self, count: int) -> list[bytes]:
-        """Requests to MSC4195's client-server `get_token`; these need no OpenID token."""
+        """Requests to MSC4195's client-server `get_token`, which need no OpenID token."""
         path = "/_matrix/client/v1/rtc/livekit/get_token"
         requests = [
             http_request(

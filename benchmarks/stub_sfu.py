@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An SFU with made-up participants, which can be slow, or hang, and counts what it is asked.
+"""A stub SFU with invented participants. It can be slow or hang, and counts its requests.
 
 python -m benchmarks.stub_sfu PORT DELAY_MS
 
-DELAY_MS is how long CreateRoom takes. The rest is set while it runs:
+DELAY_MS is how long CreateRoom takes. These requests change the stub:
 
-- `PUT /rooms` with `{room: {identity: {attribute: value}}}` adds participants, and starts the
-  counts of `/asked` anew. `PUT /gone` with `{room: {identity: {}}}` takes participants away, and
-  with `{room: {}}` the room.
-- `PUT /delay` with `{method: milliseconds}` slows methods down.
-- `PUT /hang` with `{"rooms": [room]}` leaves requests about these rooms without an answer, with
-  `{"rooms": null}` all requests, with `{"rooms": []}` none. A request that has met a hanging SFU
-  never gets an answer.
+- `PUT /rooms` with `{room: {identity: {attribute: value}}}` adds participants, and resets the
+  counts of `/asked`. `PUT /gone` with `{room: {identity: {}}}` removes participants, and with
+  `{room: {}}` the room.
+- `PUT /delay` with `{method: milliseconds}` delays the answers of methods.
+- `PUT /hang` with `{"rooms": [room]}` leaves requests about these rooms unanswered, with
+  `{"rooms": null}` all requests, with `{"rooms": []}` none. A request that arrived while the stub
+  hung never gets an answer.
 
-What it has seen:
+These requests read what it has recorded:
 
-- `GET /count`: how often it was asked to make a room.
+- `GET /count`: the number of CreateRoom requests.
 - `GET /removed`: which participants were removed and when, `[[room, identity, seconds]]`.
-- `GET /asked`: when each method was asked first and last, `{method: [times, first, last]}`.
-- `GET /flight`: how many requests wait for an answer, and how many at most since this was asked
-  last, `[now, most]`.
+- `GET /asked`: the first and last request of each method, `{method: [times, first, last]}`.
+- `GET /flight`: the number of unanswered requests, and the highest one since the last call,
+  `[now, most]`.
 """
 
 import asyncio
@@ -46,15 +46,15 @@ from livekit.protocol.room import (
 
 
 class NotFound(Exception):
-    """There is no such room or participant."""
+    """The room or participant does not exist."""
 
 
 class Hangs(Exception):
-    """The request gets no answer."""
+    """The stub leaves the request unanswered."""
 
 
 class Sfu:
-    """What the stub knows, and how it answers."""
+    """The stub's rooms and counts, and its answers."""
 
     def __init__(self, create_sec: float) -> None:
         self._delay_sec = {"CreateRoom": create_sec}
@@ -75,7 +75,7 @@ class Sfu:
         }
 
     def set(self, path: str, body: Any) -> None:
-        """Follows a PUT."""
+        """Processes a PUT request."""
         if path == "/delay":
             self._delay_sec.update({method: ms / 1000 for method, ms in body.items()})
         elif path == "/hang":
@@ -174,7 +174,7 @@ def _info(identity: str, attributes: dict[str, str]) -> ParticipantInfo:
 
 
 async def serve(sfu: Sfu, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answers on one connection."""
+    """Answers the requests of one connection."""
     while head := await reader.readuntil(b"\r\n\r\n"):
         first, *lines = head.split(b"\r\n")
         length = 0
@@ -199,7 +199,7 @@ async def serve(sfu: Sfu, reader: asyncio.StreamReader, writer: asyncio.StreamWr
                     status = "404 Not Found"
                     answer = b'{"code": "not_found", "msg": "not there"}'
                 except Hangs:
-                    # Until the other side gives up.
+                    # Until the client closes the connection.
                     await reader.read()
                     raise ConnectionError from None
         writer.write(
@@ -210,7 +210,7 @@ async def serve(sfu: Sfu, reader: asyncio.StreamReader, writer: asyncio.StreamWr
 
 
 async def main(port: int, create_sec: float) -> None:
-    """Serves until it is ended."""
+    """Serves until the process is stopped."""
     sfu = Sfu(create_sec)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

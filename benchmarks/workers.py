@@ -18,25 +18,25 @@ from testbed.process import stop_all, wait_until
 from testbed.redis import Redis
 from testbed.synapse import Synapse
 
-# What docs/scaling.md reckons with.
+# The number of calls in the calculation of docs/scaling.md.
 CALLS = 20_000
-PEOPLE_IN_A_CALL = 5
+USERS_PER_CALL = 5
 
 CONNECTIONS = 8
-# With this each worker is busy for a third of the time, and nobody waits for a core.
+# With this pause each worker is busy for a third of the time, so that no process waits for a core.
 PAUSE_SEC = 0.02
 IDLE_SEC = 10
 
 
 @attr.s(auto_attribs=True, frozen=True)
 class Cost:
-    """Of many things.
+    """The cost of many equal operations.
 
     Attributes:
-        count: of how many.
-        seconds: how long they took, all together.
-        cpu: seconds of CPU time that each process used meanwhile.
-        restarts: how many delayed leaves were restarted meanwhile.
+        count: the number of operations.
+        seconds: how long they took together.
+        cpu: the CPU seconds that each process used in that time.
+        restarts: the number of delayed leaves that were restarted in that time.
     """
 
     count: int
@@ -45,18 +45,18 @@ class Cost:
     restarts: int
 
     def each_ms(self, process: str) -> float:
-        """Milliseconds of CPU time of one process for one thing."""
+        """The CPU milliseconds that a process used for one operation."""
         return 1000 * self.cpu[process] / self.count
 
     def without(self, restarts: "Cost") -> "Cost":
-        """Less what the restarts took that were due meanwhile."""
+        """The cost without the restarts that happened in the same time."""
         part = self.restarts / restarts.count
         cpu = {name: used - part * restarts.cpu[name] for name, used in self.cpu.items()}
         return attr.evolve(self, cpu=cpu)
 
 
 class Bench:
-    """A homeserver with two generic workers and one for background tasks, and a stub SFU."""
+    """A homeserver with two generic workers and a background worker, and a stub SFU."""
 
     def __init__(self, directory: Path, postgres: Postgres, redis: Redis, sfu: StubSfu) -> None:
         self._postgres = postgres
@@ -79,7 +79,7 @@ class Bench:
         self.synapse.wait_ready()
 
     def cost(self, do: Callable[[], int]) -> Cost:
-        """What it costs to do something that returns how many things it has done."""
+        """The cost of a function that returns the number of its operations."""
         before, began, began_ms = self._cpu(), time.perf_counter(), _now_ms()
         count = do()
         seconds = time.perf_counter() - began
@@ -96,12 +96,12 @@ class Bench:
         }
 
     def analyze(self) -> None:
-        """Lets PostgreSQL see how large the tables are, as it does by itself after a while."""
+        """Updates PostgreSQL's statistics of the tables, as autovacuum does after a while."""
         with closing(self._connection.cursor()) as cursor:
             cursor.execute("ANALYZE")
 
     def count(self, condition: str, *values: object) -> int:
-        """How many delegations there are of which this is true."""
+        """The number of delegations for which an SQL condition is true."""
         with closing(self._connection.cursor()) as cursor:
             cursor.execute(
                 f"SELECT COUNT(*) FROM synapse_lk_jwt_delegations WHERE {condition}", values
@@ -116,7 +116,7 @@ def _now_ms() -> int:
 def load(
     ports: list[int], requests: list[bytes], seconds: float, pause: float = 0.0
 ) -> list[Result]:
-    """Sends requests to several processes at once, to each one a part of them."""
+    """Sends requests to several processes at once. Each process gets a part of them."""
 
     async def all_of_them() -> list[Result]:
         return await asyncio.gather(
@@ -130,12 +130,12 @@ def load(
 
 
 def measure_tokens(bench: Bench, many: Many, rounds: int, seconds: float) -> None:
-    """Prints what a token costs where one worker hands them out, and where two do."""
+    """Prints the cost of a token with one worker and with two."""
     print(
         f"\nCPU ms of one token, {rounds} rounds of {seconds:g} s with {CONNECTIONS} connections to"
-        f" each worker, medians:\nwith pauses of {1000 * PAUSE_SEC:g} ms, so that nobody waits for"
-        " a core; and tokens/s without.\n"
-        "The cores are shared with PostgreSQL and with those who ask.\n"
+        f" each worker, medians:\nwith pauses of {1000 * PAUSE_SEC:g} ms, so that no process waits"
+        " for a core, and tokens/s without pauses.\n"
+        "PostgreSQL and the client share the cores with the workers.\n"
         f"{'':34}{'workers':>10}{'main':>10}{'PostgreSQL':>12}{'tokens/s':>10}"
     )
     kinds = {"/get_token": many.tokens.get_token, "client get_token": many.tokens.client_get_token}
@@ -145,7 +145,7 @@ def measure_tokens(bench: Bench, many: Many, rounds: int, seconds: float) -> Non
         }
         load(bench.ports, make(400), 10)
         for number in range(rounds):
-            # Whoever comes first has a cache that is colder, or a machine that is.
+            # The first of the two has colder caches, so they take turns.
             for workers, pause in list(costs) if number % 2 else reversed(costs):
                 ports = bench.ports if workers == 2 else [bench.ports[number % 2]]
                 costs[workers, pause].append(
@@ -174,10 +174,10 @@ def _cost_of_tokens(
 
 
 def measure_many(bench: Bench, many: Many, sfu: StubSfu, calls: int, requests: int) -> None:
-    """Prints what everything else costs while very many people are in calls."""
-    people = calls * PEOPLE_IN_A_CALL
+    """Prints the cost of webhooks, restarts and polls while very many users are in calls."""
+    users = calls * USERS_PER_CALL
     bench.synapse.stop()
-    many.fill_up_to(people)
+    many.fill_up_to(users)
     bench.analyze()
     bench.start()
     poll_seconds = 0.0
@@ -192,48 +192,48 @@ def measure_many(bench: Bench, many: Many, sfu: StubSfu, calls: int, requests: i
         time.sleep(IDLE_SEC)
         return bench.count("restarted_ms >= %s", began_ms)
 
-    def tell(event: str, about: list[tuple[str, str, str]]) -> None:
-        told = [webhook(event, room, identity, {}) for room, identity, _ in about]
-        load(bench.ports[:1], told, 600)
+    def send_webhooks(event: str, participants: list[tuple[str, str, str]]) -> None:
+        webhooks = [webhook(event, room, identity, {}) for room, identity, _ in participants]
+        load(bench.ports[:1], webhooks, 600)
 
     def join() -> int:
-        tell("participant_joined", many.participants(requests))
+        send_webhooks("participant_joined", many.participants(requests))
         return requests
 
     def leave() -> int:
         gone = many.participants(requests)
         sfu.put("/gone", {room: {identity: {}} for room, identity, _ in gone})
-        tell("participant_left", gone)
+        send_webhooks("participant_left", gone)
         delay_ids = tuple(delay_id for _, _, delay_id in gone)
         wait_until(lambda: bench.count("delay_id IN %s", delay_ids) == 0, "all leaves", 600)
         return requests
 
     polled = bench.cost(poll)
-    # What was due while there was no Synapse.
+    # Restarts that fell due while Synapse was down.
     wait_until(lambda: bench.count("next_ms < %s", _now_ms() - 2_000) == 0, "restarts", 600)
     restarts = bench.cost(wait)
     costs = {
-        "webhook of who comes": bench.cost(join).without(restarts),
-        "webhook of who goes, with the leave": bench.cost(leave).without(restarts),
+        "webhook of a join": bench.cost(join).without(restarts),
+        "webhook of a leave, with the leave event": bench.cost(leave).without(restarts),
         "restart of a delayed leave": restarts,
         "poll, for each call": polled.without(restarts),
     }
     print(
-        f"\nCPU ms, {people:,} people in {calls:,} calls\n"
+        f"\nCPU ms, {users:,} users in {calls:,} calls\n"
         f"{'':38}{'workers':>10}{'main':>10}{'background':>12}{'PostgreSQL':>12}"
     )
     for name, cost in costs.items():
         line = f"{name:38}{cost.each_ms('workers'):10.3f}{cost.each_ms('main'):10.3f}"
         print(line + f"{cost.each_ms('background'):12.3f}{cost.each_ms('PostgreSQL'):12.3f}")
     print(f"the poll took {poll_seconds:.1f} s")
-    done, wanted = restarts.count / restarts.seconds, 1000 * people / RESTART_MS
+    done, wanted = restarts.count / restarts.seconds, 1000 * users / RESTART_MS
     print(f"restarts: {done:.0f} per second, of {wanted:.0f} that were due")
     for name, process in {"main": bench.synapse.main, **bench.synapse.workers}.items():
         print(f"memory of {name}: {process.memory() / 2**20:.0f} MiB")
 
 
 def measure(directory: Path, rounds: int, seconds: float, is_quick: bool) -> None:
-    """Prints everything."""
+    """Runs the benchmarks and prints the tables."""
     redis, postgres, sfu = Redis(directory), Postgres(directory), StubSfu(directory)
     started = [redis.process, sfu.process]
     try:
@@ -245,7 +245,7 @@ def measure(directory: Path, rounds: int, seconds: float, is_quick: bool) -> Non
         bench = Bench(directory, postgres, redis, sfu)
         started += bench.synapse.processes
         bench.start()
-        many = Many(bench.synapse, sfu, PEOPLE_IN_A_CALL)
+        many = Many(bench.synapse, sfu, USERS_PER_CALL)
         measure_tokens(bench, many, rounds, seconds)
         measure_many(bench, many, sfu, 200 if is_quick else CALLS, 50 if is_quick else 400)
     finally:
