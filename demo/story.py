@@ -10,7 +10,7 @@ import textwrap
 from datetime import datetime
 
 from testbed import service
-from testbed.call import CallRefused, Participant
+from testbed.call import CallRejected, Participant
 from testbed.http import Answer
 from testbed.matrix import User
 from testbed.stage import Stage
@@ -102,7 +102,7 @@ class Story:
     async def _check_restricted_user_cannot_start_call(self, jwt: str) -> None:
         try:
             rita_in_call = await Participant.join(self._livekit.url, jwt)
-        except CallRefused as e:
+        except CallRejected as e:
             refusal = str(e)
         else:
             await rita_in_call.leave()
@@ -129,7 +129,7 @@ class Story:
     async def _join(self, who: str, jwt: str, call: contextlib.AsyncExitStack) -> Participant:
         try:
             participant = await Participant.join(self._livekit.url, jwt)
-        except CallRefused as e:
+        except CallRejected as e:
             raise UnexpectedResult(f"LiveKit rejects {who}: {e}") from None
         call.push_async_callback(participant.leave)
         await participant.publish_tone()
@@ -157,7 +157,7 @@ class Story:
         check(claims["video"]["room"] == room, f"The token is for another call: {claims}")
         try:
             there = await Participant.join(url, jwt)
-        except CallRefused as e:
+        except CallRejected as e:
             raise UnexpectedResult(f"LiveKit rejects the token: {e}") from None
         await there.leave()
         _print_step(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapse, LiveKit, PostgreSQL and Redis on loopback, for the demo, the tests and the benchmark.
+"""Starts Synapse, LiveKit, PostgreSQL, Redis and nginx for the demo, the tests and the benchmarks.
 
-Not part of the installed package. Everything started here lives in a temporary directory, listens
-on 127.0.0.1 only, and dies with the process that started it.
+The installed package does not contain it. Each server keeps its files in a temporary directory,
+listens on 127.0.0.1 only, and ends together with the process that started it.
 """

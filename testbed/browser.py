@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""People with a browser who use Element Call: real Chromium, with made-up camera and microphone."""
+"""Users of Element Call in Chromium, with a simulated camera and microphone."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _FLAGS = (
     # LiveKit is on 127.0.0.1.
     "--allow-loopback-in-peer-connection",
     "--disable-features=WebRtcHideLocalIpsWithMdns",
-    # Nothing is to be asked of the internet.
+    # The browser sends no requests to the internet.
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
     "--disable-quic",
     "--no-first-run",
 )
-# Enough to see that the video is alive, and no more work than that.
+# Enough to see that a video plays, at little CPU time.
 _LIGHT = {"video": {"max_resolution": 180, "max_framerate": 15, "simulcast_layers": []}}
 _FRAMES = """
     [...document.querySelectorAll("video")].map(
@@ -46,7 +46,7 @@ _number = itertools.count()
 
 
 def find_chromium() -> str:
-    """The program to start.
+    """The path of the installed Chromium.
 
     Raises:
         MissingTool
@@ -63,7 +63,7 @@ def chromium(headed: bool = False) -> Iterator[Browser]:
     """A running browser.
 
     Args:
-        headed: whether it has a window, for somebody to watch.
+        headed: whether the browser has a window.
 
     Raises:
         MissingTool
@@ -79,8 +79,8 @@ def chromium(headed: bool = False) -> Iterator[Browser]:
             browser.close()
 
 
-class Person:
-    """Somebody who looks at Element Call in a browser of their own."""
+class BrowserUser:
+    """A user of Element Call with their own browser context."""
 
     def __init__(self, browser: Browser, element_call: ElementCall) -> None:
         self.user = element_call.user
@@ -96,17 +96,17 @@ class Person:
         self.page.on("pageerror", lambda error: self._note(f"uncaught: {error}"))
 
     def open(self, room_id: str) -> None:
-        """Follow a link to the call in a room, without waiting for the lobby."""
+        """Open the link to the call in a room, without waiting for the lobby."""
         self.follow(self._element_call.link(room_id))
 
     def follow(self, link: str) -> None:
-        """Go to an address, without waiting for the page."""
-        # Going where it is already, but for what is behind the `#`, is no going for a browser.
+        """Open a URL, without waiting for the page."""
+        # A browser does not reload a page if only the part of the URL after `#` changes.
         self.page.goto("about:blank")
         self.page.goto(link, wait_until="commit")
 
     def join(self) -> None:
-        """Click where the lobby invites to, once it is there, and wait for nothing more."""
+        """Click the join button once the lobby shows it, without waiting for the call."""
         self.page.get_by_test_id("lobby_joinCall").click()
 
     def hang_up(self) -> None:
@@ -115,19 +115,19 @@ class Person:
         self.page.get_by_test_id("incall_leave").click()
 
     def close_tab(self) -> None:
-        """The page is gone at once: nobody is asked, and nothing that it began is waited for."""
+        """Close the page at once, without its unload handlers and without waiting for requests."""
         self.page.close()
 
     def crash(self) -> None:
-        """The page is gone without having done anything more; LiveKit is not told, either."""
+        """Crash the page, so that it sends nothing more, not even a disconnect to LiveKit."""
         with contextlib.suppress(PlaywrightError):
             self.page.goto("chrome://crash")
 
-    def hear_nothing(self, news: Callable[[], object]) -> None:
-        """From now on the homeserver has nothing to say to the page, which goes on waiting.
+    def block_sync(self, news: Callable[[], object]) -> None:
+        """Hold back all further answers to the page's `/sync` requests.
 
         Args:
-            news: makes the homeserver answer what the page has asked already.
+            news: makes the homeserver answer the `/sync` request that is under way.
         """
         held: list[Route] = []
         self.page.route("**/_matrix/client/v3/sync*", lambda route: held.append(route))
@@ -135,19 +135,19 @@ class Person:
         wait_until(lambda: bool(self.frames() and held), f"next sync of {self.user.user_id}")
 
     def frames(self) -> list[int]:
-        """How many frames each video on the page has shown so far."""
+        """The number of frames that each video on the page has shown so far."""
         frames = self.page.evaluate(_FRAMES)
         assert isinstance(frames, list)
         return frames
 
     def wait_for_videos(self, number: int, frames: int = 10, timeout: float = 30.0) -> None:
-        """Wait until there are so many videos, each of which goes on by so many frames."""
+        """Wait until the page has `number` videos and each of them shows `frames` more frames."""
         start: list[int] = []
 
         def go_on() -> bool:
             nonlocal start
             now = self.frames()
-            # While people come and go, videos are taken away and begin anew.
+            # The page replaces videos while users join and leave.
             if not len(now) == len(start) == number or any(map(lt, now, start)):
                 start = now
                 return False
@@ -159,15 +159,15 @@ class Person:
         self.page.get_by_text(text).first.wait_for(timeout=timeout * 1000)
 
     def write_down(self, directory: Path) -> None:
-        """Write what this person sees, and what the browser's console says, into a directory."""
+        """Write a screenshot and the browser's console into a directory."""
         name = self.user.user_id[1:].partition(":")[0]
         (directory / f"{name}-console.log").write_text("\n".join(self._console))
-        # There is nothing to see if the tab is closed or has crashed.
+        # A closed or crashed tab has no screenshot.
         with contextlib.suppress(PlaywrightError):
             self.page.screenshot(path=directory / f"{name}.png", timeout=5_000)
 
     def leave(self) -> None:
-        """Close the browser, and end Element Call."""
+        """Close the browser context and stop the server of Element Call."""
         self._context.close()
         self._element_call.stop()
 
@@ -176,11 +176,11 @@ class Person:
 
 
 class Scene:
-    """The people of one test and their browsers, on servers that the tests share."""
+    """The users of one test and their browsers, on servers that the tests share."""
 
     def __init__(self, browser: Browser, stage: BrowserStage) -> None:
         self.stage = stage
-        self.people: list[Person] = []
+        self.users: list[BrowserUser] = []
         self._browser = browser
         processes = [stage.livekit.process, *stage.a.processes, *stage.b.processes]
         self._logs: list[tuple[Process, int]] = [(p, p.log_size()) for p in processes]
@@ -191,26 +191,26 @@ class Scene:
     def of_b(self, name: str) -> User:
         return self.stage.b.register(f"{name}{next(_number)}")
 
-    def person(self, user: User, **config: Any) -> Person:
-        """Give the user a browser, and Element Call with this configuration."""
-        return self.visitor(ElementCall(user, **{"media_quality": _LIGHT, **config}))
+    def browser_user(self, user: User, **config: Any) -> BrowserUser:
+        """Open a browser for a user, with this configuration of Element Call."""
+        return self.open_browser(ElementCall(user, **{"media_quality": _LIGHT, **config}))
 
-    def visitor(self, element_call: ElementCall) -> Person:
-        """Give the user of an Element Call that has not been started a browser."""
+    def open_browser(self, element_call: ElementCall) -> BrowserUser:
+        """Start an Element Call, and open a browser for its user."""
         element_call.start()
-        person = Person(self._browser, element_call)
-        self.people.append(person)
-        return person
+        user = BrowserUser(self._browser, element_call)
+        self.users.append(user)
+        return user
 
     def write_down(self, directory: Path) -> None:
-        """Write what all see, and the servers' logs of this test, into a directory."""
+        """Write screenshots and consoles of all users, and the servers' logs, into a directory."""
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        for person in self.people:
-            person.write_down(directory)
+        for user in self.users:
+            user.write_down(directory)
         for process, since in self._logs:
             (directory / f"{process.name}.log").write_text(process.log_text(since))
 
     def end(self) -> None:
-        for person in self.people:
-            person.leave()
+        for user in self.users:
+            user.leave()

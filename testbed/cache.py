@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is fetched or built once and kept, outside of the checkout."""
+"""A cache outside of the checkout for programs that are downloaded or built once."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from testbed.process import MissingTool
 
 
 def cache_directory() -> Path:
-    """Where big things are kept; it need not be there yet."""
+    """The directory of the cache, which may not exist yet."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "synapse-lk-jwt"
 
 
 def npm_packages(project: Path) -> Path:
-    """The `node_modules` for an npm project, in the cache: npm is asked once for each lock file.
+    """The `node_modules` of an npm project, which npm fetches into the cache once for each lock
+    file.
 
     Args:
-        project: a directory with `package.json` and `package-lock.json`, of which npm checks the
-            versions and hashes.
+        project: a directory with `package.json` and `package-lock.json`. npm checks the versions
+        and
+            hashes in the lock file.
 
     Raises:
         MissingTool
@@ -42,14 +44,14 @@ def _fetch(project: Path, place: Path) -> None:
         raise MissingTool(f"npm is missing: install it, with Node.js, to fetch {project.name}")
     print(f"fetching {project.name} with npm, once", flush=True)
     place.parent.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and moved there when done, as one that was cut short is of no use.
+    # Created in a temporary directory and then renamed, so that an interrupted download leaves
+    # nothing.
     with tempfile.TemporaryDirectory(dir=place.parent) as directory:
         fresh = Path(directory) / "fresh"
         fresh.mkdir()
         for name in ("package.json", "package-lock.json"):
             shutil.copy(project / name, fresh)
-        # No script of a package is run. With the hash in the lock file it does not matter from
-        # where a package comes.
+        # npm runs no script of a package. The hashes in the lock file make any source safe.
         fetched = subprocess.run(
             [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
             cwd=fresh,

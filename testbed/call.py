@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real participant of a LiveKit call: LiveKit's own client, with a tone for a microphone."""
+"""A participant in a LiveKit call: LiveKit's own client, with a tone as its microphone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from livekit.rtc import _ffi_client
 _SAMPLE_RATE = 48_000
 _FRAME_SAMPLES = 480
 _AMPLITUDE = 8_000
-# What arrives of such a tone has a loudness of about 5,000, and silence one of less than 1.
+# Such a tone arrives with a loudness of about 5,000. Silence has less than 1.
 _LOUD = 1_000
 
-# The client's own messages about failures that are expected here. While Python shuts down, its
-# native part writes them itself.
+# The client logs failures that tests expect. Its native part writes them itself while Python shuts
+# down.
 logging.getLogger("livekit").setLevel(logging.CRITICAL)
 os.environ.setdefault("RUST_LOG", "off")
 
@@ -43,12 +43,12 @@ class _Os:
 setattr(_ffi_client, "os", _Os())  # noqa: B010
 
 
-class CallRefused(Exception):
-    """LiveKit did not let the client in; the message is what the client was told."""
+class CallRejected(Exception):
+    """LiveKit rejected the connection. The message is LiveKit's answer."""
 
 
 class Participant:
-    """Somebody in a call."""
+    """A participant in a call."""
 
     def __init__(self, room: rtc.Room) -> None:
         self._room = room
@@ -59,20 +59,20 @@ class Participant:
         """Connect to the call that the token is for.
 
         Args:
-            url: of the LiveKit server, `ws://…`.
+            url: the URL of the LiveKit server, `ws://…`.
             jwt: a LiveKit access token.
             timeout: seconds.
 
         Raises:
-            CallRefused
+            CallRejected
         """
         room = rtc.Room()
         try:
             await asyncio.wait_for(room.connect(url, jwt), timeout)
         except rtc.ConnectError as error:
-            raise CallRefused(error.message) from None
+            raise CallRejected(error.message) from None
         except asyncio.TimeoutError:
-            raise CallRefused(f"no answer within {timeout:.0f} s") from None
+            raise CallRejected(f"no answer within {timeout:.0f} s") from None
         return cls(room)
 
     @property
@@ -86,11 +86,11 @@ class Participant:
 
     @property
     def is_connected(self) -> bool:
-        """Whether it is in the call still; LiveKit may have thrown it out."""
+        """Whether the client is still in the call. LiveKit may have removed it."""
         return self._room.isconnected()
 
     async def publish_tone(self, hertz: float = 440.0) -> None:
-        """Publish a microphone in which a tone sounds until this participant leaves."""
+        """Publish a microphone track with a tone, until this participant leaves."""
         source = rtc.AudioSource(_SAMPLE_RATE, 1)
         track = rtc.LocalAudioTrack.create_audio_track("tone", source)
         options = rtc.TrackPublishOptions(source=rtc.TrackSource.SOURCE_MICROPHONE)
@@ -98,10 +98,10 @@ class Participant:
         self._tone = asyncio.create_task(_play(source, hertz))
 
     async def hear(self, identity: str, frames: int = 25, timeout: float = 15.0) -> int:
-        """Wait until the microphone of another participant is heard: silence does not count.
+        """Wait until sound arrives from the microphone of another participant.
 
         Args:
-            identity: of the other participant.
+            identity: the identity of the other participant.
             frames: how many loud frames, of 10 ms, must arrive.
             timeout: seconds.
 
@@ -141,13 +141,13 @@ class Participant:
 
 
 def _loudness(frame: rtc.AudioFrame) -> float:
-    """The mean distance from silence, 0 to 32,768."""
+    """The mean absolute value of the samples, 0 to 32,768."""
     samples = frame.data
     return sum(abs(sample) for sample in samples) / max(len(samples), 1)
 
 
 async def _play(source: rtc.AudioSource, hertz: float) -> None:
-    # One second, in which a whole number of waves has room.
+    # One second, so that it contains a whole number of waves.
     tone = array(
         "h",
         (

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element Call, served from its npm package to the browser of one user who is logged in already.
+"""Serves Element Call from its npm package to the browser of one user, already logged in.
 
-It is under the AGPL, and fetched when it is wanted: no part of it is in this repository.
+Element Call has the AGPL as its licence. npm fetches it when a test needs it, and this repository
+contains no part of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _Page = tuple[str, bytes]
 
 
 def find_element_call() -> Path:
-    """The files of the web page: in the cache, else fetched into it with npm.
+    """The directory with the files of the web page, which npm fetches into the cache.
 
     Raises:
         MissingTool
@@ -35,16 +36,16 @@ def find_element_call() -> Path:
 
 
 class ElementCall:
-    """One user's Element Call, on a port of its own: whoever opens it is that user.
+    """Element Call for one user, on its own port. A browser that opens it is logged in as that
+    user.
 
-    A browser keeps who is logged in for each host and port, so that one browser can be several
-    users at once.
+    Browsers store the login for each host and port, so one browser can be several users at once.
     """
 
     def __init__(self, user: User, **config: Any) -> None:
         """
         Args:
-            user: who is logged in.
+            user: the user who is logged in.
             config: keys for Element Call's `config.json`.
 
         Raises:
@@ -66,15 +67,15 @@ class ElementCall:
         self._server.server_close()
 
     def link(self, room_id: str) -> str:
-        """The address of the call in a room."""
-        # Without `confineToRoom` the page goes home a second after an error, and after a hang-up.
+        """The URL of the call in a room."""
+        # Without `confineToRoom`, the page shows its start page a second after an error or hang-up.
         query = urlencode({"roomId": room_id, "confineToRoom": "true"})
         return f"{self.url}/room/#/?{query}"
 
     def _page(self, path: str) -> _Page:
         if path.endswith("/config.json"):
             return "application/json", json.dumps(self._full_config()).encode()
-        # Below /room/ the page asks for /room/assets/…. No asset is in a directory of its own.
+        # A page below /room/ requests /room/assets/…. All assets are directly in `assets`.
         directory, _, name = path.rpartition("/")
         if not directory.endswith("/assets"):
             return "text/html", self._index()
@@ -112,7 +113,7 @@ def _handler(page: Callable[[str], _Page]) -> type[BaseHTTPRequestHandler]:
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
-            # Another one may be at this port at the next start.
+            # The next start may serve another version at this port.
             self.send_header("Cache-Control", "no-store")
             self.end_headers()
             self.wfile.write(content)

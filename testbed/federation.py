@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of one homeserver to another, signed as the specification has it."""
+"""Signs requests of one homeserver to another, as the server-server API specifies."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def authorization(origin: Synapse, destination: str, method: str, path: str, con
     """The `Authorization` header of a request.
 
     Args:
-        origin: who asks.
-        destination: the server name of who is asked.
-        method: the verb.
-        path: the path.
-        content: the body, before it is made JSON.
+        origin: the homeserver that sends the request.
+        destination: the server name of the homeserver that receives it.
+        method: the HTTP method.
+        path: the path, with the query.
+        content: the body as a JSON value.
     """
     request = {
         "method": method,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small forward proxy on loopback, as an admin names one in HTTP_PROXY."""
+"""A small forward proxy on loopback, for HTTP_PROXY and HTTPS_PROXY."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ForwardProxy:
 
     Attributes:
         requests: method and URL, or method and host with port, of each request so far.
-        status: what it answers to every request instead of forwarding it; None to forward.
-        password: a user and a password, as `user:password`, that a request must bring, if any.
+        status: the status of its answer to every request; None makes it forward the requests.
+        password: `user:password` that a request must contain; None accepts every request.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class ForwardProxy:
 
     @property
     def url(self) -> str:
-        """Its address, without user and password."""
+        """Its URL, without user and password."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[ForwardProxy]:
-        """It is up, and afterwards gone."""
+        """Run the proxy, and stop it at the end."""
         thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:
@@ -47,8 +47,8 @@ class ForwardProxy:
             self._server.shutdown()
             self._server.server_close()
 
-    def refusal(self, authorization: str | None) -> int | None:
-        """The status to answer a request with instead of forwarding it."""
+    def rejection(self, authorization: str | None) -> int | None:
+        """The status that rejects a request, or None to forward it."""
         if self.password is not None:
             wanted = f"Basic {b64encode(self.password.encode()).decode()}"
             if authorization != wanted:
@@ -62,7 +62,7 @@ class ForwardProxy:
             timeout = _SECONDS
 
             def handle_one_request(self) -> None:
-                # One request for each connection is enough here.
+                # Each connection serves one request.
                 self.close_connection = True
                 super().handle_one_request()
                 self.close_connection = True
@@ -72,9 +72,9 @@ class ForwardProxy:
 
             def _forward(self) -> None:
                 proxy.requests.append(f"{self.command} {self.path}")
-                refusal = proxy.refusal(self.headers.get("Proxy-Authorization"))
-                if refusal is not None:
-                    self.send_error(refusal)
+                rejection = proxy.rejection(self.headers.get("Proxy-Authorization"))
+                if rejection is not None:
+                    self.send_error(rejection)
                     return
                 parts = urlsplit(self.path)
                 path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -84,22 +84,22 @@ class ForwardProxy:
                         lines.append(f"{name}: {value}")
                 head = "\r\n".join((*lines, "", "")).encode("latin-1")
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                self._pass_on((parts.hostname or "", parts.port or 80), head + body)
+                self._relay((parts.hostname or "", parts.port or 80), head + body)
 
             do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = _forward  # noqa: N815
 
             def do_CONNECT(self) -> None:
                 proxy.requests.append(f"CONNECT {self.path}")
-                refusal = proxy.refusal(self.headers.get("Proxy-Authorization"))
-                if refusal is not None:
-                    self.send_error(refusal)
+                rejection = proxy.rejection(self.headers.get("Proxy-Authorization"))
+                if rejection is not None:
+                    self.send_error(rejection)
                     return
                 host, _, port = self.path.rpartition(":")
                 self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
-                self._pass_on((host, int(port)), b"")
+                self._relay((host, int(port)), b"")
 
-            def _pass_on(self, address: tuple[str, int], first: bytes) -> None:
-                """Send both ways whatever comes, until one side ends it."""
+            def _relay(self, address: tuple[str, int], first: bytes) -> None:
+                """Forward data in both directions until one side closes its connection."""
                 try:
                     other = socket.create_connection(address, _SECONDS)
                 except OSError:
@@ -108,10 +108,10 @@ class ForwardProxy:
                 with other:
                     other.sendall(first)
                     # `select.select` fails in a process that has more than 1,024 files open.
-                    with selectors.DefaultSelector() as ways:
-                        ways.register(self.connection, selectors.EVENT_READ, other)
-                        ways.register(other, selectors.EVENT_READ, self.connection)
-                        while readable := ways.select(_SECONDS):
+                    with selectors.DefaultSelector() as sockets:
+                        sockets.register(self.connection, selectors.EVENT_READ, other)
+                        sockets.register(other, selectors.EVENT_READ, self.connection)
+                        while readable := sockets.select(_SECONDS):
                             for source, _ in readable:
                                 data = cast(socket.socket, source.fileobj).recv(65536)
                                 if not data:

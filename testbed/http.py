@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTTP request and its answer, with nothing between a test and the wire."""
+"""Sends one HTTP request, without retries, redirects, proxies or a connection pool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class WrongAnswer(Exception):
-    """An answer other than 2xx where success was expected; the message shows it."""
+    """An answer is not 2xx although the test expected success. The message shows the answer."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ def http(
     headers: Mapping[str, str] | None = None,
     timeout: float = 60.0,
 ) -> Answer:
-    """Send a request and return whatever comes back: errors and redirects are answers, too.
+    """Send a request and return the answer, also if it is an error or a redirect.
 
     Args:
-        method: the verb.
-        url: of the form `http://host:port/path?query`; certificates are not looked at.
+        method: the HTTP method.
+        url: `http://host:port/path?query`, or the same with https. Certificates are not verified.
         body: bytes are sent as they are, None is no body, anything else is sent as JSON.
-        headers: beside those that HTTP itself asks for.
+        headers: in addition to those that HTTP requires.
         timeout: seconds without a byte.
 
     Raises:

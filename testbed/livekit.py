@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real LiveKit server, found or built, and what it says about its rooms."""
+"""Finds or builds a LiveKit server, runs it, and reads its rooms."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class LiveKit:
         """
         Args:
             directory: for the configuration and the log.
-            auto_create: LiveKit's `room.auto_create`: may whoever has a token start a call?
-            webhook_urls: who is told what happens in the rooms.
+            auto_create: LiveKit's `room.auto_create`: whether any token may start a call.
+            webhook_urls: where LiveKit sends its webhooks.
             key: the API key.
-            secret: the API secret, at least 32 characters, or LiveKit refuses to start.
-            redis_port: of a Redis that it shares with other nodes; by default it is alone.
-            extra_config: top-level keys of its configuration, instead of those that are set here.
+            secret: the API secret. LiveKit only starts with at least 32 characters.
+            redis_port: the port of a Redis that it shares with other nodes; None for a single node.
+            extra_config: top-level keys of its configuration. They replace those that are set here.
 
         Raises:
-            MissingTool: if LiveKit is neither there nor can be built.
+            MissingTool: if LiveKit is neither installed nor can be built.
         """
         self.auto_create = auto_create
         self.webhook_urls = list(webhook_urls)
@@ -64,7 +64,7 @@ class LiveKit:
             "LiveKit",
             [find_livekit(), "--config", self._config],
             directory / "livekit.log",
-            # On the first SIGTERM it waits for the last participant to leave.
+            # After a first SIGTERM, LiveKit waits for the last participant to leave.
             grace=1.0,
         )
 
@@ -77,7 +77,7 @@ class LiveKit:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it with the present settings, without waiting."""
+        """Write the current settings and start LiveKit, without waiting for it."""
         self._config.write_text(json.dumps(self._settings(), indent=2))
         self.process.start()
 
@@ -106,23 +106,23 @@ class LiveKit:
         self.process.wait_until(self._answers, f"answer from {self.api_url}")
 
     def stop(self) -> None:
-        """End it; `start` again uses the same port."""
+        """Stop LiveKit. `start` uses the same ports again."""
         self.process.stop()
 
     def restart(self) -> None:
-        """Stop, start with the present settings, wait."""
+        """Stop LiveKit, start it with the current settings, and wait for it."""
         self.stop()
         self.start()
         self.wait_ready()
 
     def rooms(self) -> list[dict[str, Any]]:
-        """The LiveKit rooms there are, as ListRooms tells."""
+        """The answer of ListRooms: all LiveKit rooms."""
         rooms = self.ask("ListRooms", {}, api.VideoGrants(room_list=True)).get("rooms", [])
         assert isinstance(rooms, list)
         return rooms
 
     def participants(self, room: str) -> list[dict[str, Any]]:
-        """Who is in the LiveKit room `room`, as ListParticipants tells."""
+        """The answer of ListParticipants: the participants of the LiveKit room `room`."""
         grants = api.VideoGrants(room_admin=True, room=room)
         listed = self.ask("ListParticipants", {"room": room}, grants).get("participants", [])
         assert isinstance(listed, list)
@@ -133,7 +133,7 @@ class LiveKit:
         self.ask("DeleteRoom", {"room": room}, api.VideoGrants(room_create=True))
 
     def ask(self, method: str, body: dict[str, Any], grants: api.VideoGrants) -> dict[str, Any]:
-        """Call a method of LiveKit's RoomService with a token that has just these grants."""
+        """Call a method of LiveKit's RoomService with a token that has exactly these grants."""
         token = (
             api.AccessToken(self.key, self.secret)
             .with_grants(grants)
@@ -158,7 +158,7 @@ class LiveKit:
 
 
 def find_livekit() -> Path:
-    """The LiveKit server: on PATH, else in the cache, else built into the cache.
+    """The LiveKit server on the PATH, or in the cache, where it is built if it is missing.
 
     Raises:
         MissingTool
@@ -177,11 +177,14 @@ def _build(binary: Path) -> None:
     if go is None:
         raise MissingTool(
             f"LiveKit is missing: put livekit-server on the PATH (https://github.com/livekit/livekit"
-            f"/releases), or install Go >= {_GO_NEEDED} and it is built from source"
+            f"/releases), or install Go >= {_GO_NEEDED} to build it from source"
         )
-    print(f"building LiveKit {VERSION} with Go, once, about two minutes", flush=True)
+    print(
+        f"Building LiveKit {VERSION} with Go. This happens once and takes about two minutes",
+        flush=True,
+    )
     binary.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside its place and moved there when done: a build that was cut short is not a server.
+    # Built in a temporary directory and then renamed, so that an interrupted build leaves nothing.
     with tempfile.TemporaryDirectory(dir=binary.parent) as directory:
         built = subprocess.run(
             [go, "install", _GO_PACKAGE],

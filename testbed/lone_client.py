@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A participant in a process of its own, which can be killed as a crash or a dead battery would."""
+"""A participant in its own process, so that a test can kill it like a crash or a dead battery."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class LoneClient:
     """LiveKit's own client in another process, connected to one call."""
 
     def __init__(self, url: str, jwt: str) -> None:
-        """Starts to connect.
+        """Starts the process, without waiting for its connection.
 
         Args:
-            url: of the LiveKit server, `ws://…`.
+            url: the URL of the LiveKit server, `ws://…`.
             jwt: a LiveKit access token.
         """
         self._process = subprocess.Popen(
@@ -29,12 +29,12 @@ class LoneClient:
         )
 
     def wait_connected(self) -> None:
-        """Waits until LiveKit has let it in."""
+        """Waits until the client is in the call."""
         assert self._process.stdout is not None
         assert self._process.stdout.readline() == b"connected\n"
 
     def kill(self) -> None:
-        """Ends it with SIGKILL: neither LiveKit nor Synapse hears from it again."""
+        """Kills the client with SIGKILL, so that it sends no disconnect."""
         self._process.kill()
         self._process.wait()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of the Matrix client-server API and of Synapse's admin API as is needed here."""
+"""The parts of the Matrix client-server API and of Synapse's admin API that the tests use."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class User:
     access_token: str
 
     def at(self, client_url: str) -> User:
-        """The same user, talking to another process of the same homeserver."""
+        """The same user, with another process of the same homeserver."""
         return replace(self, client_url=client_url)
 
     def call(self, method: str, path: str, body: Any = None) -> Answer:
-        """A request with this user's access token."""
+        """Send a request with this user's access token."""
         headers = {"Authorization": f"Bearer {self.access_token}"}
         return http(method, self.client_url + path, body, headers)
 
@@ -45,14 +45,14 @@ class User:
         initial_state: Sequence[dict[str, Any]] = (),
         power_levels: dict[str, Any] | None = None,
     ) -> str:
-        """Make a room and return its ID.
+        """Create a room and return its ID.
 
         Args:
-            version: by default the homeserver's own choice.
-            preset: who can join and what they may do, as in `createRoom`.
-            invite: user IDs.
-            initial_state: as in `createRoom`.
-            power_levels: what differs from the preset's `m.room.power_levels`.
+            version: the room version; None for the homeserver's default.
+            preset: the preset of `createRoom`.
+            invite: the IDs of users to invite.
+            initial_state: the `initial_state` of `createRoom`.
+            power_levels: overrides for the preset's `m.room.power_levels`.
         """
         body: dict[str, Any] = {
             "preset": preset,
@@ -71,7 +71,7 @@ class User:
         self._in_room(room_id, "invite", {"user_id": user_id})
 
     def join(self, room_id: str, via: Sequence[str] = ()) -> None:
-        """Join a room; `via` names homeservers that are in it."""
+        """Join a room. `via` names homeservers that are in the room."""
         query = urlencode([("via", server) for server in via] + [("server_name", s) for s in via])
         self.call("POST", f"/_matrix/client/v3/join/{_path(room_id)}?{query}", {}).ok()
 
@@ -89,7 +89,7 @@ class User:
         self.call("PUT", path, content).ok()
 
     def state(self, room_id: str, kind: str, key: str = "") -> dict[str, Any] | None:
-        """The content of a state event, None if there is none."""
+        """The content of a state event, or None if the event does not exist."""
         path = f"/_matrix/client/v3/rooms/{_path(room_id)}/state/{_path(kind)}/{_path(key)}"
         answer = self.call("GET", path)
         if answer.status == 404:
@@ -130,7 +130,7 @@ class User:
         return event_id
 
     def membership(self, room_id: str, user_id: str) -> str | None:
-        """The membership of `user_id` as this homeserver knows it, None if there is none."""
+        """The membership of `user_id` in this homeserver's view of the room, or None."""
         path = f"/_matrix/client/v3/rooms/{_path(room_id)}/state/m.room.member/{_path(user_id)}"
         answer = self.call("GET", path)
         if answer.status == 404:
@@ -140,18 +140,18 @@ class User:
         return membership
 
     def openid_token(self) -> dict[str, Any]:
-        """A fresh OpenID token, as a client sends it on."""
+        """A new OpenID token, in the form that clients send to the service."""
         path = f"/_matrix/client/v3/user/{_path(self.user_id)}/openid/request_token"
         token = self.call("POST", path, {}).ok()
         assert isinstance(token, dict)
         return token
 
     def profile(self, user_id: str) -> Answer:
-        """The profile of any user; that of a remote one is asked over federation."""
+        """The profile of a user. The homeserver fetches a remote one over federation."""
         return self.call("GET", f"/_matrix/client/v3/profile/{_path(user_id)}")
 
     def deactivate(self, user_id: str, erase: bool = False) -> None:
-        """Needs a server admin, as the following methods do."""
+        """Deactivate a user. This and the following methods need a server admin."""
         path = f"/_synapse/admin/v1/deactivate/{_path(user_id)}"
         self.call("POST", path, {"erase": erase}).ok()
 
@@ -167,7 +167,7 @@ class User:
 
 
 def register(client_url: str, shared_secret: str, name: str, admin: bool = False) -> User:
-    """Make an account with Synapse's `registration_shared_secret` and log in to it."""
+    """Create an account with Synapse's `registration_shared_secret` and log in to it."""
     url = f"{client_url}/_synapse/admin/v1/register"
     nonce = http("GET", url).ok()["nonce"]
     password = f"password of {name}"
@@ -187,7 +187,7 @@ def register(client_url: str, shared_secret: str, name: str, admin: bool = False
 
 
 def log_in(client_url: str, name: str) -> User:
-    """Log in to an account that `register` made, as another device."""
+    """Log in to an account of `register` with a new device."""
     answer = http(
         "POST",
         f"{client_url}/_matrix/client/v3/login",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of this project's module: as Prometheus gets them, or of this very process."""
+"""Reads the module's metrics, from a process over HTTP or from this process."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ METRICS: tuple[Counter | Gauge | Histogram, ...] = tuple(
 
 
 def scrape(client_url: str) -> dict[str, float]:
-    """What a process of a homeserver tells Prometheus of the module, as `samples` has it."""
+    """The module's samples from the metrics listener of a Synapse process. See `samples`."""
     answer = http("GET", f"{client_url}/_synapse/metrics")
     assert answer.status == 200, answer
     return samples(text_string_to_metric_families(answer.body.decode("utf-8")))
 
 
 def own_samples() -> dict[str, float]:
-    """The same of this process."""
+    """The module's samples in this process. See `samples`."""
     return samples(family for metric in METRICS for family in metric.collect())
 
 
 def samples(families: Iterable[Metric]) -> dict[str, float]:
-    """The module's samples; their keys are `name{label="value",…}`, without the prefix."""
+    """The module's samples by `name{label="value",…}`, without the prefix of the name."""
     found = {}
     for family in families:
         for sample in family.samples:
-            # Older clients also tell when each series began.
+            # Older versions of the client also export when each series began.
             if sample.name.startswith(PREFIX) and not sample.name.endswith("_created"):
                 labels = ",".join(
                     f'{name}="{sample.labels[name]}"' for name in sorted(sample.labels)

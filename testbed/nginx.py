@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A throw-away nginx."""
+"""A temporary nginx."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from testbed.process import MissingTool, Process, free_port
 
-# What has nginx pass WebSockets on.
+# With these lines nginx forwards WebSockets.
 UPGRADE = (
     "proxy_http_version 1.1;",
     "proxy_set_header Upgrade $http_upgrade;",
@@ -19,14 +19,14 @@ UPGRADE = (
 
 
 class Nginx:
-    """One nginx that serves what is configured in one file."""
+    """An nginx with one configuration file."""
 
     def __init__(self, directory: Path, config: str, port: int) -> None:
         """
         Args:
             directory: for its files and the log.
-            config: what stands in its http block.
-            port: one that it listens on then.
+            config: the contents of its `http` block.
+            port: a port on which that configuration listens.
 
         Raises:
             MissingTool
@@ -51,11 +51,11 @@ class Nginx:
         )
 
     def start(self) -> None:
-        """Start it, without waiting."""
+        """Start nginx, without waiting for it."""
         self.process.start()
 
     def wait_ready(self) -> None:
-        """Wait until it takes connections."""
+        """Wait until nginx accepts connections."""
         self.process.wait_until(self._answers, "nginx ready")
 
     def _answers(self) -> bool:
@@ -67,13 +67,13 @@ class Nginx:
 
 
 class Servers(Nginx):
-    """One nginx with a number of servers, each with TLS on a port of its own."""
+    """An nginx with several servers. Each has TLS and its own port."""
 
     def __init__(self, directory: Path, servers: Mapping[str, str], certificate: Path) -> None:
         """
         Args:
             directory: for its files and the log.
-            servers: what is in the `server` block of each, by a name for the test alone.
+            servers: the contents of the `server` blocks, by names that only the test uses.
             certificate: the directory with `tls.crt` and `tls.key`.
 
         Raises:
@@ -89,7 +89,7 @@ class Servers(Nginx):
         super().__init__(directory, "\n".join(lines), next(iter(self._ports.values())))
 
     def url(self, server: str) -> str:
-        """Where a server is reached, without a slash at the end."""
+        """The URL of a server, without a slash at the end."""
         return f"https://127.0.0.1:{self._ports[server]}"
 
     def port(self, server: str) -> int:
@@ -97,7 +97,7 @@ class Servers(Nginx):
 
 
 def proxy(url: str, path: str = "/", *more: str) -> str:
-    """A `location` that passes on to a server what is below a path, with further lines."""
+    """A `location` block that forwards requests below a path to a server, with further lines."""
     return "\n".join(
         [
             f"location {path} {{",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A throw-away PostgreSQL cluster."""
+"""A temporary PostgreSQL cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ USER = "postgres"
 
 
 class Postgres:
-    """One PostgreSQL server with the superuser `postgres`, reachable without a password."""
+    """A PostgreSQL server with the superuser `postgres`, which needs no password."""
 
     def __init__(self, directory: Path) -> None:
         """
@@ -36,10 +36,10 @@ class Postgres:
         if importlib.util.find_spec("psycopg2") is None:
             raise MissingTool("Synapse's PostgreSQL driver is missing: pip install psycopg2-binary")
         self.port = free_port()
-        # Not below `directory`: the user that PostgreSQL runs as cannot look into it.
+        # Not below `directory`, which the user of the PostgreSQL process cannot read.
         self._home = Path(tempfile.mkdtemp(prefix="testbed-postgres-"))
         self._data = self._home / "data"
-        # It refuses to be run by root.
+        # PostgreSQL does not run as root.
         self._run_as = USER if os.geteuid() == 0 else None
         self.process = Process(
             "PostgreSQL",
@@ -49,7 +49,7 @@ class Postgres:
                 *("-p", str(self.port)),
                 *("-h", "127.0.0.1"),
                 *("-k", ""),
-                # Its content is not meant to survive anything.
+                # The data need not survive a crash.
                 *("-c", "fsync=off"),
                 *("-c", "full_page_writes=off"),
                 *("-c", "synchronous_commit=off"),
@@ -57,12 +57,12 @@ class Postgres:
             ],
             directory / "postgres.log",
             user=self._run_as,
-            # SIGTERM would make it wait for its clients to go.
+            # After SIGTERM, PostgreSQL would wait for its clients to disconnect.
             stop_signal=signal.SIGINT,
         )
 
     def start(self) -> None:
-        """Make the cluster if it is not there yet and start the server, without waiting."""
+        """Create the cluster if it does not exist, and start the server without waiting for it."""
         if not self._data.exists():
             if self._run_as is not None:
                 try:
@@ -86,20 +86,20 @@ class Postgres:
         self.process.start()
 
     def wait_ready(self) -> None:
-        """Wait until it takes connections."""
+        """Wait until PostgreSQL accepts connections."""
         self.process.wait_until(
             lambda: "database system is ready to accept connections" in self.process.log_text(),
             "PostgreSQL ready",
         )
 
     def create_database(self, name: str) -> None:
-        """A new database in the form that Synapse asks for."""
+        """Create a database with the encoding and collation that Synapse requires."""
         self.execute(
             f"CREATE DATABASE {name} ENCODING 'UTF8' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
         )
 
     def execute(self, statement: str) -> None:
-        """Run one statement outside of any transaction."""
+        """Run a statement outside of a transaction."""
         _run(
             [
                 self._psql,
@@ -109,18 +109,18 @@ class Postgres:
         )
 
     def connection(self, database: str) -> dict[str, str | int]:
-        """Arguments for psycopg2, and Synapse's `database.args`."""
+        """The arguments for psycopg2, which are also Synapse's `database.args`."""
         return {"host": "127.0.0.1", "port": self.port, "user": USER, "dbname": database}
 
     def connect(self, database: str) -> Any:
-        """A connection of psycopg2's, which is closed by the caller."""
-        # Only where it was found to be there.
+        """A connection of psycopg2. The caller closes it."""
+        # Not every environment has psycopg2. `__init__` checks that.
         import psycopg2
 
         return psycopg2.connect(**cast(Any, self.connection(database)))
 
     def insert(self, database: str, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
-        """Put very many rows into a table; `%s` stands for them in the statement."""
+        """Insert many rows. The statement has `%s` in the place of the rows."""
         from psycopg2.extras import execute_values
 
         with (
@@ -131,7 +131,7 @@ class Postgres:
             execute_values(cursor, statement, rows, page_size=1_000)
 
     def stop(self) -> None:
-        """End the server and remove the cluster."""
+        """Stop the server and delete the cluster."""
         self.process.stop()
         shutil.rmtree(self._home, ignore_errors=True)
 
@@ -153,7 +153,7 @@ def _run(command: Sequence[str | Path], user: str | None = None) -> None:
 
 
 def _find(program: str) -> Path:
-    """On PATH, else the newest one where Debian puts them."""
+    """A program on the PATH, or the newest one in Debian's directory for PostgreSQL."""
     found = shutil.which(program)
     if found is not None:
         return Path(found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes that are waited for properly and that never outlive their parent."""
+"""Child processes that end with their parent, and functions that wait for conditions."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pathlib import Path
 
 _POLL_SECONDS = 0.02
 _TAIL_CHARACTERS = 4000
-# Below the range that outgoing connections are given, so that nothing takes the port of a server
-# that is down for a moment.
+# Below the range that Linux uses for outgoing connections, so that no connection gets the port of a
+# server that is down for a moment.
 _PORTS = range(20_000, 32_000)
 
 _handed_out: set[int] = set()
@@ -29,19 +29,19 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class MissingTool(Exception):
-    """A program is not installed. The message is one line that says what to install."""
+    """A program is not installed. The message is one line with the program to install."""
 
 
 class ProcessDied(Exception):
-    """A process ended while something was expected of it; the message ends with its log's tail."""
+    """A process ended although it was needed. The message ends with the end of its log."""
 
 
 class TimedOut(Exception):
-    """A condition did not come true in time; the message says which one."""
+    """A condition did not become true in time. The message names it."""
 
 
 def free_port() -> int:
-    """A port that is free for TCP and UDP on 127.0.0.1, never the same one twice."""
+    """A port that is free for TCP and UDP on 127.0.0.1. It returns each port only once."""
     while True:
         port = random.choice(_PORTS)
         if port in _handed_out:
@@ -68,13 +68,14 @@ def wait_until(
     """Poll `condition` until it is true.
 
     Args:
-        condition: asked again and again, so it must be cheap.
+        condition: a cheap function, called many times a second.
         what: names the condition in the error message.
         timeout: seconds.
-        processes: if one of them ends meanwhile, there is no point in waiting any longer.
+        processes: the condition needs these. If one of them ends, the function stops waiting.
 
     Raises:
-        ProcessDied, TimedOut
+        ProcessDied: if one of the processes ends.
+        TimedOut: if the condition does not become true in time.
     """
     deadline = time.monotonic() + timeout
     while not condition():
@@ -91,15 +92,15 @@ def wait_until(
 
 
 async def until(condition: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
-    """As `wait_until`, while everything else on the event loop goes on."""
+    """As `wait_until`, without blocking the event loop."""
     await asyncio.to_thread(wait_until, condition, what, timeout)
 
 
 class Process:
-    """A program in a process group of its own, with its output in a log file.
+    """A program in its own process group, with its output in a log file.
 
-    `start()` returns at once: start several, then wait for each. Start only from the main thread:
-    Linux ties the child's life to the thread that started it.
+    `start()` returns at once, so that a test can start several and then wait for each. Start only
+    from the main thread, because Linux kills the child when the thread that started it ends.
     """
 
     def __init__(
@@ -117,12 +118,12 @@ class Process:
         Args:
             name: for error messages.
             command: the program and its arguments.
-            log: the file for what it prints; it is added to.
-            env: the whole environment; by default that of this process.
-            directory: where it runs; by default where this process does.
-            user: the name of the user (and group) to run as; only root may choose.
-            stop_signal: what asks it to end.
-            grace: seconds from there to SIGKILL.
+            log: the file to which its output is appended.
+            env: the whole environment, by default that of this process.
+            directory: the working directory, by default that of this process.
+            user: the name of the user and group to run as. Only root can choose it.
+            stop_signal: the signal that stops it.
+            grace: seconds between that signal and SIGKILL.
         """
         self.name = name
         self.command = [str(part) for part in command]
@@ -140,7 +141,7 @@ class Process:
 
     @property
     def returncode(self) -> int | None:
-        """The exit status, negative for a signal; None while it runs or was never started."""
+        """The exit status, negative after a signal. None if it runs or was never started."""
         return None if self._child is None else self._child.poll()
 
     @property
@@ -149,12 +150,12 @@ class Process:
         return self._child.pid
 
     def start(self) -> None:
-        """Start it, without waiting for anything."""
+        """Start the program, without waiting for it."""
         assert not self.running, f"{self.name} is running already"
         parent = os.getpid()
 
         def die_with_parent() -> None:
-            # Runs in the child, after it has become `user`: a change of user clears the setting.
+            # Runs in the child after the change of user, which would clear the setting.
             if _libc is not None:
                 pr_set_pdeathsig = 1
                 _libc.prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -173,23 +174,23 @@ class Process:
                 user=self.user,
                 group=self.user,
                 extra_groups=None if self.user is None else [],
-                # Safe beside threads: it takes no lock and calls libc only.
+                # Safe in a process with threads, because it takes no lock and calls only libc.
                 preexec_fn=die_with_parent,
             )
         _running.add(self)
 
     def stop(self) -> None:
-        """Ask it to end, then kill it if that does not help in time."""
+        """Send the stop signal, and kill the program if it does not end in time."""
         self.terminate()
         self.wait_for_end()
 
     def terminate(self) -> None:
-        """Ask it to end, without waiting."""
+        """Send the stop signal, without waiting for the end."""
         if self.running:
             self._signal(self._stop_signal)
 
     def wait_for_end(self) -> None:
-        """Wait until it has ended, and kill it once the time of grace is over."""
+        """Wait until the program has ended, and kill it after `grace` seconds."""
         if self._child is None or self not in _running:
             return
         try:
@@ -202,7 +203,7 @@ class Process:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to the whole process group."""
+        """Send SIGKILL to the whole process group."""
         if self._child is None or self not in _running:
             return
         self._signal(signal.SIGKILL)
@@ -210,15 +211,15 @@ class Process:
         _running.discard(self)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 30.0) -> None:
-        """As the function of the same name, and fails early when this process ends."""
+        """As the function of this name. It also fails when this process ends."""
         wait_until(condition, what, timeout, [self])
 
     def log_size(self) -> int:
-        """Bytes in the log, a mark for `log_text`."""
+        """The number of bytes in the log, as an argument for `log_text`."""
         return self.log.stat().st_size if self.log.exists() else 0
 
     def log_text(self, since: int = 0) -> str:
-        """What it has written, from the mark `since` on."""
+        """The log from byte `since` on."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as log:
@@ -226,46 +227,46 @@ class Process:
             return log.read().decode("utf-8", "replace")
 
     def log_tail(self) -> str:
-        """The end of the log with a heading, for error messages."""
+        """The end of the log, with a heading, for error messages."""
         return f"--- end of {self.log}\n{self.log_text()[-_TAIL_CHARACTERS:]}"
 
     def memory(self) -> int:
-        """Resident memory in bytes (Linux only)."""
+        """The resident memory in bytes (Linux only)."""
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
                 return int(line.split()[1]) * 1024
         raise ProcessDied(f"{self.name} is not running")
 
     def cpu_seconds(self) -> float:
-        """CPU time that it has used so far, all threads together (Linux only)."""
+        """The CPU seconds that all threads of the process have used so far (Linux only)."""
         return _cpu_seconds(self.pid)
 
     def cpu_seconds_of_all(self) -> float:
-        """The same with all processes that it has started itself, also those that ended."""
+        """The same, with its child processes, including those that have ended."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         used = _cpu_seconds(self.pid, with_ended=True)
         for child in children:
-            # It may end meanwhile.
+            # The child may have ended since the list was read.
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 used += _cpu_seconds(int(child))
         return used
 
     def _signal(self, number: signal.Signals) -> None:
-        # The group is gone if the process and all that it started have ended by themselves.
+        # The group no longer exists if all its processes have ended.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
 
 def _cpu_seconds(pid: int, with_ended: bool = False) -> float:
     stat = Path(f"/proc/{pid}/stat").read_text()
-    # The name of the program comes first, in parentheses, and can hold anything.
+    # The second field is the name of the program in parentheses, which can contain any character.
     fields = stat.rpartition(")")[2].split()
     ticks = sum(int(field) for field in fields[11 : 15 if with_ended else 13])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def stop_all(processes: Sequence[Process]) -> None:
-    """Stop several at once: they get ready for the end at the same time."""
+    """Stop several processes at the same time."""
     for process in processes:
         process.terminate()
     for process in processes:
@@ -274,6 +275,6 @@ def stop_all(processes: Sequence[Process]) -> None:
 
 @atexit.register
 def _kill_all() -> None:
-    """The net below everything: where there is no parent-death signal, and for forgotten ones."""
+    """Kill what is still running, for systems without a parent-death signal."""
     for process in list(_running):
         process.kill()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A homeserver and its LiveKit behind a reverse proxy with TLS, as most are set up."""
+"""A homeserver and its LiveKit behind a reverse proxy with TLS, as in most real set-ups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from testbed.synapse import Synapse
 
 @dataclass(frozen=True)
 class Public:
-    """A homeserver with nothing wrong with it.
+    """A homeserver that is set up correctly.
 
     nginx has one server for the homeserver, which also serves `.well-known/matrix/client`, and one
     for LiveKit.
@@ -36,13 +36,13 @@ class Public:
 
 
 def stage(directory: Path, name: str, livekit: LiveKit, **module: Any) -> Public:
-    """A set of a homeserver and nginx in front of it and of a LiveKit; nothing is started.
+    """Create a homeserver, and an nginx in front of it and of a LiveKit, without starting them.
 
     Args:
         directory: for files and logs.
-        name: of the homeserver.
-        livekit: the LiveKit; its webhooks are to go to the homeserver.
-        module: keys of the module's block.
+        name: the name of the homeserver.
+        livekit: the LiveKit. It will send its webhooks to the homeserver.
+        module: options of the module.
 
     Raises:
         MissingTool
@@ -62,14 +62,14 @@ def stage(directory: Path, name: str, livekit: LiveKit, **module: Any) -> Public
     synapse.extra_config["public_baseurl"] = nginx.url("matrix")
     livekit.webhook_urls.append(f"{synapse.client_url}{PREFIX}/sfu_webhook")
     options = ["--connect-to", f"127.0.0.1:443:127.0.0.1:{nginx.port('matrix')}"]
-    # Nobody has signed the certificate but itself.
+    # The certificate is self-signed.
     env = {"SSL_CERT_FILE": str(synapse.directory / "tls.crt")}
     return Public(synapse, livekit, nginx, Checker(synapse, options, env))
 
 
 @contextlib.contextmanager
 def public_homeserver(directory: Path) -> Iterator[Public]:
-    """A homeserver that is up, with nothing wrong with it.
+    """Run a homeserver that is set up correctly.
 
     Raises:
         MissingTool

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A throw-away Redis server."""
+"""A temporary Redis server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from testbed.process import MissingTool, Process, free_port
 
 
 class Redis:
-    """One Redis server that keeps nothing."""
+    """A Redis server that stores nothing on disk."""
 
     def __init__(self, directory: Path) -> None:
         """
@@ -43,11 +43,11 @@ class Redis:
         )
 
     def start(self) -> None:
-        """Start it, without waiting."""
+        """Start Redis, without waiting for it."""
         self.process.start()
 
     def wait_ready(self) -> None:
-        """Wait until it takes connections."""
+        """Wait until Redis accepts connections."""
         self.process.wait_until(
             lambda: "Ready to accept connections" in self.process.log_text(), "Redis ready"
         )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The set-up of `contrib/scaling`, from its very files, on this machine.
+"""Runs the set-up of `contrib/scaling` on this machine, from its own files.
 
-What is put in place of something else are addresses, ports, paths, secrets, and the time between
-two polls. Beside it stands what tests need: rate limits off, certificates not looked at.
+Only addresses, ports, paths, secrets and the time between two polls are replaced. Settings for
+tests are added: no rate limits, and no verification of certificates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from testbed.synapse import Synapse
 
 FILES = Path(__file__).resolve().parent.parent / "contrib" / "scaling"
 
-# What clients are told, as it stands in the files.
+# The URL that the files announce to clients.
 LIVEKIT_URL = "wss://sfu.example.com"
 KEY = "APIxxxx"
 SECRET = "not-a-secret-at-all-but-long-enough"
@@ -41,14 +41,14 @@ _number = itertools.count()
 
 @dataclass(frozen=True)
 class Scaled:
-    """What was started.
+    """The servers of the set-up.
 
     Attributes:
-        synapse: two generic workers and one for background tasks; `client_url` is the main process.
+        synapse: with two generic workers and a background worker. `client_url` is the main process.
         postgres: its database.
-        nodes: LiveKit, twice.
-        proxy_url: where clients come in.
-        livekit_url: the same for LiveKit.
+        nodes: the two nodes of LiveKit.
+        proxy_url: the URL of nginx, for clients.
+        livekit_url: the URL of LiveKit behind nginx.
     """
 
     synapse: Synapse
@@ -62,7 +62,7 @@ class Scaled:
 
     @property
     def urls(self) -> dict[str, str]:
-        """Where each process of Synapse serves the module, by its name."""
+        """The URL at which each process serves the module, by the name of the process."""
         worker1, worker2 = self.synapse.worker_urls
         background = f"http://127.0.0.1:{self.synapse.worker_ports['background'][1]}"
         return {
@@ -75,7 +75,7 @@ class Scaled:
 
 @contextlib.contextmanager
 def scaled(directory: Path) -> Iterator[Scaled]:
-    """All of it up.
+    """Run the whole set-up.
 
     Raises:
         MissingTool
@@ -112,12 +112,12 @@ def scaled(directory: Path) -> Iterator[Scaled]:
 
 
 def _read(name: str, words: Mapping[str, str]) -> str:
-    """One of the files, with other words in it; the longest ones are looked for first."""
+    """One of the files, with the words replaced. Longer words are replaced first."""
     either = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     text = re.sub(either, lambda word: words[word[0]], (FILES / name).read_text())
     settings = re.sub("^ *#.*$", "", text, flags=re.MULTILINE)
     left = re.search(r"10\.0\.0\.\d+|/(etc|var)/\S*", settings)
-    assert left is None, f"{name}: nothing stands for {left and left[0]}"
+    assert left is None, f"{name}: no replacement for {left and left[0]}"
     return text
 
 
@@ -128,7 +128,7 @@ class Node(LiveKit):
         """
         Args:
             directory: for its files and the log.
-            file: its configuration.
+            file: the name of its configuration file.
 
         Raises:
             MissingTool
@@ -147,9 +147,9 @@ class Node(LiveKit):
             "10.0.0.3": "127.0.0.1",
         }
 
-    def take(self, livekit_room: str) -> None:
-        """Make a LiveKit room on this very node."""
-        # It calls itself something else after each start.
+    def create_room(self, livekit_room: str) -> None:
+        """Create a LiveKit room on this node."""
+        # The node has another ID after each start.
         node_id = re.findall(r'"nodeID": "(\w+)"', self.process.log_text())[-1]
         room = {"name": livekit_room, "node_id": node_id, "departure_timeout": 20}
         self.ask("CreateRoom", room, api.VideoGrants(room_create=True))
@@ -174,7 +174,7 @@ class _Synapse(Synapse):
             workers=2,
             background_worker=True,
         )
-        # It has nothing for clients.
+        # This worker has no listener for clients.
         _, replication_port = self.worker_ports["background"]
         self.worker_ports["background"] = (replication_port, replication_port)
         self._postgres_port, self._redis_port = postgres.port, redis.port
@@ -183,7 +183,7 @@ class _Synapse(Synapse):
         self.all_words: Mapping[str, str] = {}
 
     def words(self) -> dict[str, str]:
-        """What stands for what in the files, as far as it is for this homeserver to say."""
+        """The words in the files that this homeserver replaces, and their replacements."""
         ports = self.worker_ports
         return {
             "server_name: example.com": f"server_name: {self.server_name}",

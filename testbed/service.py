@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service endpoints of this project's module, as clients ask them."""
+"""Requests to the module's endpoints, in the form that clients send."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOT = "m.call#ROOM"
 
 
 def sfu_get_body(user: User, room_id: str, **more: Any) -> dict[str, Any]:
-    """What `user` sends to `/sfu/get`, with a fresh OpenID token; `more` replaces and adds."""
+    """A body for `/sfu/get` with a new OpenID token. `more` replaces and adds fields."""
     return {
         "room": room_id,
         "openid_token": more.get("openid_token") or user.openid_token(),
@@ -25,7 +25,7 @@ def sfu_get_body(user: User, room_id: str, **more: Any) -> dict[str, Any]:
 
 
 def get_token_body(user: User, room_id: str, **more: Any) -> dict[str, Any]:
-    """What `user` sends to `/get_token`, with a fresh OpenID token; `more` replaces and adds."""
+    """A body for `/get_token` with a new OpenID token. `more` replaces and adds fields."""
     return {
         "room_id": room_id,
         "slot_id": SLOT,
@@ -40,11 +40,11 @@ def get_token_body(user: User, room_id: str, **more: Any) -> dict[str, Any]:
 
 
 def post(client_url: str, endpoint: str, body: Any, timeout: float = 30.0) -> Answer:
-    """Ask a process of the homeserver.
+    """Send a request to an endpoint of the service.
 
     Args:
-        client_url: of the main process or of a worker.
-        endpoint: below the prefix, for example `/sfu/get`.
+        client_url: the URL of the main process or of a worker.
+        endpoint: the path below the prefix, for example `/sfu/get`.
         body: bytes are sent as they are, anything else as JSON.
         timeout: seconds.
     """
@@ -52,7 +52,7 @@ def post(client_url: str, endpoint: str, body: Any, timeout: float = 30.0) -> An
 
 
 def claims(jwt: str) -> dict[str, Any]:
-    """What a LiveKit access token says; its signature is LiveKit's to check."""
+    """The claims of a LiveKit access token, without a check of its signature."""
     payload = jwt.split(".")[1]
     said = json.loads(urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
     assert isinstance(said, dict)
@@ -60,7 +60,7 @@ def claims(jwt: str) -> dict[str, Any]:
 
 
 def homeserver_body(user: User, room_id: str, url: str, **more: Any) -> dict[str, Any]:
-    """What `user` sends to MSC4195's client-server `get_token`; `more` replaces and adds."""
+    """A body for MSC4195's client-server `get_token`. `more` replaces and adds fields."""
     return {
         "url": url,
         "room_id": room_id,
@@ -71,17 +71,17 @@ def homeserver_body(user: User, room_id: str, url: str, **more: Any) -> dict[str
 
 
 def homeserver_get_token(user: User, body: Any, prefix: str = "v1") -> Answer:
-    """Ask MSC4195's client-server `get_token` with the user's access token.
+    """Send a request to MSC4195's client-server `get_token`, with the user's access token.
 
     Args:
-        user: who asks; the process asked is theirs.
-        body: as JSON.
+        user: the user. Their process gets the request.
+        body: the body, sent as JSON.
         prefix: `v1`, or `unstable/io.element.msc4195`.
     """
     return user.call("POST", f"/_matrix/client/{prefix}/rtc/livekit/get_token", body)
 
 
 def homeserver_delegate(user: User, body: Any, prefix: str = "v1") -> Answer:
-    """Ask MSC4195's client-server `delegate_delayed_leave` with the user's access token."""
+    """Send a request to MSC4195's client-server `delegate_delayed_leave`."""
     path = f"/_matrix/client/{prefix}/rtc/livekit/delegate_delayed_leave"
     return user.call("POST", path, body)

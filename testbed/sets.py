@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets of real servers that tests share; every test makes users and rooms of its own in them."""
+"""Sets of servers that tests share. Each test creates its own users and rooms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _number = itertools.count()
 
 
 def module_config(livekit: LiveKit, **more: Any) -> dict[str, Any]:
-    """The module's configuration for a LiveKit, with nobody else on the full-access list."""
+    """The module's configuration for a LiveKit, with an empty full-access list."""
     return {
         "livekit_url": livekit.url,
         "livekit_key": livekit.key,
@@ -39,7 +39,7 @@ def module_config(livekit: LiveKit, **more: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def running(*servers: LiveKit | Synapse | Postgres | Redis | Nginx) -> Iterator[None]:
-    """All of them up, and afterwards gone."""
+    """Start the servers, and stop them at the end."""
     processes: list[Process] = []
     for server in servers:
         processes += server.processes if isinstance(server, Synapse) else [server.process]
@@ -55,7 +55,7 @@ def running(*servers: LiveKit | Synapse | Postgres | Redis | Nginx) -> Iterator[
 
 @dataclass(frozen=True)
 class Homeservers:
-    """A and B federate; each has the module and a LiveKit of its own."""
+    """Homeservers A and B, which federate. Each has the module and its own LiveKit."""
 
     a: Synapse
     livekit_a: LiveKit
@@ -69,7 +69,7 @@ class Homeservers:
         return self.b.register(f"{name}{next(_number)}")
 
     def room_of_both(self, alice: User, rita: User) -> str:
-        """A room that a user of A has made and a user of B has joined."""
+        """Create a room of a user of A, which a user of B joins."""
         room_id = alice.create_room(invite=[rita.user_id])
         rita.join(room_id, via=[self.a.server_name])
         return room_id
@@ -77,7 +77,7 @@ class Homeservers:
 
 @contextlib.contextmanager
 def two_homeservers(directory: Path) -> Iterator[Homeservers]:
-    """Two federating homeservers; A logs all there is to log.
+    """Run two federating homeservers. A logs at level DEBUG.
 
     Raises:
         MissingTool
@@ -93,10 +93,10 @@ def two_homeservers(directory: Path) -> Iterator[Homeservers]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One homeserver on PostgreSQL, with Redis between its processes.
+    """A homeserver on PostgreSQL with several processes, which are connected by Redis.
 
-    There is the main process, a generic worker, to which LiveKit's webhooks go, and a worker for
-    background tasks.
+    The processes are the main process, a generic worker, which gets LiveKit's webhooks, and a
+    worker for background tasks.
     """
 
     synapse: Synapse
@@ -113,7 +113,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def workers(directory: Path) -> Iterator[Cluster]:
-    """A homeserver with workers.
+    """Run a homeserver with workers.
 
     Raises:
         MissingTool

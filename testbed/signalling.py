@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client that connects to LiveKit's signalling and does nothing there, as only attackers do."""
+"""A client that only connects to LiveKit's signalling, as an attacker would."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import urlencode, urlsplit
 
 
 class Signalling:
-    """A WebSocket to LiveKit's `/rtc` that brings up no media.
+    """A WebSocket to LiveKit's `/rtc` without media.
 
     Attributes:
         status: LiveKit's HTTP status; 101 if the participant is in the room.
@@ -30,11 +30,11 @@ class Signalling:
     ) -> None:
         """
         Args:
-            url: of the LiveKit server, `ws://…`.
+            url: the URL of the LiveKit server, `ws://…`.
             jwt: a LiveKit access token.
-            publish: percent-encoded; LiveKit appends it to the identity, behind a `#`.
-            attributes: what the participant sets of its own attributes, if it may.
-            timeout: for the answer, in seconds.
+            publish: a percent-encoded string that LiveKit appends to the identity after a `#`.
+            attributes: the attributes that the participant sets for itself.
+            timeout: seconds to wait for the answer.
         """
         parts = urlsplit(url)
         assert parts.hostname is not None
@@ -58,7 +58,7 @@ class Signalling:
 
     @property
     def is_open(self) -> bool:
-        """Whether LiveKit has kept the connection. Reads away what LiveKit has sent."""
+        """Whether the connection is still open. Reads and drops all data that LiveKit has sent."""
         with contextlib.suppress(OSError):
             with selectors.DefaultSelector() as ready:
                 ready.register(self._socket, selectors.EVENT_READ)
@@ -71,5 +71,5 @@ class Signalling:
         return False
 
     def close(self) -> None:
-        """Break the connection off."""
+        """Close the connection without a close frame."""
         self._socket.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call between two homeservers takes: two Synapses that federate, and a LiveKit."""
+"""The servers of a call between two homeservers: two federating Synapses and a LiveKit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from testbed.matrix import User
 from testbed.process import stop_all
 from testbed.synapse import Synapse
 
-# What Element Call wants of a homeserver. Its mode `matrix_2_0` needs sticky events, MSC4354.
+# Features that Element Call needs. Its mode `matrix_2_0` needs sticky events, MSC4354.
 _FOR_ELEMENT_CALL = {"msc4222_enabled": True, "msc4354_enabled": True}
 
 
 class Stage:
     """Homeservers A and B, both with the module, and a LiveKit for A.
 
-    Everybody on B is restricted on A, and LiveKit makes no room by itself.
+    All users of B are restricted on A, and LiveKit has `auto_create: false`.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class Stage:
         """
         Args:
             directory: for files and logs.
-            config_of_a: top-level keys for A's `homeserver.yaml`.
-            module: keys of the module's block on A.
+            config_of_a: top-level keys of A's `homeserver.yaml`.
+            module: options of the module on A.
 
         Raises:
             MissingTool
@@ -39,7 +39,7 @@ class Stage:
         self.a = Synapse("a", directory, {**self.module_config(), **module}, config_of_a)
         self.service_url = self.a.client_url + service.PREFIX
         self.livekit.webhook_urls = [f"{self.service_url}/sfu_webhook"]
-        # B's own LiveKit has no part in the play, and is not there.
+        # B's own LiveKit does not exist, because no call uses it.
         config_of_b = {**self.module_config(), "livekit_url": "wss://sfu-of-b.example.com"}
         self.b = Synapse("b", directory, config_of_b)
 
@@ -53,7 +53,7 @@ class Stage:
         }
 
     def start(self) -> None:
-        """Start all at the same time and wait until they answer."""
+        """Start all servers at the same time, and wait until they answer."""
         servers = (self.livekit, self.a, self.b)
         for server in servers:
             server.start()
@@ -65,16 +65,16 @@ class Stage:
 
 
 class BrowserStage(Stage):
-    """The same for calls in Element Call: B has neither module nor LiveKit, and names A's.
+    """The same for calls in Element Call. B has no module and announces A's LiveKit.
 
-    Element Call publishes on the SFU that the user's own homeserver names.
+    Element Call publishes on the SFU that the user's own homeserver announces.
     """
 
     def __init__(self, directory: Path, **module: Any) -> None:
         """
         Args:
             directory: for files and logs.
-            module: keys of the module's block on A.
+            module: options of the module on A.
 
         Raises:
             MissingTool
@@ -89,9 +89,9 @@ class BrowserStage(Stage):
         }
 
     def room(self, host: User, *guests: User) -> str:
-        """A room of `host`, of A, in which the guests are, and where all may be in a call."""
-        everybody = {"events": {"org.matrix.msc3401.call.member": 0}}
-        room_id = host.create_room(preset="public_chat", power_levels=everybody)
+        """Create a room of `host`, a user of A, in which the guests and all may be in a call."""
+        power_levels = {"events": {"org.matrix.msc3401.call.member": 0}}
+        room_id = host.create_room(preset="public_chat", power_levels=power_levels)
         host.send_state(room_id, "m.room.name", {"name": "A call"})
         for guest in guests:
             guest.join(room_id, via=[self.a.server_name])

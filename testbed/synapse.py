@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real Synapse homeserver: one process on SQLite, or main process and workers on PostgreSQL."""
+"""Runs a Synapse homeserver: one process on SQLite, or several processes on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _LIMITS_OFF = {"per_second": 10_000, "burst_count": 10_000}
 
 
 class Synapse:
-    """One homeserver; `server_name` is the address of its federation listener.
+    """A homeserver. Its `server_name` is the address of its federation listener.
 
-    What it is told in `module_config`, `extra_config`, `env`, `log_level` and `without_module`
-    counts at the next start. `without_module` has the names of processes (`main`, `worker1`, …,
+    Changes of `module_config`, `extra_config`, `env`, `log_level` and `without_module` take effect
+    at the next start. `without_module` has the names of processes (`main`, `worker1`, …,
     `background`) that do not load the module.
     """
 
@@ -58,17 +58,18 @@ class Synapse:
         """
         Args:
             name: for error messages and the names of files and of the database.
-            directory: a directory below it is made for this homeserver.
-            module_config: the `config` of this project's module; None leaves the module out.
-            extra_config: top-level keys of `homeserver.yaml`, instead of those that are set here.
-            env: environment variables that Synapse gets beside the usual ones.
-            log_level: of everything that is logged, but for SQL.
-            postgres: instead of SQLite; must be running when this homeserver is made.
-            redis: needed for workers, must be running when this homeserver starts.
-            workers: how many generic workers, each with a listener for clients.
-            background_worker: whether background tasks run on a worker of their own.
-            host: what stands for this machine in the server name. Server ACLs look at this part
-                only, so that two homeservers need two names to be told apart.
+            directory: the homeserver gets its own directory below this one.
+            module_config: the `config` of this project's module. None leaves the module out.
+            extra_config: top-level keys of `homeserver.yaml`. They replace those that are set here.
+            env: environment variables for Synapse, in addition to the usual ones.
+            log_level: the level of all loggers except the one for SQL.
+            postgres: the server to use instead of SQLite. It must be running already.
+            redis: needed for workers. It must be running when this homeserver starts.
+            workers: the number of generic workers, each with a listener for clients.
+            background_worker: whether background tasks run on their own worker.
+            host: the name of this machine in the server name. Server ACLs compare only this part,
+            so
+                two homeservers need two names.
         """
         self.name = name
         self.directory = directory / name
@@ -113,24 +114,25 @@ class Synapse:
 
     @property
     def metrics_urls(self) -> dict[str, str]:
-        """Where each process, by its name, can be asked for its metrics."""
+        """The URL of the metrics of each process, by the name of the process."""
         workers = {
             name: f"http://127.0.0.1:{port}" for name, (port, _) in self.worker_ports.items()
         }
         return {"main": self.client_url, **workers}
 
     def start(self) -> None:
-        """Start the main process with the present settings, without waiting."""
+        """Start the main process with the current settings, without waiting for it."""
         self._write_config()
         for process in self.processes:
             process.env = self._environment()
         self.main.start()
 
     def wait_ready(self) -> None:
-        """Wait until it answers; workers are started here, as the main process makes the tables.
+        """Wait until the homeserver answers. Starts the workers, which need the main process's
+        tables.
 
         Raises:
-            ProcessDied: with the end of the log, for example if the configuration is refused.
+            ProcessDied: if a process ends, for example because of a wrong configuration.
         """
         self.main.wait_until(lambda: _healthy(self.client_url), f"{self.name} ready")
         for worker in self.workers.values():
@@ -140,26 +142,26 @@ class Synapse:
             worker.wait_until(partial(_healthy, url), f"{name} ready")
 
     def stop(self) -> None:
-        """End it in an orderly way."""
+        """Stop all processes with SIGTERM."""
         stop_all(self.processes)
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill all processes with SIGKILL."""
         for process in self.processes:
             process.kill()
 
     def restart(self) -> None:
-        """Stop, start with the present settings, wait."""
+        """Stop the homeserver, start it with the current settings, and wait for it."""
         self.stop()
         self.start()
         self.wait_ready()
 
     def register(self, name: str, admin: bool = False) -> matrix.User:
-        """Make an account and log in to it, on the main process."""
+        """Create an account on the main process and log in to it."""
         return matrix.register(self.client_url, self._shared_secret, name, admin)
 
     def insert(self, table: str, rows: Sequence[Mapping[str, object]]) -> None:
-        """Put rows, all with the same columns, into a table of its database."""
+        """Insert rows, all with the same columns, into a table of its database."""
         into = f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES"
         values = [tuple(row.values()) for row in rows]
         if self._postgres is not None:
@@ -170,7 +172,7 @@ class Synapse:
             connection.executemany(f"{into} ({', '.join('?' * len(rows[0]))})", values)
 
     def select(self, query: str, args: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        """Read from its SQLite database."""
+        """Run a query on its SQLite database."""
         assert self._postgres is None
         connection = sqlite3.connect(self.directory / "homeserver.db", timeout=30)
         with closing(connection):
@@ -188,13 +190,13 @@ class Synapse:
             f"Synapse {self.name} {name}",
             [sys.executable, "-m", app, *config],
             self.directory / f"{name}.log",
-            # Python finds modules in the present directory: with this one it has to take what is
-            # installed, not what lies in a checkout.
+            # Python imports from the working directory first. This one has no checkout, so that
+            # Synapse imports the installed package.
             directory=self.directory,
         )
 
     def _environment(self) -> dict[str, str]:
-        """Without what would change how Synapse or the module behave."""
+        """The environment, without variables that change how Synapse or the module behave."""
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -253,8 +255,8 @@ class Synapse:
             "macaroon_secret_key": self._shared_secret,
             "form_secret": self._shared_secret,
             "trusted_key_servers": [],
-            # All homeservers are on this machine, with certificates that nobody has signed. The
-            # block lists have newer names, which Synapse does not know for the second one.
+            # All homeservers are on this machine and have self-signed certificates. The block lists
+            # have newer names, but Synapse does not know the newer one of the second.
             "federation_verify_certificates": False,
             "ip_range_blacklist": [],
             "federation_ip_range_blacklist": [],
@@ -312,7 +314,7 @@ class Synapse:
             "formatters": {"precise": {"format": form}},
             "handlers": {"output": {"class": "logging.StreamHandler", "formatter": "precise"}},
             "loggers": {
-                # As in Synapse's own example: below this, access tokens are in the log by design.
+                # As in Synapse's example, because this logger writes access tokens at lower levels.
                 "synapse.storage.SQL": {"level": "INFO"},
             },
             "root": {"level": self.log_level, "handlers": ["output"]},
@@ -341,7 +343,7 @@ def _healthy(url: str) -> bool:
 
 
 def write_certificate(directory: Path) -> None:
-    """Write `tls.crt` and `tls.key`, self-signed, for 127.0.0.1."""
+    """Write a self-signed certificate for 127.0.0.1 to `tls.crt`, and its key to `tls.key`."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.timezone.utc)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapse's own test harness, which is in its source distribution only.
+"""Downloads Synapse's own test harness, which only Synapse's source distribution contains.
 
-It is a package named `tests`, like this project's. Both are found below that name: no module of one
-has the name of a module of the other.
+The harness is a package named `tests`, as are this project's tests. Both are importable by that
+name, because no module of one has the name of a module of the other.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def make_importable() -> None:
             _fetch(Path(directory))
             (Path(directory) / "unpacked").rename(home)
     own = Path(__file__).resolve().parent.parent / "tests"
-    # Python takes the first regular package named `tests`. This project's has no __init__.py.
+    # Python imports the first regular package named `tests`. This project's has no __init__.py.
     sys.modules.pop("tests", None)
     sys.path.append(str(home))
     importlib.invalidate_caches()

@@ -7,8 +7,6 @@ from playwright.sync_api import Browser
 
 from testbed.browser import Scene, chromium
 from testbed.element_call import find_element_call
-from testbed.process import MissingTool
-from testbed.skips import missing_tool
 from testbed.stage import BrowserStage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,28 +14,22 @@ FAILURES = ROOT / "browser-failures"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--headed", action="store_true", help="let the browser be watched")
+    parser.addoption("--headed", action="store_true", help="show the browser window")
     parser.addoption(
-        "--pictures", action="store_true", help="put the pictures for the docs into docs/pictures"
+        "--pictures", action="store_true", help="write the pictures for the docs to docs/pictures"
     )
 
 
 @pytest.fixture(scope="session")
 def browser(pytestconfig: pytest.Config) -> Iterator[Browser]:
-    try:
-        find_element_call()
-        with chromium(pytestconfig.getoption("--headed")) as started:
-            yield started
-    except MissingTool as e:
-        missing_tool(e)
+    find_element_call()
+    with chromium(pytestconfig.getoption("--headed")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserStage]:
-    try:
-        stage = BrowserStage(tmp_path_factory.mktemp("stage"))
-    except MissingTool as e:
-        missing_tool(e)
+    stage = BrowserStage(tmp_path_factory.mktemp("stage"))
     try:
         stage.start()
         yield stage
@@ -54,7 +46,7 @@ def scene(browser: Browser, stage: BrowserStage) -> Iterator[Scene]:
 
 @pytest.fixture
 def pictures(pytestconfig: pytest.Config, tmp_path: Path) -> Path:
-    """The directory for pictures: the one of the docs, if these are to be refreshed."""
+    """The directory for pictures: docs/pictures with `--pictures`, or a temporary one."""
     return ROOT / "docs" / "pictures" if pytestconfig.getoption("--pictures") else tmp_path
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element Call as people use it: they see each other, and are gone when they go."""
+"""Calls in Element Call: users see each other, and leave the call in every way."""
 
 import contextlib
 import time
@@ -9,44 +9,43 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser
 
-from testbed.browser import Person, Scene
+from testbed.browser import BrowserUser, Scene
 from testbed.matrix import User
-from testbed.process import MissingTool, wait_until
-from testbed.skips import missing_tool
+from testbed.process import wait_until
 from testbed.stage import BrowserStage
 
 MODES = ["compatibility", "matrix_2_0"]
 
 
-def call_of_two(scene: Scene, mode: str) -> tuple[Person, Person, str]:
-    """Alice and Bob, who see each other, and their Matrix room."""
+def call_of_two(scene: Scene, mode: str) -> tuple[BrowserUser, BrowserUser, str]:
+    """Start a call of Alice and Bob, who see each other's video, in a new Matrix room."""
     alice, bob = scene.of_a("alice"), scene.of_a("bob")
     room_id = scene.stage.room(alice, bob)
-    people = [scene.person(user, matrix_rtc_mode=mode) for user in (alice, bob)]
-    for person in people:
-        person.open(room_id)
-    for person in people:
-        person.join()
-    for person in people:
-        person.wait_for_videos(2)
-    return people[0], people[1], room_id
+    participants = [scene.browser_user(user, matrix_rtc_mode=mode) for user in (alice, bob)]
+    for participant in participants:
+        participant.open(room_id)
+    for participant in participants:
+        participant.join()
+    for participant in participants:
+        participant.wait_for_videos(2)
+    return participants[0], participants[1], room_id
 
 
 def in_the_call(user: User, room_id: str) -> set[str]:
-    """Whose devices are in the call, as the Matrix room says."""
+    """The users with a membership of the call in the Matrix room."""
     state = user.call("GET", f"/_matrix/client/v3/rooms/{room_id}/state").ok()
-    people = {
+    senders = {
         event["sender"]
         for event in state
         if event["type"] == "org.matrix.msc3401.call.member" and event["content"]
     }
-    # In `matrix_2_0` these are messages, of which the last with the same key counts.
+    # In `matrix_2_0` memberships are messages. The last message with a sticky key is in effect.
     last: dict[tuple[str, str], Any] = {}
     for event in reversed(user.timeline(room_id)):
         if event["type"] == "org.matrix.msc4143.rtc.member":
             content = event["content"]
             last[event["sender"], content["msc4354_sticky_key"]] = content
-    return people | {sender for (sender, _), content in last.items() if "application" in content}
+    return senders | {sender for (sender, _), content in last.items() if "application" in content}
 
 
 def on_the_sfu(scene: Scene) -> int:
@@ -60,7 +59,7 @@ def livekit_rooms(scene: Scene) -> set[str]:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail if what is done takes longer; what it took is seen with `-s`, and when a test fails."""
+    """Fail if the block takes longer. pytest shows the time with `-s` and when a test fails."""
     began = time.monotonic()
     yield
     took = time.monotonic() - began
@@ -69,7 +68,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_see_each_other_until_one_hangs_up(mode: str, scene: Scene) -> None:
+def test_call_of_two_ends_for_both_after_hangup(mode: str, scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, mode)
     assert on_the_sfu(scene) == 2
     assert in_the_call(alice.user, room_id) == {alice.user.user_id, bob.user.user_id}
@@ -84,13 +83,13 @@ def test_two_see_each_other_until_one_hangs_up(mode: str, scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_closed_tab_is_gone_within_two_seconds(mode: str, scene: Scene) -> None:
+def test_closed_tab_is_removed_from_the_call_within_two_seconds(mode: str, scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, mode)
-    # By its own account it would be there for an hour.
+    # Without the module, the leave would be sent after an hour.
     scheduled = [url for url in bob.requests if "org.matrix.msc4140.delay=" in url]
     assert ["org.matrix.msc4140.delay=3600000" in url for url in scheduled] == [True]
 
-    # Who leaves within two seconds is looked for once more: some clients come back at once.
+    # The module waits for participants who leave within two seconds, as some reconnect at once.
     bob.wait_for_videos(2, frames=40)
 
     with within(2):
@@ -103,7 +102,7 @@ def test_a_closed_tab_is_gone_within_two_seconds(mode: str, scene: Scene) -> Non
     alice.wait_for_videos(1)
 
 
-def test_a_crashed_tab_is_gone_as_soon_as_livekit_knows(scene: Scene) -> None:
+def test_crashed_tab_is_removed_when_livekit_notices(scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, "compatibility")
 
     bob.crash()
@@ -118,7 +117,7 @@ def test_a_crashed_tab_is_gone_as_soon_as_livekit_knows(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_kick_ends_the_call_within_a_second(mode: str, scene: Scene) -> None:
+def test_kick_ends_the_call_of_the_user_within_a_second(mode: str, scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, mode)
 
     alice.user.kick(room_id, bob.user.user_id)
@@ -130,9 +129,9 @@ def test_a_kick_ends_the_call_within_a_second(mode: str, scene: Scene) -> None:
     alice.wait_for_videos(1)
 
 
-def test_a_kick_ends_the_call_of_a_page_that_does_not_hear_of_it(scene: Scene) -> None:
+def test_kick_without_sync_ends_the_call_of_the_page(scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, "compatibility")
-    bob.hear_nothing(lambda: alice.user.send_text(room_id, "Bob's last news"))
+    bob.block_sync(lambda: alice.user.send_text(room_id, "Bob's last news"))
 
     alice.user.kick(room_id, bob.user.user_id)
     with within(1):
@@ -142,7 +141,7 @@ def test_a_kick_ends_the_call_of_a_page_that_does_not_hear_of_it(scene: Scene) -
 
 @pytest.fixture(params=[False, True], ids=["auto_create=false", "auto_create=true"])
 def auto_create(request: pytest.FixtureRequest, stage: BrowserStage) -> Iterator[bool]:
-    """LiveKit with either value of the setting."""
+    """Run a test with each value of LiveKit's `auto_create`."""
     livekit = stage.livekit
     if request.param != livekit.auto_create:
         livekit.auto_create = request.param
@@ -154,10 +153,12 @@ def auto_create(request: pytest.FixtureRequest, stage: BrowserStage) -> Iterator
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_restricted_user_can_join_and_not_start(mode: str, auto_create: bool, scene: Scene) -> None:
+def test_restricted_user_joins_a_running_call_and_starts_none(
+    mode: str, auto_create: bool, scene: Scene
+) -> None:
     alice, rita = scene.of_a("alice"), scene.of_b("rita")
     room_id = scene.stage.room(alice, rita)
-    rita_there, alice_there = (scene.person(u, matrix_rtc_mode=mode) for u in (rita, alice))
+    rita_there, alice_there = (scene.browser_user(u, matrix_rtc_mode=mode) for u in (rita, alice))
 
     before = livekit_rooms(scene)
 
@@ -175,40 +176,37 @@ def test_restricted_user_can_join_and_not_start(mode: str, auto_create: bool, sc
     alice_there.wait_for_videos(1)
     rita_there.open(room_id)
     rita_there.join()
-    for person in (rita_there, alice_there):
-        person.wait_for_videos(2)
+    for participant in (rita_there, alice_there):
+        participant.wait_for_videos(2)
     assert on_the_sfu(scene) == 2
 
 
-def test_livekit_goes_and_comes_back(scene: Scene) -> None:
+def test_call_after_livekit_restart_reconnects(scene: Scene) -> None:
     livekit = scene.stage.livekit
     alice = scene.of_a("alice")
     room_id = scene.stage.room(alice)
-    person = scene.person(alice)
+    participant = scene.browser_user(alice)
     livekit.stop()
     try:
-        person.open(room_id)
-        person.join()
-        person.wait_for_text("Something went wrong")
+        participant.open(room_id)
+        participant.join()
+        participant.wait_for_text("Something went wrong")
     finally:
         livekit.start()
         livekit.wait_ready()
 
-    person.open(room_id)
-    person.join()
-    person.wait_for_videos(1)
+    participant.open(room_id)
+    participant.join()
+    participant.wait_for_videos(1)
 
 
-# Where the homeserver announces more than the service, or something else. Element Call 0.26.1 takes
-# the first entry of type `livekit` and skips others, so that few tests are needed.
+# Homeservers with other values of `advertise`. Element Call 0.26.1 uses the first entry of type
+# `livekit` and skips the others, so that few tests are needed.
 
 
 @pytest.fixture(scope="module")
 def other_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserStage]:
-    try:
-        stage = BrowserStage(tmp_path_factory.mktemp("advertise"), advertise="both")
-    except MissingTool as e:
-        missing_tool(e)
+    stage = BrowserStage(tmp_path_factory.mktemp("advertise"), advertise="both")
     try:
         stage.start()
         yield stage
@@ -218,7 +216,7 @@ def other_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserSta
 
 @pytest.fixture
 def both(browser: Browser, other_stage: BrowserStage) -> Iterator[Scene]:
-    """The people of a homeserver with `advertise: both`."""
+    """The users of a homeserver with `advertise: both`."""
     scene = Scene(browser, other_stage)
     yield scene
     scene.end()
@@ -226,7 +224,7 @@ def both(browser: Browser, other_stage: BrowserStage) -> Iterator[Scene]:
 
 @pytest.fixture
 def msc4195(both: Scene) -> Iterator[Scene]:
-    """The people of a homeserver with `advertise: msc4195`."""
+    """The users of a homeserver with `advertise: msc4195`."""
     homeserver = both.stage.a
     before = homeserver.module_config
     homeserver.module_config = {**(before or {}), "advertise": "msc4195"}
@@ -237,11 +235,13 @@ def msc4195(both: Scene) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_call_with_both_announced_connects_and_a_closed_tab_leaves(mode: str, both: Scene) -> None:
+def test_call_with_both_transports_announced_connects_and_closed_tab_leaves(
+    mode: str, both: Scene
+) -> None:
     alice, bob, room_id = call_of_two(both, mode)
-    # The leave is delegated, though the service's own endpoint denies it to an empty request.
+    # Element Call also delegates its leave if `advertise` is not `service`.
     assert [url for url in bob.requests if "org.matrix.msc4140.delay=3600000" in url] != []
-    # A client that leaves within two seconds is looked for once more.
+    # The module waits for participants who leave within two seconds, as some reconnect at once.
     bob.wait_for_videos(2, frames=40)
     bob.close_tab()
     wait_until(
@@ -250,9 +250,9 @@ def test_call_with_both_announced_connects_and_a_closed_tab_leaves(mode: str, bo
     alice.wait_for_videos(1)
 
 
-def test_call_with_msc4195_announced_alone_is_not_supported(msc4195: Scene) -> None:
+def test_call_with_only_msc4195_announced_is_not_supported(msc4195: Scene) -> None:
     alice = msc4195.of_a("alice")
-    person = msc4195.person(alice, matrix_rtc_mode="matrix_2_0")
-    person.open(msc4195.stage.room(alice))
-    person.join()
-    person.wait_for_text("Call is not supported")
+    participant = msc4195.browser_user(alice, matrix_rtc_mode="matrix_2_0")
+    participant.open(msc4195.stage.room(alice))
+    participant.join()
+    participant.wait_for_text("Call is not supported")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`./run demo --browser` keeps what it says, and is where the pictures in the docs are from."""
+"""`./run demo --browser` works as it prints. This test takes the pictures for the docs."""
 
 import html
 import re
@@ -10,10 +10,10 @@ from playwright.sync_api import Browser, Page
 
 from demo.browser import BrowserStory
 from testbed import service
-from testbed.browser import Person, Scene
+from testbed.browser import BrowserUser, Scene
 
 CAMERA = (Path(__file__).resolve().parent / "camera.js").read_text()
-# Good enough for the pictures. All of it is worked out without the help of a graphics card.
+# Good enough for the pictures, although the machine has no graphics card.
 MEDIA = {"video": {"max_resolution": 360, "max_framerate": 10, "simulcast_layers": []}}
 COLOURS = ["#7fb8ad", "#d9b26f", "#b39ac9"]
 TERMINAL = """
@@ -23,17 +23,19 @@ TERMINAL = """
 """
 
 
-def test_the_demo_keeps_what_it_says(scene: Scene, browser: Browser, pictures: Path) -> None:
+def test_browser_demo_followed_to_the_letter_behaves_as_printed(
+    scene: Scene, browser: Browser, pictures: Path
+) -> None:
     story = BrowserStory(scene.stage, media_quality=MEDIA)
     text = story.text()
     log = scene.stage.a.main
     start, before = log.log_text(), log.log_size()
-    people: list[Person] = []
+    participants: list[BrowserUser] = []
     for page, colour in zip(story.pages, COLOURS, strict=True):
-        person = scene.visitor(page)
-        person.page.add_init_script(f"({CAMERA})({colour!r})")
-        people.append(person)
-    alice, bob, rita = people
+        participant = scene.open_browser(page)
+        participant.page.add_init_script(f"({CAMERA})({colour!r})")
+        participants.append(participant)
+    alice, bob, rita = participants
     links = dict(re.findall(r"^  (Alice|Bob|Rita) +(http\S+)$", text, re.MULTILINE))
 
     rita.follow(links["Rita"])
@@ -44,11 +46,11 @@ def test_the_demo_keeps_what_it_says(scene: Scene, browser: Browser, pictures: P
     alice.follow(links["Alice"])
     alice.join()
     alice.wait_for_videos(1)
-    for person, name in ((rita, "Rita"), (bob, "Bob")):
-        person.follow(links[name])
-        person.join()
-    for person in people:
-        person.wait_for_videos(3)
+    for participant, name in ((rita, "Rita"), (bob, "Bob")):
+        participant.follow(links[name])
+        participant.join()
+    for participant in participants:
+        participant.wait_for_videos(3)
     take(alice.page, pictures / "call.png")
 
     [kick] = re.findall(r"^ +(curl .*/kick'$)", text, re.MULTILINE)
@@ -59,7 +61,7 @@ def test_the_demo_keeps_what_it_says(scene: Scene, browser: Browser, pictures: P
     bob.join()
     bob.wait_for_videos(3)
 
-    # What an admin sees of it, and of a LiveKit that is away for a moment.
+    # The log of these events, and of an outage of LiveKit.
     scene.stage.livekit.stop()
     ask = service.sfu_get_body(alice.user, alice.user.create_room())
     assert service.post(alice.user.client_url, "/sfu/get", ask).status == 503

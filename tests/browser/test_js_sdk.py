@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSC4195 as the newest matrix-js-sdk asks for it."""
+"""MSC4195's endpoints with the newest matrix-js-sdk."""
 
 import asyncio
 import json
@@ -19,7 +19,6 @@ from testbed.cache import npm_packages
 from testbed.call import Participant
 from testbed.matrix import User
 from testbed.process import MissingTool, wait_until
-from testbed.skips import missing_tool
 from testbed.stage import Stage
 
 PROJECT = Path(__file__).resolve().parent / "js-sdk"
@@ -34,12 +33,12 @@ class Sdk:
     def __init__(self) -> None:
         node = shutil.which("node")
         if node is None:
-            raise MissingTool("Node.js is missing: install it, to run matrix-js-sdk")
+            raise MissingTool("Node.js is missing: install it to run matrix-js-sdk")
         index = npm_packages(PROJECT) / "matrix-js-sdk" / "lib" / "index.js"
         self._command = [node, str(PROJECT / "call.mjs"), str(index)]
 
     def call(self, user: User, *calls: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Have the user's client call methods; returns their results, and all requests."""
+        """Call methods of the user's client, and return their results and all requests."""
         client = {
             "baseUrl": user.client_url,
             "userId": user.user_id,
@@ -61,10 +60,7 @@ class Sdk:
 
 @pytest.fixture(scope="module")
 def sdk() -> Sdk:
-    try:
-        return Sdk()
-    except MissingTool as e:
-        missing_tool(e)
+    return Sdk()
 
 
 @pytest.fixture(scope="module", params=["service", "both", "msc4195"])
@@ -75,10 +71,7 @@ def advertise(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def two(advertise: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    try:
-        stage = Stage(tmp_path_factory.mktemp("two"), advertise=advertise)
-    except MissingTool as e:
-        missing_tool(e)
+    stage = Stage(tmp_path_factory.mktemp("two"), advertise=advertise)
     try:
         stage.start()
         yield stage
@@ -87,12 +80,12 @@ def two(advertise: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
 
 
 def body(user: User, room_id: str, **more: str) -> dict[str, Any]:
-    """What the SDK's types ask for."""
+    """The body that the types of the SDK require."""
     member = {"id": "some-member", "claimed_device_id": user.device_id}
     return {"room_id": room_id, "slot_id": service.SLOT, "member": member, **more}
 
 
-def test_tokens_of_the_own_sfu_and_of_another_homeservers(
+def test_sdk_get_token_for_own_and_remote_sfu_connects(
     sdk: Sdk, two: Stage, advertise: str
 ) -> None:
     alice, rita = two.a.register("alice1"), two.b.register("rita1")
@@ -102,9 +95,9 @@ def test_tokens_of_the_own_sfu_and_of_another_homeservers(
     [found], _ = sdk.call(alice, ["_unstable_getRTCTransports"])
     url = two.livekit.url
     assert found == transports(Advertise(advertise), url, two.service_url)
-    # The SDK is asked with a URL, from wherever its user has it.
+    # The application passes the URL of the SFU to the SDK.
     a = {"url": url, "server_name": two.a.server_name}
-    # Alice's own homeserver need not be named. For Rita it is another one's.
+    # Alice need not name her own homeserver. For Rita, the SFU belongs to another homeserver.
     for user, asked in (
         (alice, body(alice, room_id, url=url)),
         (alice, body(alice, room_id, **a)),
@@ -122,7 +115,7 @@ def test_tokens_of_the_own_sfu_and_of_another_homeservers(
         }
 
 
-def test_what_the_sdk_says_where_there_is_no_token(sdk: Sdk, two: Stage) -> None:
+def test_sdk_get_token_without_access_raises_a_matrix_error(sdk: Sdk, two: Stage) -> None:
     alice, rita = two.a.register("alice2"), two.b.register("rita2")
     room_id = alice.create_room(invite=[rita.user_id])
     other_sfu = body(alice, room_id, url="wss://elsewhere.example.com")
@@ -148,7 +141,7 @@ def test_what_the_sdk_says_where_there_is_no_token(sdk: Sdk, two: Stage) -> None
     assert results == [not_found, forbidden, invalid, invalid]
 
 
-def test_a_leave_that_is_handed_over_is_sent(sdk: Sdk, two: Stage) -> None:
+def test_sdk_delegated_leave_of_closed_client_is_sent(sdk: Sdk, two: Stage) -> None:
     alice = two.a.register("alice3")
     room_id = alice.create_room()
     key = f"_{alice.user_id}_{alice.device_id}"
@@ -171,8 +164,8 @@ def test_a_leave_that_is_handed_over_is_sent(sdk: Sdk, two: Stage) -> None:
             handed_over,
         )
 
-    # In a thread of its own: Playwright has an event loop in this one.
+    # In its own thread, because Playwright has an event loop in this one.
     with ThreadPoolExecutor(1) as pool:
         pool.submit(asyncio.run, call()).result()
-    # Who leaves within two seconds is looked for once more: some clients come back at once.
+    # The module waits for participants who leave within two seconds, as some reconnect at once.
     wait_until(lambda: alice.state(room_id, MEMBER, key) == {}, "end of the membership")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kills Synapse, LiveKit and clients at random, and looks whether room and SFU agree at the end."""
+"""Kills Synapse, LiveKit and clients at random, and checks that room and SFU agree at the end."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from testbed.process import MissingTool, ProcessDied, TimedOut
 from tests.chaos import verdict
 from tests.chaos.play import POLL_SEC, Play
 
-# Until LiveKit has noticed who is dead, everybody has come back, and two polls have gone by.
+# Until LiveKit has noticed the dead clients, all others have reconnected, and two polls have
+# passed.
 QUIET_SEC = verdict.GHOST_SEC + 30
 
-# Of more native clients the machine, and not the module, is what is tested.
-PEOPLE_ON_A_CORE = 10
+# With more native clients, the run would test the machine and not the module.
+USERS_PER_CORE = 10
 
 
 def run(
     directory: Path, seconds: float, seed: int, participants: int, has_workers: bool = False
 ) -> list[str]:
-    """Plays, prints what was done and found, and returns what is wrong.
+    """Runs the chaos, prints what happened, and returns the problems that it found.
 
     Args:
         directory: for files and logs.
-        seconds: how long to go on.
-        seed: decides what happens, as far as the machine lets it.
-        participants: how many people there are at a time.
+        seconds: how long servers and clients are killed.
+        seed: decides what happens, as far as the timing of the machine allows.
+        participants: how many users there are at a time.
         has_workers: whether Synapse has workers, on PostgreSQL.
 
     Raises:
@@ -49,7 +50,7 @@ def run(
         began = time.monotonic()
         wrong += verdict.wait_for(lambda: verdict.disagreements(play), QUIET_SEC)
         quiet_sec = time.monotonic() - began
-        inside = sum(person.wants for person in play.people)
+        inside = sum(user.wants for user in play.users)
         wrong += verdict.wait_for(lambda: verdict.leftovers(play), 2 * POLL_SEC)
         play.close()
         wrong += verdict.wait_for(lambda: verdict.disagreements(play), QUIET_SEC)
@@ -69,7 +70,7 @@ def _print(play: Play, inside: int, quiet_sec: float) -> None:
     for what, times in sorted(play.webhooks.counts.items()):
         print(f"{'webhook ' + what:44}{times:5}")
     print(f"\n{'found':44}")
-    print(f"{'people in calls at the end':44}{inside:5}")
+    print(f"{'users in calls at the end':44}{inside:5}")
     print(f"{'seconds until room and SFU agreed':44}{quiet_sec:5.1f}")
     events = [event for seen in play.events.values() for event in seen]
     print(f"{'memberships':44}{sum(event.number is not None for event in events):5}")
@@ -77,16 +78,16 @@ def _print(play: Play, inside: int, quiet_sec: float) -> None:
     due = sum(len(outage.due) for outage in play.outages)
     print(f"{'delayed leaves due when Synapse came up':44}{due:5}")
     _print_times(
-        "seconds from going to the leave",
-        [ghost[2] for person in play.people for ghost in verdict.ghosts(play, person)],
+        "seconds from disconnect to leave",
+        [ghost[2] for user in play.users for ghost in verdict.ghosts(play, user)],
     )
     _print_times(
-        "seconds from leaving the room to being out",
+        "seconds from leaving the room to removal",
         [
-            max(0.0, min(until for since, until in person.inside if until > at - 1) - at)
-            for person in play.people
-            for at in person.put_out
-            if any(since < at < until for since, until in person.inside)
+            max(0.0, min(until for since, until in user.inside if until > at - 1) - at)
+            for user in play.users
+            for at in user.left_room
+            if any(since < at < until for since, until in user.inside)
         ],
     )
 
@@ -100,13 +101,16 @@ def _print_times(what: str, times: Sequence[float]) -> None:
 
 
 def main() -> int:
-    """Run what the command line asks for and return the exit status."""
-    most = min(50, PEOPLE_ON_A_CORE * (os.cpu_count() or 1))
+    """Run the command and return its exit status."""
+    most = min(50, USERS_PER_CORE * (os.cpu_count() or 1))
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=120, help="how long things happen")
-    parser.add_argument("--seed", type=int, default=1, help="another one, another play")
+    parser.add_argument("--seconds", type=float, default=120, help="duration of the outages")
+    parser.add_argument("--seed", type=int, default=1, help="decides what happens")
     parser.add_argument(
-        "--participants", type=int, default=most, help=f"how many at a time, here {most}"
+        "--participants",
+        type=int,
+        default=most,
+        help=f"users at a time, here {most}",
     )
     parser.add_argument("--workers", action="store_true", help="Synapse with workers")
     options = parser.parse_args()
@@ -114,7 +118,7 @@ def main() -> int:
         signal.signal(number, signal.default_int_handler)
     directory = Path(tempfile.mkdtemp(prefix="synapse-lk-jwt-chaos-"))
     print(
-        f"{options.participants} people, {options.seconds:g} s, seed {options.seed},"
+        f"{options.participants} users, {options.seconds:g} s, seed {options.seed},"
         f" {'workers on PostgreSQL' if options.workers else 'one Synapse on SQLite'}",
         flush=True,
     )
@@ -136,7 +140,7 @@ def main() -> int:
         return status
     shutil.rmtree(directory, ignore_errors=True)
     if status == 0:
-        print("\nRoom and SFU agree, no leave was lost, none was sent twice.")
+        print("\nRoom and SFU agree. No leave was lost or sent twice.")
     return status
 
 

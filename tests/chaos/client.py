@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Some clients in a process of their own, so that they can die without a word.
+"""Some clients in their own process, so that killing it kills them without a disconnect.
 
 python -m tests.chaos.client
 
-Takes orders on standard input, tells what happens on standard output, both a JSON object a line,
-and ends with its input.
+The process reads orders from standard input and writes reports to standard output. Both have one
+JSON object a line. The process ends at the end of its input.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import time
 
 from livekit import rtc
 
-# For its settings of the client's log.
+# This import turns off the log of LiveKit's client.
 import testbed.call  # noqa: F401
 
 RETRY_SEC = 0.5
-# Whoever is removed tries the token so often again.
+# How often a removed client connects again with the same token.
 STUBBORN = 2
 
 REMOVED = (rtc.DisconnectReason.PARTICIPANT_REMOVED, rtc.DisconnectReason.ROOM_DELETED)
 
 
 class Client:
-    """One participant, who comes back with the same token when the connection is lost.
+    """One participant, which reconnects with the same token after a lost connection.
 
-    LiveKit's client tries for twenty seconds by itself. Browsers go on for longer; so does this.
+    LiveKit's client tries for twenty seconds. Browsers try for longer, and so does this class.
     """
 
     def __init__(self, who: str, url: str, jwt: str) -> None:
@@ -43,24 +43,24 @@ class Client:
         self._task = asyncio.create_task(self._stay())
 
     async def leave(self) -> None:
-        """Ends the connection in an orderly way."""
+        """Disconnects, so that LiveKit learns of it at once."""
         self._is_wanted = False
         if self._room is not None:
             await self._room.disconnect()
         await self._task
 
     def again(self) -> Client:
-        """Connects a second time, by which LiveKit ends the first connection."""
+        """Connects a second time, which makes LiveKit end the first connection."""
         if self._room is None:
-            # It is about to, already.
+            # This client is connecting already.
             return self
         self._is_wanted = False
         self._is_quiet = True
         return Client(self._who, self._url, self._jwt)
 
-    async def give_way(self, second: Client) -> None:
-        """Goes once a second connection is there, if LiveKit has not ended this one already."""
-        while second._room is None and not second._task.done():
+    async def leave_after(self, second: Client) -> None:
+        """Leaves once a second client has connected, if LiveKit has not ended this one already."""
+        while second._room is None and not second._task.done():  # noqa: ASYNC110 - Simple.
             await asyncio.sleep(0.05)
         await self.leave()
 
@@ -69,30 +69,31 @@ class Client:
         while self._is_wanted and removed <= STUBBORN:
             room = rtc.Room()
             gone: asyncio.Future[rtc.DisconnectReason.ValueType] = asyncio.Future()
-            room.on("reconnecting", lambda: self._tell("out", "reconnecting"))
-            room.on("reconnected", lambda: self._tell("in", ""))
+            room.on("reconnecting", lambda: self._report("out", "reconnecting"))
+            room.on("reconnected", lambda: self._report("in", ""))
             room.on(
                 "disconnected", lambda reason, gone=gone: gone.done() or gone.set_result(reason)
             )
             try:
-                # Not to be cancelled: the native part would go on, and be in the call for ever.
+                # A cancelled `connect` leaves its native part in the call for ever, so no time
+                # limit.
                 await room.connect(self._url, self._jwt)
             except rtc.ConnectError:
-                self._tell("out", "refused")
+                self._report("out", "refused")
                 await asyncio.sleep(RETRY_SEC)
                 continue
             self._room = room
-            self._tell("in", "")
+            self._report("in", "")
             if not self._is_wanted:
                 await room.disconnect()
             reason = await gone
-            self._tell("out", rtc.DisconnectReason.Name(reason))
+            self._report("out", rtc.DisconnectReason.Name(reason))
             self._room = None
             if reason in REMOVED:
                 removed += 1
             await asyncio.sleep(RETRY_SEC)
 
-    def _tell(self, what: str, why: str) -> None:
+    def _report(self, what: str, why: str) -> None:
         if self._is_quiet:
             return
         report = {"who": self._who, "is": what, "why": why, "at": time.time()}
@@ -100,7 +101,7 @@ class Client:
 
 
 async def main() -> None:
-    """Follows orders until there are no more."""
+    """Follows orders until the input ends."""
     clients: dict[str, Client] = {}
     orders = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
@@ -115,7 +116,7 @@ async def main() -> None:
         if order["do"] == "again" and client is not None:
             clients[who] = client.again()
             if clients[who] is not client:
-                todo = client.give_way(clients[who])
+                todo = client.leave_after(clients[who])
         elif client is not None:
             todo = clients.pop(who).leave()
         if todo is not None:
@@ -128,5 +129,5 @@ async def main() -> None:
 
 if __name__ == "__main__":
     asyncio.run(main())
-    # LiveKit's native part would have a word to say, and there is nobody to hear it.
+    # LiveKit's native part would print errors while Python shuts down.
     os._exit(0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that clients live in (`chaos/client.py`), as seen from outside."""
+"""Starts, orders and kills processes that run clients (`client.py`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Report = Callable[[dict[str, Any]], None]
 
 
 class Host:
-    """One process with clients in it, which ends when this one does."""
+    """A process with clients in it. It ends together with this process."""
 
     def __init__(self, log: Path, report: Report) -> None:
         """
         Args:
-            log: a file for what the clients complain of.
-            report: called, on another thread, with what the clients tell.
+            log: the file for the clients' error output.
+            report: called on another thread with each report of a client.
         """
         self._log = log
         self._report = report
@@ -29,7 +29,7 @@ class Host:
         self._process = self._start()
 
     def order(self, who: str, do: str, **more: str) -> None:
-        """Has a client do something: `join`, `again` or `leave`."""
+        """Gives a client an order: `join`, `again` or `leave`."""
         line = json.dumps({"who": who, "do": do, **more}) + "\n"
         with self._lock:
             assert self._process.stdin is not None
@@ -37,11 +37,11 @@ class Host:
                 self._process.stdin.write(line.encode("ascii"))
                 self._process.stdin.flush()
             except OSError:
-                # It has been killed, which its clients know already.
+                # The process was killed, and `SimulatedUser.die` knows that already.
                 return
 
     def kill(self) -> None:
-        """Ends all the clients without a word, and makes ready for others."""
+        """Kills all clients of this process, and starts a process for new ones."""
         with self._lock:
             self.end()
             self._process = self._start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The servers, the people, and what happens to both."""
+"""The servers, the simulated users, and the outages that both go through."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from testbed.redis import Redis
 from testbed.sets import module_config, running
 from testbed.synapse import Synapse
 from tests.chaos.hosts import Host
-from tests.chaos.person import Person
+from tests.chaos.simulated_user import SimulatedUser
 from tests.chaos.webhooks import LossyWebhooks
 
-# LiveKit's client tries to come back every two seconds or so, and two polls without it are a leave.
+# LiveKit's client reconnects every two seconds or so. The module sends the leave after two polls
+# that do not list the participant, so polls must be further apart than that.
 POLL_SEC = 4.0
 
-PEOPLE_IN_A_ROOM = 8
-PEOPLE_ON_A_HOST = 5
+USERS_PER_ROOM = 8
+USERS_PER_HOST = 5
 
 OUTAGES = ("clients", "synapse", "livekit", "both")
 
-# The module's clock ticks every second: what falls due before the first tick after a start is sent
-# by Synapse.
+# The module restarts delayed leaves once a second. Synapse itself sends those that fall due before
+# the first time after a start.
 FIRST_TICK_SEC = 1.5
 
 
@@ -64,20 +65,21 @@ class Outage:
 
 
 class Play:
-    """Everything that runs. Servers are killed and started on the main thread only."""
+    """One run. It kills and starts servers on the main thread only."""
 
     def __init__(self, directory: Path, seed: int, participants: int, has_workers: bool) -> None:
         self.directory = directory
         self.seed = seed
         self.has_workers = has_workers
         self.livekit = LiveKit(directory)
-        self.people: list[Person] = []
+        self.users: list[SimulatedUser] = []
         self.outages: list[Outage] = []
         self.counts: Counter[str] = Counter()
         self.events: dict[tuple[str, str], list[Seen]] = {}
         self.trouble: list[str] = []
-        # Nobody begins anything new; everybody leaves.
+        # Set when no user starts another call.
         self.over = threading.Event()
+        # Set when all users leave.
         self.closing = threading.Event()
         self._participants = participants
         self._random = random.Random(f"{seed} play")
@@ -88,7 +90,7 @@ class Play:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """All servers up, and at the end everything gone."""
+        """Starts all servers, and stops them and the clients at the end."""
         with running(self.livekit), self._synapse():
             self.urls = [self.synapse.client_url, *self.synapse.worker_urls]
             self.webhooks = LossyWebhooks(
@@ -98,7 +100,7 @@ class Play:
             self.livekit.restart()
             self.moderator = self.synapse.register("moderator", admin=True)
             self._watcher = threading.Thread(target=self._watch, daemon=True)
-            hosts = -(-self._participants // PEOPLE_ON_A_HOST)
+            hosts = -(-self._participants // USERS_PER_HOST)
             self.hosts = [
                 Host(self.directory / f"clients{number}.log", self._report)
                 for number in range(hosts)
@@ -134,50 +136,48 @@ class Play:
             with running(self.synapse):
                 yield
 
-    # Told by the people
+    # What simulated users report
 
     def note(self, who: str, what: str) -> None:
-        """Counts what somebody does."""
+        """Counts an action of a user."""
         self.counts[what] += 1
         self.journal(who, what)
 
     def journal(self, who: str, what: str) -> None:
-        """Writes down what happens, for whoever has to find out why."""
+        """Writes a line into play.log, for debugging a failed run."""
         with self._lock:
             print(f"{clock(time.time())} {who}: {what}", file=self._journal, flush=True)
 
-    def replace(self, person: Person) -> None:
-        """Has somebody else take the place of one who cannot come back."""
-        threading.Thread(
-            target=self._add_person, args=[person.room_id, person.host], daemon=True
-        ).start()
+    def replace(self, user: SimulatedUser) -> None:
+        """Adds a user in the place of one who cannot return to the room."""
+        threading.Thread(target=self._add_user, args=[user.room_id, user.host], daemon=True).start()
 
-    def has_lost_membership(self, person: Person, number: int) -> bool:
-        """Whether the membership of that number was there, and has been ended."""
-        seen = [event.number for event in self.events.get((person.room_id, person.key), ())]
+    def has_lost_membership(self, user: SimulatedUser, number: int) -> bool:
+        """Whether the room had the membership of that number and then got a leave."""
+        seen = [event.number for event in self.events.get((user.room_id, user.key), ())]
         return seen[-1:] == [None] and number in seen
 
-    def current(self, person: Person) -> int | None:
-        """The number of somebody's membership in the room, None for none."""
-        seen = self.events.get((person.room_id, person.key))
+    def current(self, user: SimulatedUser) -> int | None:
+        """The number of a user's membership in the room, None for none."""
+        seen = self.events.get((user.room_id, user.key))
         return seen[-1].number if seen else None
 
-    # The play
+    # The run
 
     def begin(self) -> None:
-        """Makes rooms and people."""
+        """Creates rooms and users."""
         rooms = [
             self.moderator.create_room(preset="public_chat", power_levels=POWER_LEVELS)
-            for _ in range(-(-self._participants // PEOPLE_IN_A_ROOM))
+            for _ in range(-(-self._participants // USERS_PER_ROOM))
         ]
         self._watcher.start()
         for number in range(self._participants):
-            self._add_person(rooms[number % len(rooms)], self.hosts[number // PEOPLE_ON_A_HOST])
+            self._add_user(rooms[number % len(rooms)], self.hosts[number // USERS_PER_HOST])
 
     def disturb(self, seconds: float) -> None:
         """Kills servers and clients at random."""
         until = time.monotonic() + seconds
-        # Each of them is in the first seconds, too.
+        # Short runs also have each kind of outage.
         first = self._random.sample(OUTAGES[:3], 3)
         for what in itertools.chain(first, iter(lambda: self._random.choice(OUTAGES), None)):
             pause = self._random.uniform(2, 6)
@@ -189,27 +189,27 @@ class Play:
         self.over.set()
 
     def close(self) -> None:
-        """Has everybody hang up without a word."""
+        """Makes every user disconnect without sending a leave."""
         self.closing.set()
-        for person in self.people:
-            person.join()
-        for person in self.people:
-            person.hang_up()
+        for user in self.users:
+            user.join()
+        for user in self.users:
+            user.hang_up()
 
     def _kill(self, what: str, down_sec: float) -> None:
         self.note("play", f"kill {what}")
         if what == "clients":
             host = self._random.choice(self.hosts)
-            for person in self.people:
-                if person.host is host:
-                    person.die()
+            for user in self.users:
+                if user.host is host:
+                    user.die()
             host.kill()
             return
         since = time.time()
         if what in ("livekit", "both"):
             self.livekit.process.kill()
-            for person in self.people:
-                person.told({"is": "out", "why": "", "at": since})
+            for user in self.users:
+                user.on_report({"is": "out", "why": "", "at": since})
         if what in ("synapse", "both"):
             self.synapse.kill()
         self.over.wait(down_sec)
@@ -229,15 +229,15 @@ class Play:
             Outage(what, since, until, frozenset(d for d, send_ms in due if send_ms <= last_ms))
         )
 
-    def _add_person(self, room_id: str, host: Host) -> None:
-        name = f"person{next(self._names)}"
+    def _add_user(self, room_id: str, host: Host) -> None:
+        name = f"user{next(self._names)}"
         user: User | None = None
         while user is None:
             try:
                 user = self.synapse.register(name)
             except (OSError, HTTPException, WrongAnswer):
-                # It may have been made, and only the answer was lost.
-                name = f"person{next(self._names)}"
+                # The account may exist although the answer was lost.
+                name = f"user{next(self._names)}"
                 self.over.wait(0.3)
         while True:
             try:
@@ -245,13 +245,13 @@ class Play:
                 break
             except (OSError, HTTPException, WrongAnswer):
                 self.over.wait(0.3)
-        self.people.append(Person(self, name, user, room_id, host))
+        self.users.append(SimulatedUser(self, name, user, room_id, host))
 
     def _report(self, report: dict[str, Any]) -> None:
         self.journal(report["who"], f"client is {report['is']} {report['why']}")
-        for person in self.people:
-            if person.name == report["who"]:
-                person.told(report)
+        for user in self.users:
+            if user.name == report["who"]:
+                user.on_report(report)
 
     def _watch(self) -> None:
         """Follows the rooms, as a client does."""
@@ -277,7 +277,7 @@ class Play:
             since = f"&since={answer['next_batch']}"
             for room_id, room in answer.get("rooms", {}).get("join", {}).items():
                 if room["timeline"]["limited"] and room["timeline"]["events"]:
-                    self.trouble.append(f"more happened in {room_id} than the watcher was told")
+                    self.trouble.append(f"the sync of {room_id} left out events")
                 for event in room["timeline"]["events"]:
                     self._saw(room_id, event)
 
@@ -287,10 +287,10 @@ class Play:
             number = event["content"].get("number")
             seen.append(Seen(event["origin_server_ts"] / 1000, number, event["event_id"]))
 
-    # What there is
+    # The database
 
     def rows(self, sql: str) -> Sequence[tuple[Any, ...]]:
-        """What the homeserver's database holds, or what becomes of it."""
+        """Runs a statement on the homeserver's database and returns its rows, if any."""
         if self.has_workers:
             connection: Any = self._postgres.connect(self.synapse.name)
         else:
@@ -301,5 +301,5 @@ class Play:
 
 
 def clock(at: float) -> str:
-    """As Synapse and LiveKit write it into their logs."""
+    """A time in the format of Synapse's and LiveKit's logs."""
     return time.strftime("%H:%M:%S", time.localtime(at)) + f",{int(at * 1000) % 1000:03}"

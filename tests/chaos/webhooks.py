@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stands between LiveKit and Synapse, and loses, repeats and delays webhooks."""
+"""A relay between LiveKit and Synapse that loses, repeats and delays webhooks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ WHAT = {"passed": 0.7, "lost": 0.1, "delayed": 0.1, "repeated": 0.1}
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        # LiveKit was killed in the middle of it.
+        # A LiveKit that is killed breaks its requests off.
         pass
 
 
 class LossyWebhooks:
-    """Takes webhooks at `url` and hands most of them on."""
+    """Receives webhooks at `url` and forwards most of them."""
 
     def __init__(self, target: str, seed: str) -> None:
         """
         Args:
-            target: where they are meant to go.
-            seed: decides what becomes of each.
+            target: the URL that they are forwarded to.
+            seed: decides which webhooks are lost, delayed or repeated.
         """
         self.counts: Counter[str] = Counter()
         self.is_faithful = False
@@ -57,7 +57,7 @@ class LossyWebhooks:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
-        """Does not take webhooks any more."""
+        """Stops receiving webhooks."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -70,12 +70,12 @@ class LossyWebhooks:
             return 200
         if what in ("delayed", "repeated"):
             delay_sec = self._random.uniform(0, MAX_DELAY_SEC)
-            timer = threading.Timer(delay_sec, self._hand_on, [body, authorization])
+            timer = threading.Timer(delay_sec, self._forward, [body, authorization])
             timer.daemon = True
             timer.start()
-        return 200 if what == "delayed" else self._hand_on(body, authorization)
+        return 200 if what == "delayed" else self._forward(body, authorization)
 
-    def _hand_on(self, body: bytes, authorization: str) -> int:
+    def _forward(self, body: bytes, authorization: str) -> int:
         headers = {
             "Authorization": authorization,
             "Content-Type": "application/webhook+json",
@@ -83,6 +83,6 @@ class LossyWebhooks:
         try:
             return http("POST", self._target, body, headers, timeout=10).status
         except (OSError, HTTPException):
-            # LiveKit tries again.
-            self.counts["not taken"] += 1
+            # LiveKit sends a webhook again after a 503.
+            self.counts["rejected"] += 1
             return 503

@@ -3,34 +3,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from testbed.process import MissingTool
 from testbed.public import Public, public_homeserver
 from testbed.sets import Cluster, Homeservers, two_homeservers, workers
-from testbed.skips import missing_tool
 
 
 @pytest.fixture(scope="session")
 def homeservers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Homeservers]:
-    try:
-        with two_homeservers(tmp_path_factory.mktemp("homeservers")) as servers:
-            yield servers
-    except MissingTool as e:
-        missing_tool(e)
+    with two_homeservers(tmp_path_factory.mktemp("homeservers")) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    try:
-        with workers(tmp_path_factory.mktemp("cluster")) as servers:
-            yield servers
-    except MissingTool as e:
-        missing_tool(e)
+    with workers(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
 
 
 @pytest.fixture(scope="session")
 def public(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Public]:
-    try:
-        with public_homeserver(tmp_path_factory.mktemp("public")) as servers:
-            yield servers
-    except MissingTool as e:
-        missing_tool(e)
+    with public_homeserver(tmp_path_factory.mktemp("public")) as servers:
+        yield servers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every way into LiveKit, with the token of a user who must not start calls."""
+"""Every endpoint of LiveKit, with the token of a user who must not start calls."""
 
 import asyncio
 import itertools
@@ -17,15 +17,14 @@ from livekit.protocol.rtc import JoinRequest, SignalResponse, WrappedJoinRequest
 from synapse_lk_jwt.check.sfu import WHIP_OFFER
 from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE, TokenSigner
 from testbed import service
-from testbed.call import CallRefused, Participant
+from testbed.call import CallRejected, Participant
 from testbed.http import Answer, http
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS
-from testbed.process import MissingTool, until
+from testbed.process import until
 from testbed.redis import Redis
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 _number = itertools.count()
@@ -52,7 +51,7 @@ WEBSOCKET_PATHS = [
     f"/rtc/v1?join_request={join_request(reconnect=True, participant_sid='PA_unknown')}",
 ]
 
-# All methods that LiveKit's server API has. A token without their grant must not get anywhere.
+# All methods of LiveKit's server API. Each must reject a token without its grant.
 SERVER_API = [
     *(
         f"RoomService/{method}"
@@ -118,8 +117,8 @@ SERVER_API = [
 FRAGMENT = b"a=ice-ufrag:check\r\na=ice-pwd:synapse-lk-jwt-check-only\r\nm=audio 9 RTP/AVP 0\r\n"
 
 
-class Doors:
-    """What a client can send to a LiveKit with a token of its own."""
+class Requests:
+    """The requests that a client can send to LiveKit with its own token."""
 
     def __init__(self, livekit: LiveKit, may_create_room: bool = False) -> None:
         self.livekit = livekit
@@ -152,7 +151,7 @@ class Doors:
         return self.ask("POST", "/whip/v1", WHIP_OFFER, **{"Content-Type": "application/sdp"})
 
     def create_room(self, livekit: LiveKit | None = None) -> None:
-        """Create the room as the module does for a user with full access, by default here."""
+        """Create the room as the module does for full access, by default on this node."""
         grants = api.VideoGrants(room_create=True)
         (livekit or self.livekit).ask("CreateRoom", {"name": self.room}, grants)
 
@@ -165,39 +164,36 @@ class Doors:
 def livekit(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LiveKit]:
-    try:
-        livekit = LiveKit(tmp_path_factory.mktemp("livekit"), auto_create=request.param)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(tmp_path_factory.mktemp("livekit"), auto_create=request.param)
     with running(livekit):
         yield livekit
 
 
-# No such room
+# The LiveKit room does not exist
 
 
 @pytest.mark.parametrize("path", WEBSOCKET_PATHS)
 def test_websocket_without_room_is_rejected_and_creates_none(path: str, livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    answer = doors.websocket(path)
+    requests = Requests(livekit)
+    answer = requests.websocket(path)
     assert answer.status == (500 if livekit.auto_create else 404), answer
-    assert not doors.has_room
+    assert not requests.has_room
 
 
 @pytest.mark.parametrize("path", [path.replace("?", "/validate?") for path in WEBSOCKET_PATHS])
 def test_validate_without_room_creates_none(path: str, livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    answer = doors.ask("GET", path)
+    requests = Requests(livekit)
+    answer = requests.ask("GET", path)
     assert answer.status == (200 if livekit.auto_create else 404), answer
-    assert not doors.has_room
+    assert not requests.has_room
 
 
 def test_whip_without_room_is_rejected_and_creates_none(livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    answer = doors.whip()
+    requests = Requests(livekit)
+    answer = requests.whip()
     assert answer.status == 503, answer
     assert b"unknown room configuration" in answer.body
-    assert not doors.has_room
+    assert not requests.has_room
 
 
 @pytest.mark.parametrize(
@@ -215,23 +211,23 @@ def test_whip_without_room_is_rejected_and_creates_none(livekit: LiveKit) -> Non
 def test_other_whip_methods_without_room_create_none(
     method: str, path: str, status: int, livekit: LiveKit
 ) -> None:
-    doors = Doors(livekit)
+    requests = Requests(livekit)
     headers = {"Content-Type": "application/trickle-ice-sdpfrag", "If-Match": '"session"'}
-    answer = doors.ask(method, path, FRAGMENT, **headers)
+    answer = requests.ask(method, path, FRAGMENT, **headers)
     assert answer.status == status, answer
-    assert not doors.has_room
+    assert not requests.has_room
 
 
 def test_agent_websocket_is_rejected(livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    assert doors.websocket("/agent").status == 401
-    assert not doors.has_room
+    requests = Requests(livekit)
+    assert requests.websocket("/agent").status == 401
+    assert not requests.has_room
 
 
 @pytest.mark.parametrize("method", SERVER_API)
 def test_server_api_is_rejected_and_creates_no_room(method: str, livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    room, identity = doors.room, doors.identity
+    requests = Requests(livekit)
+    room, identity = requests.room, requests.identity
     bodies = [
         {},
         {"room": room, "identity": identity},
@@ -239,68 +235,68 @@ def test_server_api_is_rejected_and_creates_no_room(method: str, livekit: LiveKi
         {"name": room},
     ]
     for body in bodies:
-        answer = doors.ask("POST", f"/twirp/livekit.{method}", body)
-        # 400: a field of another method.
+        answer = requests.ask("POST", f"/twirp/livekit.{method}", body)
+        # 400 is the answer to a field of another method.
         assert answer.status in (400, 401, 403), answer
-    assert 401 in {doors.ask("POST", f"/twirp/livekit.{method}", body).status for body in bodies}
-    assert not doors.has_room
+    assert 401 in {requests.ask("POST", f"/twirp/livekit.{method}", body).status for body in bodies}
+    assert not requests.has_room
 
 
-# Controls: the doors are open where they should be
+# The room exists, or the token has full access
 
 
 def test_token_with_full_access_creates_the_room(livekit: LiveKit) -> None:
-    doors = Doors(livekit, may_create_room=True)
-    assert doors.whip().status == 201
-    assert doors.has_room
-    doors = Doors(livekit, may_create_room=True)
-    assert doors.websocket("/rtc").status == (101 if livekit.auto_create else 404)
-    assert doors.has_room == livekit.auto_create
+    requests = Requests(livekit, may_create_room=True)
+    assert requests.whip().status == 201
+    assert requests.has_room
+    requests = Requests(livekit, may_create_room=True)
+    assert requests.websocket("/rtc").status == (101 if livekit.auto_create else 404)
+    assert requests.has_room == livekit.auto_create
 
 
 @pytest.mark.parametrize("path", ["/rtc?protocol=15", WEBSOCKET_PATHS[4]])
 def test_websocket_to_running_room_connects(path: str, livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    doors.create_room()
-    assert doors.websocket(path).status == 101
+    requests = Requests(livekit)
+    requests.create_room()
+    assert requests.websocket(path).status == 101
 
 
 def test_whip_to_running_room_connects(livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    doors.create_room()
+    requests = Requests(livekit)
+    requests.create_room()
     for _ in range(2):
-        # The second time the same identity connects again.
-        answer = doors.whip()
+        # The second request connects the same identity again.
+        answer = requests.whip()
         assert answer.status == 201, answer
-    assert doors.ask("DELETE", answer.headers["location"]).status == 200
+    assert requests.ask("DELETE", answer.headers["location"]).status == 200
 
 
 # Tokens that LiveKit issues itself
 
 
 def test_token_refreshed_by_livekit_keeps_the_claim(livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    doors.create_room()
-    refreshed = service.claims(refreshed_token(doors))
+    requests = Requests(livekit)
+    requests.create_room()
+    refreshed = service.claims(refreshed_token(requests))
     assert refreshed["roomPreset"] == MUST_NOT_CREATE
     assert refreshed["exp"] - time.time() > 500
 
 
 def test_refreshed_token_for_deleted_room_is_rejected_and_creates_none(livekit: LiveKit) -> None:
-    doors = Doors(livekit)
-    doors.create_room()
-    doors.jwt = refreshed_token(doors)
-    livekit.delete_room(doors.room)
+    requests = Requests(livekit)
+    requests.create_room()
+    requests.jwt = refreshed_token(requests)
+    livekit.delete_room(requests.room)
     for path in WEBSOCKET_PATHS[:3]:
-        assert doors.websocket(path).status == (500 if livekit.auto_create else 404)
-    assert doors.whip().status == 503
-    assert not doors.has_room
+        assert requests.websocket(path).status == (500 if livekit.auto_create else 404)
+    assert requests.whip().status == 503
+    assert not requests.has_room
 
 
-def refreshed_token(doors: Doors) -> str:
-    """The token that LiveKit sends to a client soon after it has connected."""
-    with socket.create_connection(("127.0.0.1", doors.livekit.port), 10) as connection:
-        headers = {"Host": "localhost", "Authorization": f"Bearer {doors.jwt}", **WEBSOCKET}
+def refreshed_token(requests: Requests) -> str:
+    """The token that LiveKit sends to a client soon after the connection."""
+    with socket.create_connection(("127.0.0.1", requests.livekit.port), 10) as connection:
+        headers = {"Host": "localhost", "Authorization": f"Bearer {requests.jwt}", **WEBSOCKET}
         lines = ["GET /rtc?protocol=15 HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items())]
         connection.sendall("\r\n".join([*lines, "", ""]).encode())
         with connection.makefile("rb") as stream:
@@ -316,21 +312,21 @@ def refreshed_token(doors: Doors) -> str:
                     return response.refresh_token
 
 
-# A restricted user with LiveKit's own client
+# A restricted user joins with LiveKit's own client
 
 
 def test_client_of_restricted_user_joins_running_room_only(livekit: LiveKit) -> None:
-    doors = Doors(livekit)
+    requests = Requests(livekit)
 
     async def join() -> None:
-        with pytest.raises(CallRefused):
-            await Participant.join(livekit.url, doors.jwt)
-        assert not doors.has_room
-        doors.create_room()
-        there = await Participant.join(livekit.url, doors.jwt)
+        with pytest.raises(CallRejected):
+            await Participant.join(livekit.url, requests.jwt)
+        assert not requests.has_room
+        requests.create_room()
+        there = await Participant.join(livekit.url, requests.jwt)
         await there.leave()
-        # Within the departure timeout.
-        await (await Participant.join(livekit.url, doors.jwt)).leave()
+        # The room still exists, because its departure timeout has not passed.
+        await (await Participant.join(livekit.url, requests.jwt)).leave()
 
     asyncio.run(join())
 
@@ -343,20 +339,15 @@ def nodes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[LiveKit, LiveKit]]:
     directory: Path = tmp_path_factory.mktemp("nodes")
-    try:
-        redis = Redis(directory)
-        with running(redis):
-            both = []
-            for name in ("one", "two"):
-                (directory / name).mkdir()
-                livekit = LiveKit(
-                    directory / name, auto_create=request.param, redis_port=redis.port
-                )
-                both.append(livekit)
-            with running(*both):
-                yield both[0], both[1]
-    except MissingTool as e:
-        missing_tool(e)
+    redis = Redis(directory)
+    with running(redis):
+        both = []
+        for name in ("one", "two"):
+            (directory / name).mkdir()
+            livekit = LiveKit(directory / name, auto_create=request.param, redis_port=redis.port)
+            both.append(livekit)
+        with running(*both):
+            yield both[0], both[1]
 
 
 def test_every_node_without_room_rejects_and_creates_none(
@@ -364,35 +355,32 @@ def test_every_node_without_room_rejects_and_creates_none(
 ) -> None:
     for livekit in nodes:
         for path in WEBSOCKET_PATHS:
-            doors = Doors(livekit)
-            assert doors.websocket(path).status == (500 if livekit.auto_create else 404)
-            assert not doors.has_room
-        doors = Doors(livekit)
-        assert doors.whip().status == 503
-        assert not doors.has_room
+            requests = Requests(livekit)
+            assert requests.websocket(path).status == (500 if livekit.auto_create else 404)
+            assert not requests.has_room
+        requests = Requests(livekit)
+        assert requests.whip().status == 503
+        assert not requests.has_room
 
 
 def test_every_node_connects_to_room_of_either_node(nodes: tuple[LiveKit, LiveKit]) -> None:
     for creator, other in itertools.product(nodes, nodes):
-        doors = Doors(other)
-        doors.create_room(creator)
-        assert doors.websocket("/rtc?protocol=15").status == 101
-        assert doors.whip().status == 201
+        requests = Requests(other)
+        requests.create_room(creator)
+        assert requests.websocket("/rtc?protocol=15").status == 101
+        assert requests.whip().status == 201
 
 
-# With Synapse: calls that only restricted users are in
+# Calls of restricted users alone, with Synapse
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["auto_create=false", "auto_create=true"])
 def federation(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Synapse, Synapse, LiveKit]]:
-    """A homeserver with a LiveKit, and another one whose users are restricted there."""
+    """A homeserver with a LiveKit, and another homeserver, whose users are restricted there."""
     directory = tmp_path_factory.mktemp("federation")
-    try:
-        livekit = LiveKit(directory, auto_create=request.param)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(directory, auto_create=request.param)
     ours = Synapse("a", directory, module_config(livekit, sanity_check_interval="2s"))
     theirs = Synapse("b", directory, host="localhost")
     livekit.webhook_urls.append(ours.client_url + service.PREFIX + "/sfu_webhook")
@@ -416,7 +404,7 @@ def test_call_of_restricted_user_alone_survives_restart_of_livekit(
 
     async def call() -> None:
         ritas = await token(rita)
-        with pytest.raises(CallRefused):
+        with pytest.raises(CallRejected):
             await Participant.join(livekit.url, ritas)
         assert livekit.rooms() == []
         alice_there = await Participant.join(livekit.url, await token(alice))

@@ -14,9 +14,8 @@ from testbed.check import Checker
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS, enter, is_kept_out
-from testbed.process import MissingTool, until
+from testbed.process import until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 OLD, NEW = "the-old-secret-of-more-than-32-characters", "the-new-secret-of-more-than-32-characters"
@@ -26,10 +25,7 @@ HOUR_MS = 3_600_000
 
 @pytest.fixture
 def livekit(tmp_path: Path) -> LiveKit:
-    try:
-        livekit = LiveKit(tmp_path, key="APIold", secret=OLD)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(tmp_path, key="APIold", secret=OLD)
     livekit.extra_config["keys"] = KEYS
     return livekit
 
@@ -40,7 +36,7 @@ def synapse(livekit: LiveKit, tmp_path: Path) -> Iterator[Synapse]:
     keys.write_text("".join(f"{key}: {secret}\n" for key, secret in KEYS.items()))
     config = module_config(livekit, livekit_key="APIold", livekit_key_file=str(keys))
     del config["livekit_secret"]
-    # Only webhooks and what is driven by events count here.
+    # No polls, so that webhooks and state changes alone must do the work.
     config["sanity_check_interval"] = "1h"
     synapse = Synapse("k", tmp_path, config)
     livekit.webhook_urls.append(f"{synapse.client_url}{service.PREFIX}/sfu_webhook")
@@ -55,7 +51,7 @@ def synapse(livekit: LiveKit, tmp_path: Path) -> Iterator[Synapse]:
 async def choose(synapse: Synapse, key: str) -> None:
     assert synapse.module_config is not None
     synapse.module_config = {**synapse.module_config, "livekit_key": key}
-    # From the main thread, which Linux ties the processes to.
+    # On the main thread, because the processes end with the thread that started them.
     synapse.restart()
 
 
@@ -67,7 +63,7 @@ def token(user: User, room_id: str) -> str:
 
 
 @pytest.mark.parametrize("webhook_key", KEYS)
-def test_secret_changed_during_call_kick_and_leave_still_work(
+def test_secret_changed_during_a_call_keeps_kick_and_leave_working(
     webhook_key: str, livekit: LiveKit, synapse: Synapse
 ) -> None:
     webhook: dict[str, Any] = {"api_key": webhook_key, "urls": livekit.webhook_urls}
@@ -94,12 +90,13 @@ def test_secret_changed_during_call_kick_and_leave_still_work(
         await bobs.publish_tone()
         assert await alices.hear(bobs.identity) > 0
 
-        # Bob is recognised by what the old secret sealed.
+        # The module recognises Bob by the owner that the old secret sealed.
         alice.kick(room_id, bob.user_id)
         await until(lambda: not bobs.is_connected, "removal of Bob", 5)
-        # LiveKit still takes the old token; the webhook of this join is what removes him again.
+        # LiveKit still accepts the old token. The webhook of this join makes the module remove Bob.
         await is_kept_out(livekit.url, old_token)
-        # The webhook of a participant of the old secret sends its leave.
+        # The webhook of a participant with a token of the old secret makes the module send the
+        # leave.
         await member.there.leave()
         await until(lambda: not member.is_in_room(alice), "Carol's leave", 5)
         await alices.leave()
@@ -108,13 +105,13 @@ def test_secret_changed_during_call_kick_and_leave_still_work(
     assert "not signed with livekit_key" not in synapse.log_text()
 
 
-def test_secret_changed_in_the_files_check_says_that_synapse_has_another(
+def test_check_after_secret_changed_in_the_files_reports_that_synapse_has_another(
     livekit: LiveKit, synapse: Synapse
 ) -> None:
     checker = Checker(synapse)
     assert checker.run().all("ok", "processes")
     report = checker.run(module={"livekit_key": "APInew"})
-    # LiveKit takes both, and Synapse was not restarted.
+    # LiveKit accepts both secrets, and Synapse was not restarted.
     assert report.the("ok", "LiveKit")
     finding = report.the("wrong", "processes")
     assert "runs with another livekit_secret than is in these files" in finding.text
@@ -122,7 +119,7 @@ def test_secret_changed_in_the_files_check_says_that_synapse_has_another(
     assert NEW not in str(report)
 
 
-def test_webhooks_signed_with_another_pair_of_the_key_file_check_says_that_they_arrive(
+def test_check_with_webhooks_signed_by_another_pair_of_the_key_file_reports_that_they_arrive(
     livekit: LiveKit, synapse: Synapse
 ) -> None:
     livekit.extra_config["webhook"] = {"api_key": "APInew", "urls": livekit.webhook_urls}

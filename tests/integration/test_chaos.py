@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from testbed.process import MissingTool
-from testbed.skips import missing_tool
 from tests.chaos.__main__ import run
 
 
-def test_twenty_seconds_of_chaos(tmp_path: Path) -> None:
-    try:
-        # Native clients are heavy: more of them would test a small machine, and not the module.
-        wrong = run(tmp_path, seconds=20, seed=1, participants=12)
-    except MissingTool as e:
-        missing_tool(e)
+def test_chaos_of_twenty_seconds_leaves_rooms_and_sfu_in_agreement(tmp_path: Path) -> None:
+    # Native clients need much CPU time. With more of them, a small machine would be the bottleneck.
+    wrong = run(tmp_path, seconds=20, seed=1, participants=12)
     if wrong:
         pytest.fail("\n".join([*wrong, f"The logs are in {tmp_path}"]), pytrace=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a real LiveKit forgets or cannot deliver, and a report of it that is wrong."""
+"""LiveKit loses rooms, cannot deliver webhooks, and sends a wrong `room_finished`."""
 
 import asyncio
 import datetime
@@ -21,9 +21,8 @@ from testbed.http import http
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS, enter
-from testbed.process import MissingTool, free_port, until
+from testbed.process import free_port, until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
@@ -33,7 +32,7 @@ number = itertools.count()
 
 
 class Relay:
-    """Hands webhooks on to Synapse, or refuses them with a 503."""
+    """Forwards webhooks to Synapse, or rejects them with a 503."""
 
     def __init__(self) -> None:
         self.target = ""
@@ -46,7 +45,7 @@ class Relay:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(relay.hand_on(body, self.headers["Authorization"] or ""))
+                self.send_response(relay.forward(body, self.headers["Authorization"] or ""))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -57,7 +56,7 @@ class Relay:
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def hand_on(self, body: bytes, authorization: str) -> int:
+    def forward(self, body: bytes, authorization: str) -> int:
         if self.is_refusing:
             self.refused += 1
             return 503
@@ -84,7 +83,7 @@ class Set:
         return room_id
 
     def post_webhook(self, event: dict[str, object]) -> int:
-        """Sends a webhook as LiveKit signs it."""
+        """Sends a webhook with LiveKit's signature."""
         body = json.dumps(event).encode()
         token = (
             api.AccessToken(self.livekit.key, self.livekit.secret)
@@ -98,11 +97,8 @@ class Set:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Set]:
     directory = tmp_path_factory.mktemp("faults")
-    try:
-        livekit = LiveKit(directory)
-    except MissingTool as e:
-        missing_tool(e)
-    # The default interval of the poll: what webhooks bring about takes less time.
+    livekit = LiveKit(directory)
+    # The default interval between polls. Effects of webhooks are much faster.
     synapse = Synapse("f", directory, module_config(livekit))
     relay = Relay()
     relay.target = synapse.client_url + service.PREFIX + "/sfu_webhook"
@@ -119,7 +115,7 @@ def test_room_finished_in_error_sends_no_leave_and_a_kick_still_works(servers: S
 
     async def test() -> None:
         members = [await enter(user, room_id, servers.livekit, HOUR_MS) for user in (alice, bob)]
-        # A room that was created a moment ago would not be forgotten.
+        # The module does not forget a room that it created a moment ago.
         await asyncio.sleep(11)
         asked = servers.synapse.log_text().count("GetParticipant: 200")
         room = members[0].livekit_room
@@ -138,7 +134,7 @@ def test_room_finished_in_error_sends_no_leave_and_a_kick_still_works(servers: S
     asyncio.run(test())
 
 
-def test_room_deleted_while_it_is_remembered_the_next_token_can_be_used(servers: Set) -> None:
+def test_token_after_cached_room_was_deleted_can_be_used(servers: Set) -> None:
     alice = servers.user()
     room_id = servers.room(alice)
     body = service.sfu_get_body(alice, room_id)
@@ -158,7 +154,7 @@ def test_room_deleted_while_it_is_remembered_the_next_token_can_be_used(servers:
     asyncio.run(test())
 
 
-def test_webhooks_refused_for_30_seconds_lose_no_leave_no_membership_and_no_removal(
+def test_webhooks_rejected_for_30_seconds_lose_no_leave_membership_or_removal(
     servers: Set,
 ) -> None:
     alice, bob, carl, dave = (servers.user() for _ in range(4))
@@ -179,7 +175,7 @@ def test_webhooks_refused_for_30_seconds_lose_no_leave_no_membership_and_no_remo
         assert servers.relay.refused > refused
         await until(lambda: not leaves.is_in_room(alice), "leave", 70)
         assert leaves.leaves_sent() == 1
-        # It was kept alive for longer than its delay.
+        # The test lasted longer than the delay, so the module must have restarted the leave.
         assert joins.is_in_room(alice)
         assert stays.is_in_room(alice)
         await joins.there.leave()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LiveKit that accepts connections and never answers, which the real one does not on demand."""
+"""A stub LiveKit that accepts connections and never answers."""
 
 import asyncio
 import time
@@ -16,13 +16,13 @@ from testbed.process import stop_all, wait_until
 from testbed.service import SLOT
 from testbed.synapse import Synapse
 
-# The module asks about 50 rooms at a time. The rest is for what it does every few seconds.
+# The module sends requests about 50 rooms at a time. The rest is for its periodic work.
 MAX_RUNNING = 60
-# The stub may count a request that was given up together with the one that follows.
+# The stub may count a request that timed out together with the next one.
 MAX_REQUESTS = 2 * MAX_RUNNING
 OURS = '"synapse_lk_jwt'
 POLL_SEC = 4
-# Longer than a request to LiveKit may take.
+# Longer than the module waits for an answer of LiveKit.
 HANGING_SEC = 12
 SENT_SEC = 20
 
@@ -77,7 +77,7 @@ def removed(sfu: StubSfu) -> set[str]:
 
 
 @pytest.mark.parametrize(("slots", "in_a_call"), [(300, 1), (3, 100)])
-def test_livekit_that_hangs_300_suspected_leaves_are_bounded_and_sent_afterwards(
+def test_hanging_livekit_with_300_suspected_leaves_gets_bounded_requests_and_they_are_sent_later(
     slots: int, in_a_call: int, synapse: Synapse, sfu: StubSfu
 ) -> None:
     participants = in_calls(synapse, sfu, slots, in_a_call)
@@ -105,7 +105,7 @@ def test_livekit_that_hangs_300_suspected_leaves_are_bounded_and_sent_afterwards
     )
 
 
-def test_kick_while_listings_of_another_matrix_room_hang_removes_the_participant(
+def test_kick_while_listing_of_another_room_hangs_removes_the_participant(
     synapse: Synapse, sfu: StubSfu
 ) -> None:
     admin, mallory = (synapse.register(f"user{next(number)}") for _ in range(2))
@@ -124,7 +124,7 @@ def test_kick_while_listings_of_another_matrix_room_hang_removes_the_participant
     wait_until(lambda: {p.identity for p in stuck} <= removed(sfu), "other removals", SENT_SEC)
 
 
-def test_poll_livekit_has_lost_20_rooms_recreates_them_at_the_same_time(
+def test_poll_after_livekit_lost_20_rooms_recreates_them_concurrently(
     synapse: Synapse, sfu: StubSfu
 ) -> None:
     participants = in_calls(synapse, sfu, 20, 1)

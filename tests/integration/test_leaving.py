@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is gone from the call is gone from the room, and the other way round."""
+"""Users who leave a call or the Matrix room, with a real LiveKit that fails in several ways."""
 
 import asyncio
 import contextlib
@@ -10,13 +10,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 
 from testbed import service
-from testbed.call import CallRefused, Participant
+from testbed.call import CallRejected, Participant
 from testbed.livekit import LiveKit
 from testbed.matrix import User
-from testbed.member import POWER_LEVELS, Member, enter, hand_over, is_kept_out
-from testbed.process import MissingTool, until, wait_until
+from testbed.member import POWER_LEVELS, Member, delegate_leave, enter, is_kept_out
+from testbed.process import until, wait_until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
@@ -26,10 +25,7 @@ POLL_SEC = 2
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory = tmp_path_factory.mktemp("leaving")
-    try:
-        livekit = LiveKit(directory)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(directory)
     config = module_config(livekit, sanity_check_interval=f"{POLL_SEC}s")
     synapse = Synapse("l", directory, config)
     livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
@@ -51,8 +47,8 @@ def livekit(one: tuple[Synapse, LiveKit]) -> LiveKit:
 number = iter(range(10_000))
 
 
-def people(synapse: Synapse) -> tuple[User, User, str]:
-    """Two users in a room where everybody may say that they are in the call."""
+def users_in_room(synapse: Synapse) -> tuple[User, User, str]:
+    """Create two users in a room in which both may send memberships."""
     alice, bob = (synapse.register(f"{name}{next(number)}") for name in ("alice", "bob"))
     room_id = alice.create_room(
         invite=[bob.user_id], power_levels=POWER_LEVELS, preset="public_chat"
@@ -65,7 +61,7 @@ def people(synapse: Synapse) -> tuple[User, User, str]:
 async def call(
     synapse: Synapse, livekit: LiveKit, delay_ms: int = HOUR_MS
 ) -> AsyncIterator[tuple[Member, Member]]:
-    alice, bob, room_id = people(synapse)
+    alice, bob, room_id = users_in_room(synapse)
     members = (
         await enter(alice, room_id, livekit, HOUR_MS),
         await enter(bob, room_id, livekit, delay_ms),
@@ -77,7 +73,7 @@ async def call(
             await member.there.leave()
 
 
-def test_a_short_delay_is_kept_alive_and_the_leave_comes_when_the_client_is_gone(
+def test_delegated_leave_with_short_delay_is_restarted_until_the_client_disconnects(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
     async def test() -> None:
@@ -100,28 +96,30 @@ def test_a_short_delay_is_kept_alive_and_the_leave_comes_when_the_client_is_gone
     asyncio.run(test())
 
 
-def test_ten_reconnects_lose_nothing_and_leave_nothing_behind(
+def test_ten_reconnects_keep_the_membership_and_one_delayed_event(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
     async def test() -> None:
         async with call(synapse, livekit) as (alice, bob):
             for _ in range(10):
                 bob.there = await Participant.join(livekit.url, bob.jwt)
-                hand_over(bob, HOUR_MS)
+                delegate_leave(bob, HOUR_MS)
             assert bob.is_in_room(alice.user)
             assert len(bob.user.delayed()) == 1
             await bob.there.leave()
-            # Who has just come may be about to come back under another name.
+            # A participant who joined a moment ago may reconnect with another identity.
             await until(lambda: not bob.is_in_room(alice.user), "leave", 5)
             assert bob.user.delayed() == []
 
     asyncio.run(test())
 
 
-def test_who_goes_while_synapse_is_down(synapse: Synapse, livekit: LiveKit) -> None:
+def test_client_that_disconnects_while_synapse_is_down_leaves_after_the_start(
+    synapse: Synapse, livekit: LiveKit
+) -> None:
     async def test() -> None:
         async with call(synapse, livekit) as (alice, bob):
-            # Synapse has seen that they are there.
+            # The module has seen both participants in a poll.
             polls = synapse.log_text().count("ListRooms")
             await until(lambda: synapse.log_text().count("ListRooms") >= polls + 2, "two polls")
             synapse.kill()
@@ -131,14 +129,14 @@ def test_who_goes_while_synapse_is_down(synapse: Synapse, livekit: LiveKit) -> N
             await until(lambda: not bob.is_in_room(alice.user), "leave", 5 * POLL_SEC)
             assert bob.leaves_sent() == 1
             assert alice.is_in_room(alice.user)
-            # And who stays is looked after as before.
+            # The other leave works as before.
             await alice.there.leave()
             await until(lambda: not alice.is_in_room(alice.user), "leave", 2)
 
     asyncio.run(test())
 
 
-def test_without_webhooks(synapse: Synapse, livekit: LiveKit) -> None:
+def test_leave_without_webhooks_is_sent_after_a_poll(synapse: Synapse, livekit: LiveKit) -> None:
     urls, livekit.webhook_urls = livekit.webhook_urls, []
     livekit.restart()
 
@@ -163,10 +161,12 @@ def test_without_webhooks(synapse: Synapse, livekit: LiveKit) -> None:
         livekit.restart()
 
 
-def test_livekit_restarts_in_the_middle_of_a_call(synapse: Synapse, livekit: LiveKit) -> None:
+def test_livekit_restart_during_a_call_keeps_the_membership(
+    synapse: Synapse, livekit: LiveKit
+) -> None:
     async def test() -> None:
         async with call(synapse, livekit) as (alice, bob):
-            # A poll has seen them.
+            # A poll has listed both participants.
             await asyncio.to_thread(
                 wait_until, lambda: synapse.log_text().count("ListParticipants") >= 4, "poll"
             )
@@ -176,7 +176,7 @@ def test_livekit_restarts_in_the_middle_of_a_call(synapse: Synapse, livekit: Liv
             for member in (alice, bob):
                 member.there = await rejoin(livekit, member.jwt)
             await until(lambda: len(livekit.participants(alice.livekit_room)) == 2, "both")
-            # Longer than it takes to be declared gone.
+            # Longer than the module waits before it sends a leave.
             polls = synapse.log_text().count("ListRooms")
             await until(lambda: synapse.log_text().count("ListRooms") >= polls + 4, "four polls")
             assert alice.is_in_room(alice.user)
@@ -186,15 +186,15 @@ def test_livekit_restarts_in_the_middle_of_a_call(synapse: Synapse, livekit: Liv
 
 
 async def rejoin(livekit: LiveKit, jwt: str) -> Participant:
-    """Comes back as browsers do, who try for a while."""
+    """Connects again and again for a while, as browsers do."""
     for _ in range(100):
-        with contextlib.suppress(CallRefused):
+        with contextlib.suppress(CallRejected):
             return await Participant.join(livekit.url, jwt)
         await asyncio.sleep(0.1)
     raise AssertionError("LiveKit does not let them back in")
 
 
-WAYS: dict[str, Callable[[Member, Member, User], None]] = {
+REMOVALS: dict[str, Callable[[Member, Member, User], None]] = {
     "leaves": lambda alice, bob, admin: bob.user.leave(bob.room_id),
     "is kicked": lambda alice, bob, admin: alice.user.kick(bob.room_id, bob.user.user_id),
     "is banned": lambda alice, bob, admin: alice.user.ban(bob.room_id, bob.user.user_id),
@@ -202,25 +202,27 @@ WAYS: dict[str, Callable[[Member, Member, User], None]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_who_is_out_of_the_room_is_out_of_the_call(
-    way: str, synapse: Synapse, livekit: LiveKit
+@pytest.mark.parametrize("removal", REMOVALS)
+def test_user_removed_from_the_room_is_removed_from_the_call(
+    removal: str, synapse: Synapse, livekit: LiveKit
 ) -> None:
     admin = synapse.register(f"admin{next(number)}", admin=True)
 
     async def test() -> None:
         async with call(synapse, livekit) as (alice, bob):
-            WAYS[way](alice, bob, admin)
+            REMOVALS[removal](alice, bob, admin)
             await until(lambda: not bob.there.is_connected, "disconnect", 5)
             assert alice.there.is_connected
-            # The token is good still, but of no use.
+            # LiveKit still accepts the token, but the module removes the participant.
             await is_kept_out(livekit.url, bob.jwt)
             assert len(livekit.participants(alice.livekit_room)) == 1
 
     asyncio.run(test())
 
 
-def test_who_is_kicked_while_nobody_can_be_told(synapse: Synapse, livekit: LiveKit) -> None:
+def test_user_kicked_while_livekit_is_down_is_removed_after_its_restart(
+    synapse: Synapse, livekit: LiveKit
+) -> None:
     async def test() -> None:
         async with call(synapse, livekit) as (alice, bob):
             os.kill(livekit.process.pid, signal.SIGSTOP)
@@ -236,7 +238,7 @@ def test_who_is_kicked_while_nobody_can_be_told(synapse: Synapse, livekit: LiveK
     asyncio.run(test())
 
 
-def test_when_the_last_local_user_leaves_the_call_ends(synapse: Synapse, livekit: LiveKit) -> None:
+def test_call_after_the_last_local_user_left_ends(synapse: Synapse, livekit: LiveKit) -> None:
     async def test() -> None:
         async with call(synapse, livekit) as (alice, bob):
             for member in (alice, bob):

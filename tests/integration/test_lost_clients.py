@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves that clients have encrypted and delegated, after these clients were killed."""
+"""Encrypted leaves of clients that were killed after they delegated them."""
 
 import itertools
 import time
@@ -12,16 +12,15 @@ from testbed import service
 from testbed.livekit import LiveKit
 from testbed.lone_client import LoneClient
 from testbed.matrix import User
-from testbed.process import MissingTool, wait_until
+from testbed.process import wait_until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
 ENCRYPTED = "m.room.encrypted"
 STICKY = "&org.matrix.msc4354.sticky_duration_ms=3600000"
 
-# LiveKit takes its time until it gives up a client that says nothing.
+# LiveKit waits this long before it drops a client that sends nothing.
 GONE_SEC = 90
 
 number = itertools.count()
@@ -30,10 +29,7 @@ number = itertools.count()
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory = tmp_path_factory.mktemp("lost")
-    try:
-        livekit = LiveKit(directory)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(directory)
     features = {"experimental_features": {"msc4354_enabled": True}}
     synapse = Synapse("k", directory, module_config(livekit), features)
     livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
@@ -43,9 +39,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, Liv
 
 
 class Caller:
-    """A user in a call of an encrypted room, with an encrypted leave an hour ahead."""
+    """A user in a call of an encrypted room, who has delegated an encrypted leave."""
 
-    def __init__(self, synapse: Synapse, livekit: LiveKit, way: str, *, is_sticky: bool) -> None:
+    def __init__(
+        self, synapse: Synapse, livekit: LiveKit, endpoint: str, *, is_sticky: bool
+    ) -> None:
         self.admin = synapse.register(f"admin{next(number)}")
         self.user = synapse.register(f"caller{next(number)}")
         self.room_id = self.admin.create_room(preset="public_chat")
@@ -54,12 +52,12 @@ class Caller:
         self.user.join(self.room_id)
         self.content = {
             "algorithm": "m.megolm.v1.aes-sha2",
-            "ciphertext": f"AwgAEnACgAkLmt6qF84IK++J7UDH2Za1YVchHyprqTqsg {way} ~?>",
+            "ciphertext": f"AwgAEnACgAkLmt6qF84IK++J7UDH2Za1YVchHyprqTqsg {endpoint} ~?>",
             "sender_key": "ünïcode \U0001f4de",
             "nested": {"b": [1, 2**53 - 1, None, True, {}], "a": ""},
         }
         self.since = self.admin.call("GET", "/_matrix/client/v3/sync").ok()["next_batch"]
-        jwt, delegate = WAYS[way](self.user, self.room_id, livekit)
+        jwt, delegate = ENDPOINTS[endpoint](self.user, self.room_id, livekit)
         self.client = LoneClient(livekit.url, jwt)
         self.client.wait_connected()
         path = f"/_matrix/client/v3/rooms/{self.room_id}/send/{ENCRYPTED}/leave"
@@ -67,7 +65,7 @@ class Caller:
         delegate(self.user.call("PUT", path + query, self.content).ok()["delay_id"])
 
     def sent(self) -> list[dict[str, Any]]:
-        """The encrypted events of the user that others see."""
+        """The encrypted events of the user in another user's timeline."""
         return [
             event
             for event in self.admin.timeline(self.room_id)
@@ -110,23 +108,24 @@ def _by_homeserver(user: User, room_id: str, livekit: LiveKit) -> tuple[str, Del
     return service.homeserver_get_token(user, body).ok()["jwt"], delegate
 
 
-WAYS: dict[str, Callable[[User, str, LiveKit], tuple[str, Delegate]]] = {
+ENDPOINTS: dict[str, Callable[[User, str, LiveKit], tuple[str, Delegate]]] = {
     "/sfu/get": _by_sfu_get,
     "/get_token": _by_service("/get_token"),
     "/delegate_delayed_leave": _by_service("/delegate_delayed_leave"),
     "MSC4195's delegate_delayed_leave": _by_homeserver,
 }
-CASES = list(itertools.product(WAYS, (True, False)))
+CASES = list(itertools.product(ENDPOINTS, (True, False)))
 
 
 @pytest.fixture(scope="module")
 def lost(one: tuple[Synapse, LiveKit]) -> dict[tuple[str, bool], Caller]:
-    """Callers whose clients have all been killed at the same time: to wait for each takes long."""
+    """Callers whose clients are killed at the same time, because each takes LiveKit long."""
     callers = {}
     try:
-        for way, is_sticky in CASES:
-            callers[way, is_sticky] = Caller(*one, way, is_sticky=is_sticky)
-        # The module has seen them all, so that only LiveKit's word can end a membership.
+        for endpoint, is_sticky in CASES:
+            callers[endpoint, is_sticky] = Caller(*one, endpoint, is_sticky=is_sticky)
+        # All participants are connected, so that only LiveKit's webhook or a poll ends a
+        # membership.
         wait_until(lambda: all(c.user.delayed() for c in callers.values()), "delayed leaves")
         assert not any(caller.sent() for caller in callers.values())
     finally:
@@ -135,11 +134,11 @@ def lost(one: tuple[Synapse, LiveKit]) -> dict[tuple[str, bool], Caller]:
     return callers
 
 
-@pytest.mark.parametrize(("way", "is_sticky"), CASES)
-def test_encrypted_leave_of_a_killed_client_arrives_unchanged(
-    way: str, is_sticky: bool, lost: dict[tuple[str, bool], Caller]
+@pytest.mark.parametrize(("endpoint", "is_sticky"), CASES)
+def test_encrypted_leave_of_killed_client_arrives_unchanged(
+    endpoint: str, is_sticky: bool, lost: dict[tuple[str, bool], Caller]
 ) -> None:
-    caller = lost[way, is_sticky]
+    caller = lost[endpoint, is_sticky]
     began = time.monotonic()
     wait_until(lambda: bool(caller.sent()), "encrypted leave", GONE_SEC)
     print(f"{time.monotonic() - began:.1f} s")
@@ -149,11 +148,11 @@ def test_encrypted_leave_of_a_killed_client_arrives_unchanged(
     assert caller.user.delayed() == []
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_encrypted_sticky_leave_behind_other_messages_is_in_the_sticky_part_of_sync(
-    way: str, lost: dict[tuple[str, bool], Caller]
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_encrypted_sticky_leave_behind_other_messages_is_in_the_sticky_section_of_sync(
+    endpoint: str, lost: dict[tuple[str, bool], Caller]
 ) -> None:
-    caller = lost[way, True]
+    caller = lost[endpoint, True]
     wait_until(lambda: bool(caller.sent()), "encrypted leave", GONE_SEC)
     path = f"/_matrix/client/v3/rooms/{caller.room_id}/send/m.room.message"
     for message in range(12):

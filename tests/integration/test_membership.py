@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Only those who are in the Matrix room get a token, right after a change too."""
+"""Only users who are joined to the Matrix room get a token, also directly after a change."""
 
 from collections.abc import Callable
 
@@ -17,31 +17,33 @@ def ask(homeservers: Homeservers, user: User, room_id: str) -> Answer:
     return service.post(homeservers.a.client_url, "/get_token", body)
 
 
-GOING: dict[str, Callable[[User, User, str], None]] = {
+REMOVALS: dict[str, Callable[[User, User, str], None]] = {
     "leaves": lambda alice, user, room_id: user.leave(room_id),
     "is kicked": lambda alice, user, room_id: alice.kick(room_id, user.user_id),
     "is banned": lambda alice, user, room_id: alice.ban(room_id, user.user_id),
 }
 
 
-@pytest.mark.parametrize("how", GOING)
+@pytest.mark.parametrize("how", REMOVALS)
 @pytest.mark.parametrize("local", [True, False])
-def test_who_goes_gets_no_token(how: str, local: bool, homeservers: Homeservers) -> None:
+def test_user_no_longer_joined_gets_no_token(
+    how: str, local: bool, homeservers: Homeservers
+) -> None:
     alice = homeservers.user_of_a()
     user = homeservers.user_of_a("bob") if local else homeservers.user_of_b()
     room_id = alice.create_room(invite=[user.user_id])
     user.join(room_id, via=[homeservers.a.server_name])
     ask(homeservers, user, room_id).ok()
 
-    GOING[how](alice, user, room_id)
+    REMOVALS[how](alice, user, room_id)
 
-    # A leave of B's user is known on A once B has said so.
+    # A learns of the leave when B sends it.
     wait_until(lambda: alice.membership(room_id, user.user_id) != "join", "gone")
     answer = ask(homeservers, user, room_id)
     assert (answer.status, answer.json["errcode"]) == (403, "M_FORBIDDEN"), answer
 
 
-def test_users_of_a_server_that_is_shut_out_get_no_token(homeservers: Homeservers) -> None:
+def test_users_of_server_denied_by_acl_get_no_token(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
     ask(homeservers, rita, room_id).ok()
@@ -51,7 +53,7 @@ def test_users_of_a_server_that_is_shut_out_get_no_token(homeservers: Homeserver
     ask(homeservers, alice, room_id).ok()
 
 
-def test_strangers_get_no_token(homeservers: Homeservers) -> None:
+def test_users_never_in_the_room_get_no_token(homeservers: Homeservers) -> None:
     alice, bob, rita = (
         homeservers.user_of_a(),
         homeservers.user_of_a("bob"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an admin decides holds for calls on real servers."""
+"""Decisions of a server admin about rooms and accounts apply to calls."""
 
 import asyncio
 from collections.abc import Iterator
@@ -13,10 +13,9 @@ from testbed.http import Answer
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.postgres import Postgres
-from testbed.process import MissingTool, until, wait_until
+from testbed.process import until, wait_until
 from testbed.redis import Redis
 from testbed.sets import Homeservers, module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 
@@ -61,7 +60,7 @@ def test_shut_down_room_gets_no_token_and_its_call_ends(homeservers: Homeservers
     asyncio.run(scenario())
 
 
-def test_blocked_room_elsewhere_gets_no_token(homeservers: Homeservers) -> None:
+def test_blocked_room_of_another_server_gets_no_token(homeservers: Homeservers) -> None:
     admin, rita = homeservers.user_of_a("admin", admin=True), homeservers.user_of_b()
     room_id = rita.create_room()
     ask(homeservers.a.client_url, rita, room_id).ok()
@@ -72,12 +71,9 @@ def test_blocked_room_elsewhere_gets_no_token(homeservers: Homeservers) -> None:
 
 @pytest.fixture(scope="module")
 def expiring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
-    """A homeserver with a worker, whose accounts can expire."""
+    """A homeserver with a worker and with accounts that expire."""
     directory = tmp_path_factory.mktemp("expiring")
-    try:
-        livekit, redis, postgres = LiveKit(directory), Redis(directory), Postgres(directory)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit, redis, postgres = LiveKit(directory), Redis(directory), Postgres(directory)
     with running(redis, postgres):
         synapse = Synapse(
             "e",
@@ -106,7 +102,7 @@ def test_expired_account_gets_no_token_from_any_process(expiring: Synapse) -> No
         {"user_id": alice.user_id, "expiration_ts": 1, "enable_renewal_emails": False},
     ).ok()
 
-    # The worker learns of it by replication.
+    # The worker learns of the expiry by replication.
     wait_until(
         lambda: [service.post(url, "/sfu/get", body).status for url in urls] == [401, 401],
         "expired on both",
@@ -114,7 +110,7 @@ def test_expired_account_gets_no_token_from_any_process(expiring: Synapse) -> No
     assert "Traceback" not in expiring.log_text()
 
 
-def test_server_name_in_capitals_is_no_500(homeservers: Homeservers) -> None:
+def test_server_name_in_capitals_gets_no_500(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
     url = homeservers.livekit_b.url
@@ -125,7 +121,7 @@ def test_server_name_in_capitals_is_no_500(homeservers: Homeservers) -> None:
     assert service.homeserver_get_token(alice, body).ok()["jwt"]
 
 
-def test_room_id_with_a_line_in_it_is_rejected(homeservers: Homeservers) -> None:
+def test_room_id_with_a_line_break_is_rejected(homeservers: Homeservers) -> None:
     rita = homeservers.user_of_b()
     room_id = "!inj\n2026-01-01 00:00:00,000 CRITICAL root INJECTED LINE"
     answer = ask(homeservers.a.client_url, rita, room_id)

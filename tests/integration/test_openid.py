@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenID tokens of another homeserver, of a real one and of hostile ones."""
+"""OpenID tokens of another homeserver: a real one, and hostile ones."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from testbed.synapse import write_certificate
 UNAUTHORIZED = {"errcode": "M_UNAUTHORIZED", "error": "The OpenID token is not valid"}
 
 
-def test_a_forged_token_is_refused_and_cuts_nobody_off(homeservers: Homeservers) -> None:
+def test_forged_openid_token_is_rejected_and_blocks_no_other_user(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
     secret = "a-forged-token-that-can-be-recognised"
@@ -32,7 +32,7 @@ def test_a_forged_token_is_refused_and_cuts_nobody_off(homeservers: Homeservers)
     answer = service.post(homeservers.a.client_url, "/sfu/get", body)
 
     assert (answer.status, answer.json) == (401, UNAUTHORIZED)
-    # A still asks B, and B's real tokens are still good.
+    # A still sends requests to B, and accepts B's real tokens.
     assert alice.profile(rita.user_id).status == 200
     body = service.sfu_get_body(rita, room_id)
     service.post(homeservers.a.client_url, "/sfu/get", body).ok()
@@ -44,7 +44,7 @@ def test_a_forged_token_is_refused_and_cuts_nobody_off(homeservers: Homeservers)
 
 @pytest.fixture
 def hostile(tmp_path: Path) -> Iterator[Callable[[Callable[[ssl.SSLSocket], None]], str]]:
-    """Makes homeservers that answer every request with what a function writes."""
+    """A function that starts a homeserver, whose answers another function writes."""
     write_certificate(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
@@ -83,7 +83,7 @@ _sent_endlessly = [0]
 
 def _endless(connection: ssl.SSLSocket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-    # Ends when the other side closes the connection, and on a broken limit, after 1 GiB.
+    # Ends when Synapse closes the connection. If the limit is broken, it ends after 1 GiB.
     for _ in range(16 * 1024):
         connection.sendall(b"x" * 65536)
         _sent_endlessly[0] += 65536
@@ -92,7 +92,7 @@ def _endless(connection: ssl.SSLSocket) -> None:
 def _endlessly(connection: ssl.SSLSocket, first: bytes, again: bytes) -> None:
     connection.sendall(b"HTTP/1.1 " + first + b"\r\n")
     again *= 65536 // len(again)
-    # As above.
+    # It ends as `_endless` does.
     for _ in range(16 * 1024):
         connection.sendall(again)
         _sent_endlessly[0] += len(again)
@@ -102,7 +102,7 @@ def _slow(connection: ssl.SSLSocket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
     for _ in range(60):
         connection.sendall(b" ")
-        time.sleep(0.5)  # What this server is like; no test waits for it.
+        time.sleep(0.5)  # The slowness of this server. No test waits for it.
 
 
 def _silent(connection: ssl.SSLSocket) -> None:
@@ -159,7 +159,7 @@ ANSWERS: dict[str, Callable[[ssl.SSLSocket], None]] = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_a_hostile_homeserver_gets_401_in_time_and_no_memory(
+def test_hostile_homeserver_gets_401_within_bounds_of_time_and_memory(
     kind: str, homeservers: Homeservers, hostile: Callable[..., str]
 ) -> None:
     alice = homeservers.user_of_a()
@@ -177,7 +177,7 @@ def test_a_hostile_homeserver_gets_401_in_time_and_no_memory(
     assert time.monotonic() - began < 12
     assert "Traceback" not in homeservers.a.main.log_text(mark)
     assert homeservers.a.main.memory() - memory < 8 * 1024 * 1024
-    # The connection is closed. Some of it is on its way by then, in the buffers of both sides.
+    # The connection was closed. The buffers of both sides may hold more than the limit.
     assert _sent_endlessly[0] < 32 * 1024 * 1024
 
 
@@ -192,12 +192,12 @@ ODD_SERVERS = {
 
 
 @pytest.mark.parametrize("kind", ODD_SERVERS)
-def test_server_that_cannot_be_asked_gets_401_and_no_traceback(
+def test_unreachable_homeserver_gets_401_and_no_traceback(
     kind: str, homeservers: Homeservers
 ) -> None:
     alice = homeservers.user_of_a()
     room_id = alice.create_room()
-    # A's listener for clients has no TLS.
+    # Federation needs TLS, but A's listener for clients has none.
     server = ODD_SERVERS[kind] or homeservers.a.client_url.removeprefix("http://")
     token = {"access_token": "token", "matrix_server_name": server}
     body = service.sfu_get_body(alice, room_id, openid_token=token)
@@ -214,8 +214,10 @@ LINGER: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", LINGER)
-def test_look_ups_leave_no_connections(kind: str, homeservers: Homeservers, tmp_path: Path) -> None:
-    """Asks 300 server names of a host that never closes a connection."""
+def test_openid_requests_leave_no_connections_open(
+    kind: str, homeservers: Homeservers, tmp_path: Path
+) -> None:
+    """Requests with 300 server names of a host that never closes a connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     write_certificate(tmp_path)
     context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
@@ -231,7 +233,7 @@ def test_look_ups_leave_no_connections(kind: str, homeservers: Homeservers, tmp_
                 for key, _ in selector.select(timeout=0.2):
                     assert isinstance(key.fileobj, socket.socket)
                     connection = context.wrap_socket(key.fileobj.accept()[0], server_side=True)
-                    # It is not read to its end, nor closed.
+                    # The server neither reads the request to its end nor closes the connection.
                     held.append(connection)
                     connection.recv(65536)
                     connection.sendall(LINGER[kind])
@@ -250,7 +252,7 @@ def test_look_ups_leave_no_connections(kind: str, homeservers: Homeservers, tmp_
             body = service.sfu_get_body(alice, room_id, openid_token=other)
             assert service.post(homeservers.a.client_url, "/sfu/get", body).status == 401
         assert len(held) == 300
-        # All are closed a few seconds after the last look-up, although the server closes none.
+        # Synapse closes them a few seconds after the last request, although the server closes none.
         wait_until(
             lambda: len(os.listdir(f"/proc/{pid}/fd")) <= before + 5, "descriptors closed", 20
         )
@@ -261,7 +263,7 @@ def test_look_ups_leave_no_connections(kind: str, homeservers: Homeservers, tmp_
             open_socket.close()
 
 
-def test_a_hostile_homeserver_does_not_speak_for_our_users(
+def test_hostile_homeserver_cannot_claim_local_users(
     homeservers: Homeservers, hostile: Callable[..., str]
 ) -> None:
     alice = homeservers.user_of_a()

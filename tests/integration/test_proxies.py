@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A proxy between Synapse and LiveKit: of the network, or in front of LiveKit."""
+"""A proxy between Synapse and LiveKit: a forward proxy, or a reverse proxy of LiveKit."""
 
 import socket
 from collections.abc import Iterator
@@ -14,9 +14,7 @@ from testbed.forward_proxy import ForwardProxy
 from testbed.http import Answer
 from testbed.livekit import LiveKit
 from testbed.nginx import UPGRADE, Servers, proxy
-from testbed.process import MissingTool
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 PASSWORD = "a-password-that-is-never-shown"
@@ -45,20 +43,20 @@ class Setting:
         self.synapse.restart()
 
     def ask(self) -> Answer:
-        """A user asks for a token with which to start a call."""
+        """Request a token with which a user can start a call."""
         alice = self.synapse.register(f"alice{len(self.synapse.log_text())}")
         body = service.get_token_body(alice, alice.create_room())
         return service.post(self.synapse.client_url, "/get_token", body)
 
     def log(self) -> str:
-        """What Synapse has logged since it was restarted."""
+        """Synapse's log since its last start."""
         log = self.synapse.log_text()[self._seen :]
         assert PASSWORD not in log
         assert self.livekit.secret not in log
         return log
 
     def check(self, env: dict[str, str], **module: Any) -> Report:
-        # Only what the command takes itself: it runs in the process of the tests.
+        # The command runs with the environment of the tests, whose proxies it must not use.
         unset = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"), "")
         report = Checker(self.synapse, env={**unset, **env}).run(module=module or None)
         assert PASSWORD not in str(report)
@@ -67,10 +65,7 @@ class Setting:
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
-    try:
-        setting = Setting(tmp_path_factory.mktemp("proxies"))
-    except MissingTool as e:
-        missing_tool(e)
+    setting = Setting(tmp_path_factory.mktemp("proxies"))
     with setting.proxy.running(), running(setting.livekit, setting.synapse):
         yield setting
 
@@ -79,7 +74,7 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
 
 
 @pytest.mark.parametrize("where", ["HTTP_PROXY", "http_proxy", "homeserver.yaml"])
-def test_http_proxy_set_module_and_check_go_through_it(where: str, setting: Setting) -> None:
+def test_http_proxy_is_used_by_module_and_check(where: str, setting: Setting) -> None:
     env, config = {where: setting.proxy.url}, {}
     if where == "homeserver.yaml":
         env, config = {}, {"http_proxy": setting.proxy.url}
@@ -94,13 +89,13 @@ def test_http_proxy_set_module_and_check_go_through_it(where: str, setting: Sett
     assert f"answers at {setting.livekit.api_url} through the proxy {setting.proxy.url}" in text
     assert f"POST {url}ListRooms" in setting.proxy.requests
     assert not report.all("warning", "proxy")
-    # Clients do not have Synapse's proxy.
+    # The check must not use Synapse's proxy for what clients do.
     assert report.the("ok", "livekit_url")
     assert report.the("ok", "webhooks")
 
 
 @pytest.mark.parametrize("where", ["NO_PROXY", "homeserver.yaml"])
-def test_livekits_host_excepted_module_and_check_go_past_the_proxy(
+def test_http_proxy_with_livekit_excepted_is_bypassed_by_module_and_check(
     where: str, setting: Setting
 ) -> None:
     env = {"HTTP_PROXY": setting.proxy.url}
@@ -116,14 +111,14 @@ def test_livekits_host_excepted_module_and_check_go_past_the_proxy(
     assert setting.proxy.requests == []
 
 
-def test_check_without_synapses_http_proxy_says_that_the_ways_differ(setting: Setting) -> None:
+def test_check_without_synapses_http_proxy_reports_the_difference(setting: Setting) -> None:
     setting.restart({"HTTP_PROXY": setting.proxy.url})
     text = setting.check({}).the("warning", "proxy").text
     assert f"connects to LiveKit through the proxy {setting.proxy.url}" in text
     assert "this command directly" in text
 
 
-def test_http_proxy_with_password_is_used_and_the_password_never_shown(setting: Setting) -> None:
+def test_http_proxy_with_password_is_used_and_never_shown(setting: Setting) -> None:
     with_password = setting.proxy.url.replace("://", f"://admin:{PASSWORD}@")
     setting.restart({"HTTP_PROXY": with_password})
     setting.proxy.password = f"admin:{PASSWORD}"
@@ -142,7 +137,7 @@ def test_http_proxy_with_password_is_used_and_the_password_never_shown(setting: 
 
 
 @pytest.mark.parametrize("status", [404, 503])
-def test_http_proxy_that_refuses_livekit_is_named_with_what_to_write(
+def test_http_proxy_that_rejects_livekit_is_reported_with_the_fix(
     status: int, setting: Setting
 ) -> None:
     env = {"HTTP_PROXY": setting.proxy.url}
@@ -158,7 +153,7 @@ def test_http_proxy_that_refuses_livekit_is_named_with_what_to_write(
         assert finding.pasted == {"no_proxy_hosts": ["127.0.0.1"]}
 
 
-def test_http_proxy_that_is_down_is_named_with_what_to_write(setting: Setting) -> None:
+def test_http_proxy_that_is_down_is_reported_with_the_fix(setting: Setting) -> None:
     env = {"HTTP_PROXY": "http://127.0.0.1:9"}
     setting.restart(env)
     assert setting.ask().status == 503
@@ -170,7 +165,9 @@ def test_http_proxy_that_is_down_is_named_with_what_to_write(setting: Setting) -
     assert setting.check(env).the("ok", "LiveKit")
 
 
-def test_https_proxy_set_module_and_check_open_a_tunnel(setting: Setting, tmp_path: Path) -> None:
+def test_https_proxy_is_used_as_a_tunnel_by_module_and_check(
+    setting: Setting, tmp_path: Path
+) -> None:
     block = proxy(setting.livekit.api_url, "/", *UPGRADE)
     front = Servers(tmp_path, {"livekit": block}, setting.synapse.directory)
     env = {
@@ -195,10 +192,10 @@ def test_https_proxy_set_module_and_check_open_a_tunnel(setting: Setting, tmp_pa
 # A proxy in front of LiveKit
 
 
-def test_livekit_behind_a_redirect_to_https_is_named_with_what_to_write(
+def test_livekit_behind_a_redirect_to_https_is_reported_with_the_fix(
     setting: Setting, tmp_path: Path
 ) -> None:
-    # 497 is HTTP at a port for https.
+    # 497 is nginx's status for HTTP on a port with TLS.
     block = "error_page 497 =301 https://$host:$server_port$request_uri;\n"
     block += proxy(setting.livekit.api_url, "/", *UPGRADE)
     front = Servers(tmp_path, {"livekit": block}, setting.synapse.directory)
@@ -223,7 +220,7 @@ def test_livekit_behind_a_redirect_to_https_is_named_with_what_to_write(
         assert finding.pasted == {"livekit_url": https.replace("https", "wss")}
 
 
-def test_redirect_to_a_page_to_log_in_is_named(setting: Setting, tmp_path: Path) -> None:
+def test_redirect_to_a_login_page_is_reported(setting: Setting, tmp_path: Path) -> None:
     block = "return 302 https://login.example.com/?next=$request_uri&x;"
     front = Servers(tmp_path, {"login": block}, setting.synapse.directory)
     env = {"SSL_CERT_FILE": str(setting.synapse.directory / "tls.crt")}
@@ -244,11 +241,11 @@ DOWN = {
 
 
 @pytest.mark.parametrize("status", DOWN)
-def test_livekit_down_behind_a_proxy_is_named_as_such(
+def test_livekit_down_behind_a_proxy_is_reported_as_down(
     status: int, setting: Setting, tmp_path: Path
 ) -> None:
     env = {"SSL_CERT_FILE": str(setting.synapse.directory / "tls.crt")}
-    # Connections are taken by the system, and never answered.
+    # The system accepts connections, but no process answers them.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         block = DOWN[status].format(silent=listener.getsockname()[1])
         front = Servers(tmp_path, {"livekit": block}, setting.synapse.directory)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Participants that try not to be removed, or to slow down the homeserver while they are there."""
+"""Participants that try to avoid their removal, or to slow down the homeserver."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,14 @@ from testbed.http import http
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS, enter
-from testbed.process import MissingTool, until, wait_until
+from testbed.process import until, wait_until
 from testbed.sets import module_config, running
 from testbed.signalling import Signalling
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 POLL_SEC = 2
 
-# What the issue of a removal may take, while a participant does all it can against it.
+# How long a removal may take while the participant obstructs it.
 REMOVED_SEC = 15
 ANSWER_SEC = 0.5
 
@@ -33,10 +32,7 @@ number = iter(range(10_000))
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory = tmp_path_factory.mktemp("attacks")
-    try:
-        livekit = LiveKit(directory)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(directory)
     config = module_config(livekit, sanity_check_interval=f"{POLL_SEC}s")
     synapse = Synapse("r", directory, config)
     livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
@@ -44,7 +40,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, Liv
         yield synapse, livekit
         log = synapse.log_text()
     assert "Traceback" not in log
-    # Nothing that a participant does is a fault of LiveKit.
+    # No participant may cause a log line that says that LiveKit failed.
     assert "cannot be used" not in log
     assert "does not do" not in log
 
@@ -59,8 +55,8 @@ def livekit(one: tuple[Synapse, LiveKit]) -> LiveKit:
     return one[1]
 
 
-def people(synapse: Synapse, *names: str) -> tuple[str, list[User]]:
-    """Users in one room; the first one has made it."""
+def users_in_room(synapse: Synapse, *names: str) -> tuple[str, list[User]]:
+    """Create users in one room, of which the first one is the creator."""
     users = [synapse.register(f"{name}{next(number)}") for name in names]
     room_id = users[0].create_room(power_levels=POWER_LEVELS, preset="public_chat")
     for user in users[1:]:
@@ -84,14 +80,14 @@ def identities(livekit: LiveKit, room: str) -> list[str]:
 
 
 def bytes_of_names(livekit: LiveKit, room: str) -> int:
-    """How long the names of all tracks in a room are together."""
+    """The length of the names of all tracks in a room together."""
     tracks = [track for p in livekit.participants(room) for track in p.get("tracks", [])]
     return sum(len(track.get("name", "")) for track in tracks)
 
 
 @contextlib.contextmanager
 def answers_in_time(synapse: Synapse) -> Iterator[None]:
-    """Asks for something trivial all the time, and fails if an answer takes too long."""
+    """Sends trivial requests one after the other, and fails if an answer takes too long."""
     slowest = 0.0
     is_over = threading.Event()
 
@@ -112,10 +108,10 @@ def answers_in_time(synapse: Synapse) -> Iterator[None]:
     assert slowest < ANSWER_SEC, slowest
 
 
-def test_poll_duplicate_connections_with_a_quarter_million_signs_do_not_freeze_synapse(
+def test_poll_of_duplicate_connections_with_identities_of_250_kilobytes_does_not_block_synapse(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
-    room_id, (alice, mallory) = people(synapse, "alice", "mallory")
+    room_id, (alice, mallory) = users_in_room(synapse, "alice", "mallory")
     room = livekit_room(token(alice, room_id))
     jwt = token(mallory, room_id)
     with answers_in_time(synapse):
@@ -130,18 +126,20 @@ def test_poll_duplicate_connections_with_a_quarter_million_signs_do_not_freeze_s
         twin.close()
 
 
-def test_ban_listing_of_20_megabytes_of_identities_removes_the_user(
+def test_ban_with_20_megabytes_of_identities_listed_removes_the_user(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
-    room_id, (alice, mallory, bob) = people(synapse, "alice", "mallory", "bob")
+    room_id, (alice, mallory, bob) = users_in_room(synapse, "alice", "mallory", "bob")
     room = livekit_room(token(alice, room_id))
     twins = []
     jwts = [token(mallory, room_id), token(bob, room_id)]
     there = Signalling(livekit.url, jwts[1])
     try:
         with answers_in_time(synapse):
-            for n in range(60):
-                twins.append(Signalling(livekit.url, jwts[0], publish=f"{n}" + "%23" * 330_000))
+            twins += [
+                Signalling(livekit.url, jwts[0], publish=f"{n}" + "%23" * 330_000)
+                for n in range(60)
+            ]
             twins.append(Signalling(livekit.url, jwts[0]))
             assert {twin.status for twin in twins} == {101}
             began = time.monotonic()
@@ -154,11 +152,13 @@ def test_ban_listing_of_20_megabytes_of_identities_removes_the_user(
             twin.close()
 
 
-def test_ban_track_names_of_6_megabytes_removes_the_user_and_sends_other_leaves(
+def test_ban_with_track_names_of_6_megabytes_removes_the_user_and_sends_other_leaves(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
     async def test() -> None:
-        room_id, (alice, mallory, bob, carl) = people(synapse, "alice", "mallory", "bob", "carl")
+        room_id, (alice, mallory, bob, carl) = users_in_room(
+            synapse, "alice", "mallory", "bob", "carl"
+        )
         room = livekit_room(token(alice, room_id))
         leaving = await enter(carl, room_id, livekit, 3_600_000)
         kicked = Signalling(livekit.url, token(bob, room_id))
@@ -193,9 +193,9 @@ def test_ban_track_names_of_6_megabytes_removes_the_user_and_sends_other_leaves(
 def test_banned_user_without_media_is_removed_within_seconds_each_time(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
-    room_id, (alice, mallory) = people(synapse, "alice", "mallory")
+    room_id, (alice, mallory) = users_in_room(synapse, "alice", "mallory")
     jwt = token(mallory, room_id)
-    # Keeps the room there.
+    # Another participant keeps the room.
     listener = Signalling(livekit.url, token(alice, room_id))
     alice.ban(room_id, mallory.user_id)
     for _ in range(3):
@@ -221,10 +221,10 @@ def own_metadata(synapse: Synapse) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("twin", ["", "twin", "x" * 9_000])
-def test_ban_of_a_participant_that_replaced_its_attributes_at_join_removes_it(
+def test_ban_of_participant_that_replaced_its_attributes_removes_it(
     twin: str, synapse: Synapse, livekit: LiveKit, own_metadata: None
 ) -> None:
-    room_id, (alice, mallory) = people(synapse, "alice", "mallory")
+    room_id, (alice, mallory) = users_in_room(synapse, "alice", "mallory")
     token(alice, room_id)
     body = service.get_token_body(mallory, room_id)
     jwt = service.post(mallory.client_url, "/get_token", body).ok()["jwt"]

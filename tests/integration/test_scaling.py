@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What docs/scaling.md describes, with the configuration in contrib/scaling."""
+"""The set-up of docs/scaling.md, with the configuration files of contrib/scaling."""
 
 import asyncio
 import hashlib
@@ -23,26 +23,22 @@ from testbed.federation import authorization
 from testbed.http import Answer, WrongAnswer, http
 from testbed.matrix import User
 from testbed.member import MEMBER, POWER_LEVELS, Member, enter, is_kept_out
-from testbed.process import MissingTool, until
+from testbed.process import until
 from testbed.scaling import KEY, LIVEKIT_URL, POLL_SEC, SECRET, Node, Scaled, scaled
 from testbed.sets import running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
-# Below the time that a poll takes to find somebody gone.
+# Less than the time in which a poll would notice a lost participant.
 AT_ONCE_SEC = POLL_SEC - 0.5
-# Missed twice and asked for once more, with what else goes on at the same time.
+# Two polls without the participant and one more request, and time for other work.
 POLLS_SEC = 6 * POLL_SEC
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
-    try:
-        with scaled(tmp_path_factory.mktemp("scaling")) as there:
-            yield there
-    except MissingTool as e:
-        missing_tool(e)
+    with scaled(tmp_path_factory.mktemp("scaling")) as there:
+        yield there
     assert "Traceback" not in there.synapse.log_text()
 
 
@@ -54,12 +50,12 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
 
 
 def room(servers: Scaled, host: User, *guests: User, node: int | None = None) -> str:
-    """A room in which everybody may be in a call, and which LiveKit node has that call."""
+    """Create a room in which all users may be in a call, and its LiveKit room on one node."""
     room_id = host.create_room(preset="public_chat", power_levels=POWER_LEVELS)
     for guest in guests:
         guest.join(room_id)
     if node is not None:
-        servers.nodes[node].take(livekit_room_name(room_id, service.SLOT))
+        servers.nodes[node].create_room(livekit_room_name(room_id, service.SLOT))
     return room_id
 
 
@@ -67,7 +63,7 @@ PROCESSES = ("main", "worker1", "worker2", "background")
 
 
 @pytest.mark.parametrize("process", [*PROCESSES, "proxy"])
-def test_tokens_of_every_endpoint_from_every_process(
+def test_every_endpoint_on_every_process_issues_tokens(
     process: str, servers: Scaled, other: Synapse
 ) -> None:
     alice, rita = servers.user("alice"), other.register(f"rita-of-{process}")
@@ -81,7 +77,7 @@ def test_tokens_of_every_endpoint_from_every_process(
     ):
         assert service.post(url, endpoint, body).ok()["url"] == LIVEKIT_URL
     if process == "background":
-        # It has no listener for anything else.
+        # The background worker has no listener for other requests.
         return
     body = service.homeserver_body(alice, room_id, LIVEKIT_URL)
     for prefix in ("v1", "unstable/io.element.msc4195"):
@@ -102,7 +98,7 @@ def federation_get_token(
     return http("POST", url + path, body, {"Authorization": signed})
 
 
-def test_the_proxy_gives_the_module_to_the_workers(servers: Scaled) -> None:
+def test_proxy_routes_module_paths_to_the_workers(servers: Scaled) -> None:
     alice = servers.user("alice")
     body = service.get_token_body(alice, room(servers, alice))
     synapse = servers.synapse
@@ -122,10 +118,10 @@ def test_the_proxy_gives_the_module_to_the_workers(servers: Scaled) -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_a_webhook_to_any_process(process: str, servers: Scaled) -> None:
+def test_webhook_to_any_process_takes_effect(process: str, servers: Scaled) -> None:
     alice = servers.user("alice")
     room_id = room(servers, alice)
-    # They are not there, but that is not what LiveKit says.
+    # The webhooks of this test report a participant that does not exist.
     jwt = service.post(
         servers.urls["main"], "/get_token", service.get_token_body(alice, room_id)
     ).ok()["jwt"]
@@ -134,9 +130,9 @@ def test_a_webhook_to_any_process(process: str, servers: Scaled) -> None:
     delay_id = alice.delay_state(room_id, MEMBER, {}, key)
     body = service.get_token_body(alice, room_id, delay_id=delay_id, delay_timeout=HOUR_MS)
     service.post(servers.urls["main"], "/get_token", body).ok()
-    tell(servers.urls[process], "participant_joined", jwt)
+    send_webhook(servers.urls[process], "participant_joined", jwt)
     assert alice.state(room_id, MEMBER, key)
-    tell(servers.urls[process], "participant_left", jwt)
+    send_webhook(servers.urls[process], "participant_left", jwt)
 
     async def test() -> None:
         await until(lambda: not alice.state(room_id, MEMBER, key), "leave", AT_ONCE_SEC)
@@ -145,17 +141,17 @@ def test_a_webhook_to_any_process(process: str, servers: Scaled) -> None:
     assert alice.delayed() == []
 
 
-def tell(url: str, event: str, jwt: str) -> None:
-    """A webhook about whoever has that token."""
+def send_webhook(url: str, event: str, jwt: str) -> None:
+    """Send a webhook about the participant of a token."""
     claims = service.claims(jwt)
-    told = WebhookEvent(
+    webhook = WebhookEvent(
         event=event,
         room=Room(name=claims["video"]["room"]),
         participant=ParticipantInfo(
             identity=claims["sub"], sid="PA_1", attributes=claims["attributes"]
         ),
     )
-    body = MessageToJson(told).encode()
+    body = MessageToJson(webhook).encode()
     digest = b64encode(hashlib.sha256(body).digest()).decode()
     signed = api.AccessToken(KEY, SECRET).with_sha256(digest).to_jwt()
     path = f"{url}{service.PREFIX}/sfu_webhook"
@@ -168,10 +164,10 @@ async def both_hear(one: Participant, other: Participant) -> None:
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_people_at_two_nodes_are_in_one_call(node: int, servers: Scaled) -> None:
+def test_participants_on_two_nodes_share_one_call(node: int, servers: Scaled) -> None:
     alice, bob = servers.user("alice"), servers.user("bob")
     room_id = room(servers, alice, bob, node=node)
-    # Which worker they ask has nothing to do with which one hears of them.
+    # The worker that issues a token need not be the one that gets the webhooks.
     node1, node2 = servers.nodes
     url1, url2 = servers.synapse.worker_urls
 
@@ -202,7 +198,7 @@ def test_people_at_two_nodes_are_in_one_call(node: int, servers: Scaled) -> None
 
 
 async def have_been_seen(servers: Scaled, *members: Member) -> None:
-    """Wait until the module knows that they are there, and not just for a moment."""
+    """Wait until the module has seen the members for longer than a moment."""
     users = [member.user.user_id for member in members]
 
     def are_settled() -> bool:
@@ -219,9 +215,9 @@ async def have_been_seen(servers: Scaled, *members: Member) -> None:
     await until(are_settled, "knowledge of them")
 
 
-def test_a_generic_worker_is_killed(servers: Scaled) -> None:
+def test_killed_generic_worker_loses_no_call(servers: Scaled) -> None:
     alice, bob = servers.user("alice"), servers.user("bob")
-    # What happens on the first node is told to the first worker.
+    # The first node sends its webhooks to the first worker.
     room_id = room(servers, alice, bob, node=0)
     worker1 = servers.synapse.workers["worker1"]
 
@@ -235,13 +231,13 @@ def test_a_generic_worker_is_killed(servers: Scaled) -> None:
         await members[1].there.leave()
         await until(lambda: not members[1].is_in_room(alice), "leave", POLLS_SEC)
         assert members[0].is_in_room(alice)
-        # Clients do not notice.
+        # The clients stay connected.
         body = service.get_token_body(bob, room_id)
         for _ in range(2):
             service.post(servers.proxy_url, "/get_token", body).ok()
         start_again(servers, "worker1")
         await members[0].there.leave()
-        # LiveKit may still be trying to tell of the other one, and tells of one after the other.
+        # LiveKit sends webhooks one by one, and may still be trying to send the previous one.
         await until(lambda: not members[0].is_in_room(alice), "leave", POLLS_SEC)
         assert [member.leaves_sent() for member in members] == [1, 1]
 
@@ -262,7 +258,7 @@ def start_again(servers: Scaled, worker: str) -> None:
     process.wait_until(is_up, f"{worker} ready")
 
 
-def test_the_background_worker_is_killed(servers: Scaled) -> None:
+def test_killed_background_worker_delays_removals_and_no_leaves(servers: Scaled) -> None:
     alice, bob, carol = (servers.user(name) for name in ("alice", "bob", "carol"))
     room_id = room(servers, alice, bob, carol)
 
@@ -273,7 +269,7 @@ def test_the_background_worker_is_killed(servers: Scaled) -> None:
         await have_been_seen(servers, alices, bobs, carols)
         servers.synapse.workers["background"].kill()
         alice.kick(room_id, bob.user_id)
-        # Webhooks go elsewhere.
+        # Other workers get the webhooks.
         await alices.there.leave()
         await until(lambda: not alices.is_in_room(carol), "leave", AT_ONCE_SEC)
         assert bobs.there.is_connected
@@ -288,7 +284,7 @@ def test_the_background_worker_is_killed(servers: Scaled) -> None:
     asyncio.run(test())
 
 
-def test_a_livekit_node_is_killed(servers: Scaled) -> None:
+def test_killed_livekit_node_moves_its_calls(servers: Scaled) -> None:
     alice, bob, carol, dave, erin = (
         servers.user(name) for name in ("alice", "bob", "carol", "dave", "erin")
     )
@@ -298,14 +294,14 @@ def test_a_livekit_node_is_killed(servers: Scaled) -> None:
     )
 
     async def test() -> None:
-        # Who came by the node that lives tries there again, and the others are gone.
+        # Clients of the running node reconnect to it. Clients of the killed node are lost.
         alices = await enter(alice, lost, node2, HOUR_MS)
         bobs = await enter(bob, lost, node1, HOUR_MS)
         carols = await enter(carol, goes_on, node2, HOUR_MS)
         daves = await enter(dave, goes_on, node2, HOUR_MS)
         erins = await enter(erin, empty, node1, HOUR_MS)
-        everybody = (alices, bobs, carols, daves, erins)
-        await have_been_seen(servers, *everybody)
+        members = (alices, bobs, carols, daves, erins)
+        await have_been_seen(servers, *members)
         node1.process.kill()
         await both_hear(carols.there, daves.there)
         for gone in (bobs, erins):
@@ -318,12 +314,12 @@ def test_a_livekit_node_is_killed(servers: Scaled) -> None:
         for member in (alices, carols, daves):
             await member.there.leave()
             await until(lambda member=member: not member.is_in_room(alice), "leave", POLLS_SEC)  # type: ignore[misc]
-        assert [member.leaves_sent() for member in everybody] == [1] * 5
+        assert [member.leaves_sent() for member in members] == [1] * 5
 
     asyncio.run(test())
 
 
-def test_restricted_user_alone_on_a_killed_node_is_back_after_two_polls(
+def test_restricted_user_alone_on_a_killed_node_reconnects_after_two_polls(
     servers: Scaled, other: Synapse
 ) -> None:
     alice, rita = servers.user("alice"), other.register("rita-alone")
@@ -342,7 +338,7 @@ def test_restricted_user_alone_on_a_killed_node_is_back_after_two_polls(
             try:
                 return identities(node2, alices) == {ritas.identity}
             except WrongAnswer:
-                # No node has the room.
+                # The room exists on neither node.
                 return False
 
         await have_been_seen(servers, alices)
@@ -363,7 +359,7 @@ def test_restricted_user_alone_on_a_killed_node_is_back_after_two_polls(
 
 
 async def polled(servers: Scaled) -> None:
-    """Wait for a poll that begins from now on."""
+    """Wait until a poll that begins after this call has ended."""
     background = servers.synapse.workers["background"]
     mark = background.log_size()
     await until(lambda: background.log_text(mark).count("/ListRooms: 200") > 1, "poll")

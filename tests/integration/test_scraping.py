@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Prometheus gets from the listeners of real homeservers, in and after real calls."""
+"""The metrics of homeservers during and after calls, as Prometheus scrapes them."""
 
 import asyncio
 import math
@@ -12,19 +12,15 @@ from testbed import service
 from testbed.livekit import LiveKit
 from testbed.member import POWER_LEVELS, enter
 from testbed.metrics import own_samples, scrape
-from testbed.process import MissingTool, until, wait_until
+from testbed.process import until, wait_until
 from testbed.sets import Cluster, module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
 
 
-def test_a_call_from_its_first_token_to_its_end(tmp_path: Path) -> None:
-    try:
-        livekit = LiveKit(tmp_path)
-    except MissingTool as e:
-        missing_tool(e)
+def test_metrics_of_a_call_count_from_first_token_to_its_end(tmp_path: Path) -> None:
+    livekit = LiveKit(tmp_path)
     synapse = Synapse("m", tmp_path, module_config(livekit, sanity_check_interval="1s"))
     livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
 
@@ -47,13 +43,13 @@ def test_a_call_from_its_first_token_to_its_end(tmp_path: Path) -> None:
         await until(lambda: now()["leave_seconds_count"] == 1, "leave")
         alice.kick(room_id, bob.user_id)
         await until(lambda: now()['removal_seconds_count{cause="left"}'] == 1, "removal")
-        # The room does not take the leave of somebody who is not in it.
+        # The room rejects the leave of a user who is not joined.
         await until(lambda: now()['leave_failures_total{cause="refused"}'] == 1, "Bob's leave")
         await bobs.there.leave()
-        await until(lambda: now()["participants"] == 0, "nobody")
+        await until(lambda: now()["participants"] == 0, "no participants")
 
     with running(livekit, synapse):
-        # Some are not there before the first poll.
+        # Some metrics have no value before the first poll.
         wait_until(lambda: now().keys() >= own_samples().keys(), "all series")
         at_first = now()
         asyncio.run(call())
@@ -78,13 +74,13 @@ def test_a_call_from_its_first_token_to_its_end(tmp_path: Path) -> None:
         return sum(value for series, value in at_last.items() if series.startswith(f"{name}{{"))
 
     assert total("rooms_ensured_total") == 2
-    # A poll may be quicker than a webhook.
+    # A poll may notice the leave before the webhook arrives.
     assert total("leaves_total") == 2
     assert total("sfu_failures_total") == 0
 
 
 @pytest.mark.parametrize("process", ["main", "worker1"])
-def test_every_process_counts_what_it_has_done(process: str, cluster: Cluster) -> None:
+def test_metrics_of_every_process_count_its_own_requests(process: str, cluster: Cluster) -> None:
     alice = cluster.user()
     room_id = alice.create_room()
     urls = cluster.synapse.metrics_urls
@@ -95,14 +91,14 @@ def test_every_process_counts_what_it_has_done(process: str, cluster: Cluster) -
     assert after == {**before, process: before[process] + 1}
 
 
-def test_the_process_that_polls_knows_who_is_there(cluster: Cluster) -> None:
+def test_metrics_of_polling_process_count_participants(cluster: Cluster) -> None:
     urls = cluster.synapse.metrics_urls
     wait_until(
         lambda: scrape(urls["background"])["last_poll_timestamp_seconds"] > 0, "the first poll"
     )
     for process, url in urls.items():
         polls = process == "background"
-        told = scrape(url)
-        assert (told["last_poll_timestamp_seconds"] > 0) == polls
-        assert math.isnan(told["participants"]) != polls
-        assert ('delegations{phase="waiting"}' in told) == polls
+        metrics = scrape(url)
+        assert (metrics["last_poll_timestamp_seconds"] > 0) == polls
+        assert math.isnan(metrics["participants"]) != polls
+        assert ('delegations{phase="waiting"}' in metrics) == polls

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the SFU is down or refuses: an error that clients understand, and one line in the log."""
+"""An SFU that is down, hangs, or rejects the secret: a Matrix error, and one line in the log."""
 
 import contextlib
 import socket
@@ -14,19 +14,14 @@ from testbed import service
 from testbed.http import Answer
 from testbed.livekit import LiveKit
 from testbed.matrix import User
-from testbed.process import MissingTool
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory: Path = tmp_path_factory.mktemp("one")
-    try:
-        livekit = LiveKit(directory)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(directory)
     synapse = Synapse("d", directory, module_config(livekit))
     with running(livekit, synapse):
         yield synapse, livekit
@@ -37,7 +32,7 @@ def ask(synapse: Synapse, alice: User, slot: str) -> Answer:
     return service.post(synapse.client_url, "/get_token", body)
 
 
-def test_an_sfu_that_goes_and_comes_back(one: tuple[Synapse, LiveKit]) -> None:
+def test_sfu_outage_rejects_starts_until_it_is_back(one: tuple[Synapse, LiveKit]) -> None:
     synapse, livekit = one
     alice = synapse.register("alice")
     ask(synapse, alice, "slot").ok()
@@ -62,7 +57,7 @@ def test_an_sfu_that_goes_and_comes_back(one: tuple[Synapse, LiveKit]) -> None:
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\n\r\n"]
 )
-def test_an_sfu_that_hangs(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
+def test_hanging_sfu_gets_504_in_time(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
     synapse, livekit = one
     connections = []
     others = []
@@ -71,7 +66,7 @@ def test_an_sfu_that_hangs(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
-                # The check at start asks for other things.
+                # The check at start sends other requests.
                 if b"CreateRoom" in connection.recv(65536):
                     connections.append(connection)
                 else:
@@ -81,7 +76,7 @@ def test_an_sfu_that_hangs(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=hang, args=(listener,), daemon=True).start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        # Only the token asks: no poll.
+        # Without polls, so that only the token request is sent.
         synapse.module_config = module_config(
             livekit, livekit_internal_url=url, sanity_check_interval=0
         )
@@ -96,13 +91,13 @@ def test_an_sfu_that_hangs(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
     assert "no answer within 10 s" in synapse.log_text()
     assert len(connections) == 1
     if answer:
-        # Synapse's client itself lets go of one that never answers at all, after a minute.
+        # Synapse's own client would drop a silent connection only after a minute.
         connections[0].settimeout(5)
         with contextlib.suppress(ConnectionResetError):
             assert connections[0].recv(1) == b""
 
 
-def test_a_wrong_secret_is_named(one: tuple[Synapse, LiveKit]) -> None:
+def test_wrong_secret_is_reported_in_the_log(one: tuple[Synapse, LiveKit]) -> None:
     synapse, livekit = one
     wrong = "another-secret-of-thirty-two-characters"
     synapse.module_config = module_config(livekit, livekit_secret=wrong)

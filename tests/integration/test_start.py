@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an admin sees when Synapse starts."""
+"""What Synapse prints and logs when it starts with the module."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from testbed.process import ProcessDied
 from testbed.synapse import Synapse
 
 
-def test_a_bad_configuration_is_told_in_full_and_without_a_traceback(tmp_path: Path) -> None:
+def test_start_with_wrong_options_reports_all_of_them_without_traceback(tmp_path: Path) -> None:
     config = {
         "livekit_url": "ftp://sfu.example.com",
         "livekit_key": "APIkey",
@@ -28,7 +28,7 @@ def test_a_bad_configuration_is_told_in_full_and_without_a_traceback(tmp_path: P
     assert "Traceback" not in log
 
 
-def test_the_environment_of_the_stand_alone_service_is_enough(tmp_path: Path) -> None:
+def test_start_with_only_the_environment_of_lk_jwt_service_succeeds(tmp_path: Path) -> None:
     environment = {
         "LIVEKIT_URL": "ws://127.0.0.1:1",
         "LIVEKIT_KEY": "APIkey",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two homeservers with one LiveKit and one secret."""
+"""Two homeservers that share one LiveKit and its secret."""
 
 import asyncio
 import itertools
@@ -11,13 +11,12 @@ from functools import partial
 import pytest
 
 from testbed import service
-from testbed.call import CallRefused, Participant
+from testbed.call import CallRejected, Participant
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS, Member, enter, is_kept_out
-from testbed.process import MissingTool, until
+from testbed.process import until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
@@ -28,7 +27,7 @@ number = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Homeservers A and B federate, and LiveKit sends its webhooks to both."""
+    """Homeservers A and B, which federate. LiveKit sends its webhooks to both."""
 
     a: Synapse
     b: Synapse
@@ -46,7 +45,7 @@ class Shared:
         return room_id
 
     async def polls(self, count: int = 3) -> None:
-        """Waits for polls of both homeservers from now on."""
+        """Waits until both homeservers have polled after this call."""
         begun = {server: listed(server) for server in (self.a, self.b)}
         await until(
             lambda: all(listed(server) >= n + count for server, n in begun.items()), "polls", 20
@@ -57,19 +56,16 @@ class Shared:
 
 
 def listed(server: Synapse) -> int:
-    """How often a homeserver has asked LiveKit for its rooms."""
+    """The number of ListRooms requests that a homeserver has sent."""
     return server.log_text().count("twirp/livekit.RoomService/ListRooms")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     directory = tmp_path_factory.mktemp("shared")
-    try:
-        livekit = LiveKit(directory)
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(directory)
     config = module_config(livekit, sanity_check_interval=f"{POLL_SEC}s")
-    # Server ACLs and the module's lists take no notice of ports, so that they need two hosts.
+    # Server ACLs and the module's lists ignore ports, so the homeservers need two host names.
     a = Synapse("a", directory, config)
     b = Synapse("b", directory, {**config, "rooms_elsewhere": "refuse"}, host="localhost")
     for server in (a, b):
@@ -81,7 +77,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 
 def recreated(server: Synapse) -> set[str]:
-    """The Matrix rooms of the calls that a homeserver has recreated."""
+    """The Matrix rooms whose calls a homeserver has recreated."""
     return set(re.findall(r"lost the room of a call of '(.*?)'; recreated", server.log_text()))
 
 
@@ -94,8 +90,8 @@ async def leave(*members: Member) -> None:
         await member.there.leave()
 
 
-def test_call_of_a_room_that_the_other_homeserver_is_not_in_goes_on(shared: Shared) -> None:
-    """B gives no tokens for rooms that it is not in, and would remove those who have one."""
+def test_call_in_room_unknown_to_the_other_homeserver_continues(shared: Shared) -> None:
+    """B issues no tokens for rooms that it is not in, and would remove their participants."""
     alice = shared.user_of(shared.a)
     room_id = alice.create_room(power_levels=POWER_LEVELS)
 
@@ -111,11 +107,11 @@ def test_call_of_a_room_that_the_other_homeserver_is_not_in_goes_on(shared: Shar
 
 
 @pytest.mark.parametrize("leaver", ["b", "a"])
-def test_last_user_of_one_homeserver_leaves_the_other_ones_call_goes_on(
+def test_call_after_last_user_of_one_homeserver_left_continues_for_the_other(
     leaver: str, shared: Shared
 ) -> None:
-    stays, goes = (shared.a, shared.b) if leaver == "b" else (shared.b, shared.a)
-    alice, bob = shared.user_of(stays), shared.user_of(goes)
+    stayer, leaving = (shared.a, shared.b) if leaver == "b" else (shared.b, shared.a)
+    alice, bob = shared.user_of(stayer), shared.user_of(leaving)
     room_id = shared.room_of_both(alice, bob)
 
     async def test() -> None:
@@ -152,7 +148,7 @@ def test_ban_removes_the_user_of_either_homeserver_and_no_other(
     asyncio.run(test())
 
 
-def test_livekit_restarts_each_homeserver_recreates_its_own_calls_alone(shared: Shared) -> None:
+def test_livekit_restart_makes_each_homeserver_recreate_only_its_own_calls(shared: Shared) -> None:
     alice, bob = shared.user_of(shared.a), shared.user_of(shared.b)
     rooms = {user: user.create_room(power_levels=POWER_LEVELS) for user in (alice, bob)}
 
@@ -169,7 +165,7 @@ def test_livekit_restarts_each_homeserver_recreates_its_own_calls_alone(shared: 
         both = list(zip((shared.a, shared.b), members, strict=True))
         for server, member in both:
             await until(partial(is_recreated, server, member), "log line", 5)
-        # Each of them has had time for the other's.
+        # Each homeserver has had time to recreate the other one's calls as well.
         await shared.polls()
         # Rooms of earlier tests may be among those that were recreated.
         for server, (_, other) in zip((shared.a, shared.b), reversed(both), strict=True):
@@ -179,7 +175,7 @@ def test_livekit_restarts_each_homeserver_recreates_its_own_calls_alone(shared: 
     asyncio.run(test())
 
 
-def test_livekit_restarts_in_a_call_of_both_the_users_come_back(shared: Shared) -> None:
+def test_livekit_restart_in_a_call_of_both_homeservers_reconnects_the_users(shared: Shared) -> None:
     alice, bob = shared.user_of(shared.a), shared.user_of(shared.b)
     room_id = shared.room_of_both(alice, bob)
 
@@ -204,6 +200,6 @@ async def _back(livekit: LiveKit, jwt: str) -> Participant:
     for _ in range(20):
         try:
             return await Participant.join(livekit.url, jwt, timeout=5.0)
-        except CallRefused:
+        except CallRejected:
             await asyncio.sleep(0.2)
     raise AssertionError("LiveKit does not let the client back in")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Main process and workers on PostgreSQL with Redis between them."""
+"""A homeserver with a main process and workers, on PostgreSQL and Redis."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ PROCESSES = ("main", "worker")
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_tokens_from_every_process(process: str, cluster: Cluster) -> None:
+def test_token_request_to_any_process_succeeds(process: str, cluster: Cluster) -> None:
     alice = cluster.user()
     room_id = alice.create_room()
     url = cluster.urls[process]
@@ -34,7 +34,7 @@ def test_tokens_from_every_process(process: str, cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_discovery_on_every_process(process: str, cluster: Cluster) -> None:
+def test_discovery_on_any_process_names_the_service(process: str, cluster: Cluster) -> None:
     alice = cluster.user().at(cluster.urls[process])
     service_url = cluster.synapse.client_url + service.PREFIX
     answer = alice.call("GET", "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports")
@@ -50,7 +50,7 @@ def test_discovery_on_every_process(process: str, cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("asked", PROCESSES)
 @pytest.mark.parametrize("how", ["deactivated", "locked", "suspended"])
-def test_a_user_who_is_shut_out_gets_no_token_from_the_next_request_on(
+def test_deactivated_locked_or_suspended_user_gets_401_from_any_process(
     how: str, asked: str, cluster: Cluster
 ) -> None:
     admin, alice = cluster.user("admin", admin=True), cluster.user()
@@ -62,7 +62,7 @@ def test_a_user_who_is_shut_out_gets_no_token_from_the_next_request_on(
     {"deactivated": admin.deactivate, "locked": admin.lock, "suspended": admin.suspend}[how](
         alice.user_id
     )
-    # The worker learns it through Redis, a moment after the admin's answer.
+    # Redis informs the worker a moment after the admin has got the answer.
     status = 200
     for _ in range(50):
         status = service.post(url, "/get_token", body).status
@@ -96,7 +96,7 @@ FIELDS: dict[str, list[tuple[str, ...]]] = {
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("endpoint", FIELDS)
 @pytest.mark.parametrize("poison", ["!a\0", "!a\ud800", "@a\0:x.org", "\udfff"])
-def test_what_postgresql_cannot_store_is_refused_ahead_of_it(
+def test_strings_that_postgresql_cannot_store_are_rejected(
     poison: str, endpoint: str, process: str, cluster: Cluster, carol: User
 ) -> None:
     room_id = "!room:example.org"
@@ -129,14 +129,14 @@ def carol(cluster: Cluster) -> User:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_delegation_and_removal_wherever_they_are_asked_for(process: str, cluster: Cluster) -> None:
+def test_delegation_and_removal_work_from_any_process(process: str, cluster: Cluster) -> None:
     alice, bob = cluster.user("alice"), cluster.user("bob")
     url = cluster.urls[process]
     room_id = alice.create_room(preset="public_chat", power_levels=POWER_LEVELS)
     bob.join(room_id)
 
     async def test() -> None:
-        # The webhooks go to the worker, and background tasks run on another one.
+        # The generic worker gets the webhooks, and another worker runs background tasks.
         bobs = await enter(bob, room_id, cluster.livekit, 6_000, url)
         alices = await enter(alice, room_id, cluster.livekit, 3_600_000, url)
         began = bob.delayed()[0]["running_since"]
@@ -152,7 +152,7 @@ def test_delegation_and_removal_wherever_they_are_asked_for(process: str, cluste
     asyncio.run(test())
 
 
-def test_one_delegation_asked_for_many_times_at_once(cluster: Cluster) -> None:
+def test_delegation_requested_many_times_at_once_keeps_one_delayed_event(cluster: Cluster) -> None:
     dave = cluster.user("dave")
     room_id = dave.create_room(power_levels=POWER_LEVELS)
     delay_ids = [dave.delay_state(room_id, MEMBER, {}, "key") for _ in range(4)]
@@ -165,11 +165,11 @@ def test_one_delegation_asked_for_many_times_at_once(cluster: Cluster) -> None:
     with ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(lambda ask: service.post(ask[0], "/sfu/get", ask[1]), asked))
     assert [answer.status for answer in answers] == [200] * len(asked)
-    # Each takes the place of those before, whichever process took these on.
+    # Each delegation replaces the previous ones, also those of another process.
     assert len(dave.delayed()) == 1
 
 
-def test_a_name_that_postgresql_cannot_store_holds_up_no_webhooks(cluster: Cluster) -> None:
+def test_webhook_with_name_that_postgresql_cannot_store_delays_no_others(cluster: Cluster) -> None:
     livekit = cluster.livekit
     for event in ("participant_joined", "participant_left", "participant_connection_aborted"):
         body = json.dumps(
@@ -183,5 +183,5 @@ def test_a_name_that_postgresql_cannot_store_holds_up_no_webhooks(cluster: Clust
             assert answer.status == 200, answer
 
 
-def test_no_process_has_a_traceback(cluster: Cluster) -> None:
+def test_cluster_log_after_all_tests_has_no_traceback(cluster: Cluster) -> None:
     assert "Traceback" not in cluster.synapse.log_text()

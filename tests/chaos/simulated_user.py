@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Somebody who takes part in calls, as a Matrix client does it, and what becomes of them.
+"""A user who takes part in calls as a Matrix client does.
 
-What a person knows of themselves is the truth that the room and the SFU are held against.
+Each user records when it was connected. `verdict.py` compares the room and the SFU with that
+record.
 """
 
 from __future__ import annotations
@@ -28,17 +29,16 @@ T = TypeVar("T")
 DELAYS_MS = (5_000, 15_000, 60_000, 600_000, 3_600_000)
 DOORS = ("/sfu/get", "/get_token", "service, A", "service, B", "homeserver")
 
-# How long to wait for a connection before asking for another token, as whoever sits in front of it
-# would.
+# How long a user waits for a connection before requesting another token.
 PATIENCE_SEC = 10.0
 
 WHAT_NEXT = {
-    "hang up and say so": 3,
+    "hang up, sending a leave": 3,
     "hang up, sending the delayed leave": 3,
-    "hang up without a word": 4,
+    "hang up without a leave": 4,
     "reconnect": 3,
     "reconnect many times": 1,
-    "drop out and come back": 2,
+    "disconnect and reconnect": 2,
     "leave the Matrix room": 3,
     "be kicked": 3,
     "be banned": 1,
@@ -49,51 +49,52 @@ FOR_GOOD = ("be banned", "be deactivated")
 
 
 class Cut(Exception):
-    """The client has died, and whatever it was about to do."""
+    """The client was killed, so it does not do what it was about to do."""
 
 
 @dataclass
 class Membership:
-    """One non-empty membership event, and the delayed leave that goes with it.
+    """One non-empty membership event and its delayed leave.
 
     Attributes:
-        number: also in the event.
-        delay_ms: of its delayed leave.
-        delay_id: of the delayed leave.
-        scheduled: when that was scheduled.
-        taken: since when the homeserver looks after it; None if it does not.
+        number: the number in the event.
+        delay_ms: the delay of its delayed leave, in milliseconds.
+        delay_id: the ID of its delayed leave.
+        scheduled: when the leave was scheduled, in seconds since the epoch.
+        delegated: since when the homeserver restarts the leave; None if it does not.
     """
 
     number: int
     delay_ms: int
     delay_id: str
     scheduled: float
-    taken: float | None = None
+    delegated: float | None = None
 
 
-class Person:
+class SimulatedUser:
     """One device of one user, in one room."""
 
-    def __init__(self, play: Play, name: str, user: User, room_id: str, host: Host) -> None:
+    def __init__(self, play: Play, name: str, account: User, room_id: str, host: Host) -> None:
         self.name = name
-        self.user = user
+        self.account = account
         self.room_id = room_id
         self.host = host
-        self.key = f"_{user.user_id}_{user.device_id}_m.call"
+        self.key = f"_{account.user_id}_{account.device_id}_m.call"
         self.identity = ""
         self.livekit_room = ""
-        # When they wanted to be in the call, and when they were, from and to.
+        # Spans of time in which the user wanted to be in the call, and in which it was connected.
         self.wanted: list[list[float]] = []
         self.inside: list[list[float]] = []
-        # When they were put out of the Matrix room, and when the SFU has thrown them out.
-        self.put_out: list[float] = []
-        # When they were sending their leave themselves, from and to.
+        # When the user left or was removed from the Matrix room.
+        self.left_room: list[float] = []
+        # Spans of time in which the user was sending a leave.
         self.leaving: list[tuple[float, float]] = []
+        # When LiveKit reported that it removed the participant.
         self.removed: list[float] = []
         self.memberships: dict[int, Membership] = {}
-        # Memberships up to this one are of before they left the Matrix room, which takes no leave
-        # of theirs any more.
-        self.void = 0
+        # The number of the last membership before the user left the Matrix room. The room accepts
+        # no leaves from the user after that.
+        self.last_in_room = 0
         self.is_in_room = True
         self.trouble: str | None = None
         self.cut = threading.Event()
@@ -105,7 +106,7 @@ class Person:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    # The truth
+    # What the user knows about itself
 
     @property
     def wants(self) -> bool:
@@ -116,27 +117,27 @@ class Person:
         return bool(self.inside) and self.inside[-1][1] == float("inf")
 
     def was_inside(self, since: float, until: float) -> bool:
-        """Whether they were connected all of that time."""
+        """Whether the user was connected all of that time."""
         return any(a <= since and until <= b for a, b in self.inside)
 
     def stayed(self, since: float, until: float) -> bool:
-        """Whether they wanted to be in the call all of that time."""
+        """Whether the user wanted to be in the call all of that time."""
         return any(a <= since and until <= b for a, b in self.wanted)
 
-    def told(self, report: dict[str, Any]) -> None:
-        """What the client tells."""
+    def on_report(self, report: dict[str, Any]) -> None:
+        """Records a report of the user's client."""
         self._now_inside(report["is"] == "in", report["at"])
         if report["why"] in ("PARTICIPANT_REMOVED", "ROOM_DELETED"):
             self.removed.append(report["at"])
 
     def die(self) -> None:
-        """The client is about to be killed."""
+        """Records that the client is about to be killed."""
         self.cut.set()
         self._now_wanting(False)
         self._now_inside(False, time.time())
 
     def join(self) -> None:
-        """Waits for the end of this person's life."""
+        """Waits for the end of this user's thread."""
         self._thread.join()
 
     def _now_wanting(self, wants: bool) -> None:
@@ -145,7 +146,7 @@ class Person:
     def _now_inside(self, is_inside: bool, at: float) -> None:
         _note(self.inside, is_inside, at)
 
-    # Their life
+    # What the user does
 
     def _run(self) -> None:
         play = self._play
@@ -160,12 +161,12 @@ class Person:
                         return
                     self._pause(self._random.uniform(0, 3))
                 except Cut:
-                    play.note(self.name, "die without a word")
+                    play.note(self.name, "client killed")
                     self.cut.clear()
                     if self._is_gone:
                         return
                     play.over.wait(self._random.uniform(0, 5))
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - The verdict reports it.
             self.trouble = f"{type(e).__name__}: {e}"
 
     def _pause(self, seconds: float) -> None:
@@ -173,7 +174,7 @@ class Person:
             raise Cut()
 
     def _ask(self, func: Callable[[], T]) -> T:
-        """Does what asks the homeserver, again and again while it is down."""
+        """Calls a function that sends a request, and repeats it while the homeserver is down."""
         while True:
             if self.cut.is_set():
                 raise Cut()
@@ -187,7 +188,10 @@ class Person:
                 self._pause(0.3)
 
     def _ask_once(self, func: Callable[[], None]) -> None:
-        """The same for what is refused when it has been done, and only the answer was lost."""
+        """The same for a request that the homeserver rejects if it was processed before.
+
+        Only the answer to the earlier attempt was lost then.
+        """
         asked = 0
 
         def ask() -> None:
@@ -204,7 +208,7 @@ class Person:
     def _enter(self) -> None:
         self._play.note(self.name, "enter")
         if not self.is_in_room:
-            self._ask(lambda: self.user.join(self.room_id))
+            self._ask(lambda: self.account.join(self.room_id))
             self.is_in_room = True
         self._door = self._random.choice(DOORS)
         self._now_wanting(True)
@@ -214,15 +218,15 @@ class Person:
         self._announce()
 
     def _join_sfu(self) -> None:
-        """Gets a token and has the client connect."""
+        """Requests a token and makes the client connect."""
         if self._door in ("/sfu/get", "service, A"):
             answer = self._ask(lambda: self._post("/sfu/get").ok())
         elif self._door in ("/get_token", "service, B"):
             answer = self._ask(lambda: self._post("/get_token").ok())
         else:
-            body = service.homeserver_body(self.user, self.room_id, self._play.livekit.url)
+            body = service.homeserver_body(self.account, self.room_id, self._play.livekit.url)
             answer = self._ask(
-                lambda: service.homeserver_get_token(self.user.at(self._any_url()), body).ok()
+                lambda: service.homeserver_get_token(self.account.at(self._any_url()), body).ok()
             )
         claims = service.claims(answer["jwt"])
         self.identity, self.livekit_room = claims["sub"], claims["video"]["room"]
@@ -230,7 +234,7 @@ class Person:
 
     def _post(self, endpoint: str, **more: Any) -> Answer:
         make = service.sfu_get_body if endpoint == "/sfu/get" else service.get_token_body
-        return service.post(self._any_url(), endpoint, make(self.user, self.room_id, **more))
+        return service.post(self._any_url(), endpoint, make(self.account, self.room_id, **more))
 
     def _any_url(self) -> str:
         """Any process that serves the module's endpoints."""
@@ -242,65 +246,65 @@ class Person:
             self._pause(0.05)
 
     def _announce(self) -> None:
-        """Schedules the leave, sends the membership, and hands the leave over."""
-        is_taken = False
-        while not is_taken and not self._play.closing.is_set():
+        """Schedules the leave, sends the membership, and delegates the leave."""
+        is_delegated = False
+        while not is_delegated and not self._play.closing.is_set():
             self._number += 1
             delay_ms = self._random.choice(DELAYS_MS)
             delay_id = self._ask(lambda: self._schedule(delay_ms))  # noqa: B023
             membership = Membership(self._number, delay_ms, delay_id, time.time())
             self.memberships[self._number] = membership
             content = {"application": "m.call", "number": self._number}
-            self._ask(lambda: self.user.send_state(self.room_id, MEMBER, content, self.key))  # noqa: B023
-            # While the homeserver was down it may have been sent, ahead even of the membership.
-            is_taken = self._ask(lambda: self._delegate(delay_id, delay_ms))  # noqa: B023
-            if is_taken:
-                membership.taken = time.time()
+            self._ask(lambda: self.account.send_state(self.room_id, MEMBER, content, self.key))  # noqa: B023
+            # Synapse may have sent the leave at its start, even before the membership.
+            is_delegated = self._ask(lambda: self._delegate(delay_id, delay_ms))  # noqa: B023
+            if is_delegated:
+                membership.delegated = time.time()
             self._play.journal(
                 self.name,
                 f"announced {self._number}, {delay_ms} ms, {delay_id}, by {self._door} as"
-                f" {self.identity}: {'taken' if is_taken else 'refused'}",
+                f" {self.identity}: {'delegated' if is_delegated else 'rejected'}",
             )
 
     def _schedule(self, delay_ms: int) -> str:
-        """Schedules the leave, unless that has been done and only the answer was lost."""
-        user = self.user
+        """Schedules the leave, unless an earlier request did so and only its answer was lost."""
+        account = self.account
         known = {membership.delay_id for membership in self.memberships.values()}
-        for event in user.delayed():
-            # An answer that was lost: a leave that nobody knows of would end a later membership.
+        for event in account.delayed():
+            # The answer with this ID was lost. A forgotten leave would end a later membership.
             if event["delay_id"] not in known and event.get("delay") == delay_ms:
                 return str(event["delay_id"])
-        return user.delay_state(self.room_id, MEMBER, {}, self.key, delay_ms)
+        return account.delay_state(self.room_id, MEMBER, {}, self.key, delay_ms)
 
     def _delegate(self, delay_id: str, delay_ms: int) -> bool:
         more = {"delay_id": delay_id, "delay_timeout": delay_ms}
         if self._door.startswith("/"):
             self._post(self._door, **more).ok()
-            # The answer does not tell, but clients go on restarting their leave.
+            # The answer does not say so, but clients continue to restart their leave.
             return self._manage(delay_id, "restart").status == 200
         if self._door == "homeserver":
             body = service.homeserver_body(
-                self.user, self.room_id, self._play.livekit.url, delay_id=delay_id
+                self.account, self.room_id, self._play.livekit.url, delay_id=delay_id
             )
-            answer = service.homeserver_delegate(self.user.at(self._any_url()), body)
+            answer = service.homeserver_delegate(self.account.at(self._any_url()), body)
         else:
             answer = self._post("/delegate_delayed_leave", **more)
         if answer.status == 400:
-            # It was sent meanwhile.
+            # The leave was sent in the meantime.
             return False
         answer.ok()
         return True
 
     def _manage(self, delay_id: str, do: str) -> Answer:
-        """Has a delayed event restarted, or sent."""
+        """Restarts or sends a delayed event."""
         path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}/{do}"
-        answer = self.user.call("POST", path, {})
+        answer = self.account.call("POST", path, {})
         if answer.status != 404:
             answer.ok()
         return answer
 
     def _stay(self) -> None:
-        """Is in the call for a while, and makes good what is lost, as clients do."""
+        """Stays in the call for a while, and replaces lost tokens and memberships as clients do."""
         play = self._play
         until = time.time() + self._random.uniform(2, 15)
         outside_since = time.time()
@@ -317,7 +321,7 @@ class Person:
                 self._announce()
 
     def _go_on(self) -> bool:
-        """Does what comes next; returns whether life goes on."""
+        """Does the next action, and returns whether the user continues."""
         (what,) = self._random.choices(list(WHAT_NEXT), list(WHAT_NEXT.values()))
         self._play.note(self.name, what)
         if what in OUT_OF_THE_ROOM:
@@ -330,7 +334,7 @@ class Person:
                 self.host.order(self.name, "again")
                 self._pause(self._random.uniform(0.1, 0.5))
             self._stay()
-        elif what == "drop out and come back":
+        elif what == "disconnect and reconnect":
             self._now_wanting(False)
             self.host.order(self.name, "leave")
             self._pause(self._random.uniform(0, 0.5))
@@ -338,9 +342,9 @@ class Person:
             self._join_sfu()
             self._stay()
         self._now_wanting(False)
-        if what == "hang up and say so":
+        if what == "hang up, sending a leave":
             began = time.time()
-            self._ask(lambda: self.user.send_state(self.room_id, MEMBER, {}, self.key))
+            self._ask(lambda: self.account.send_state(self.room_id, MEMBER, {}, self.key))
             self.leaving.append((began, time.time()))
         elif what == "hang up, sending the delayed leave":
             # 404 if the homeserver was faster.
@@ -351,34 +355,34 @@ class Person:
     def _leave_room(self, how: str) -> bool:
         moderator = self._play.moderator
         self._now_wanting(False)
-        self.void = self._number
+        self.last_in_room = self._number
         self.is_in_room = False
         if how in FOR_GOOD:
             self._is_gone = True
             self._play.replace(self)
         if how == "leave the Matrix room":
-            self._ask_once(lambda: self.user.leave(self.room_id))
+            self._ask_once(lambda: self.account.leave(self.room_id))
         elif how == "be kicked":
-            self._ask_once(lambda: moderator.kick(self.room_id, self.user.user_id))
+            self._ask_once(lambda: moderator.kick(self.room_id, self.account.user_id))
         elif how == "be banned":
-            self._ask_once(lambda: moderator.ban(self.room_id, self.user.user_id))
+            self._ask_once(lambda: moderator.ban(self.room_id, self.account.user_id))
         else:
-            self._ask_once(lambda: moderator.deactivate(self.user.user_id))
-        # Their client knows nothing of that, and tries what it can to stay.
-        self.put_out.append(time.time())
+            self._ask_once(lambda: moderator.deactivate(self.account.user_id))
+        # The client does not know, and tries to stay connected.
+        self.left_room.append(time.time())
         self._pause(self._random.uniform(2, 8))
         self.host.order(self.name, "leave")
         return not self._is_gone
 
     def hang_up(self) -> None:
-        """At the very end: without a word."""
+        """Disconnects without a leave, at the end of the run."""
         if self.wants:
             self._now_wanting(False)
             self.host.order(self.name, "leave")
 
 
 def _note(spans: list[list[float]], begins: bool, at: float) -> None:
-    """Notes in a list of spans of time that one begins, or that it ends."""
+    """Begins or ends a span of time at the end of the list."""
     is_open = bool(spans) and spans[-1][1] == float("inf")
     if begins and not is_open:
         spans.append([at, float("inf")])
