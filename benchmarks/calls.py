@@ -109,7 +109,7 @@ def note_calls(synapse: Synapse, participants: Iterable[Participant]) -> None:
     """Writes the calls of participants to the database, as the first token of a call does."""
     now_ms = int(1000 * time.time())
     calls = {participant.livekit_room: participant.room_id for participant in participants}
-    rows = [{"livekit_room": a, "room_id": b, "seen_ms": now_ms} for a, b in calls.items()]
+    rows = [{"livekit_room": a, "room_id": b, "seen_ts": now_ms} for a, b in calls.items()]
     synapse.insert("synapse_lk_jwt_calls", rows)
 
 
@@ -131,18 +131,18 @@ def delegate(synapse: Synapse, participants: Sequence[Participant]) -> None:
                 "user_id": p.user.user_id,
                 "room_id": p.room_id,
                 "livekit_room": p.livekit_room,
-                "member": p.identity,
+                "member_identity": p.identity,
                 "event_type": MEMBER,
                 "state_key": p.key,
                 "delay_ms": HOUR_MS,
-                "taken_ms": now_ms,
-                "several": False,
+                "created_ts": now_ms,
+                "has_multiple_identities": 0,
                 "phase": "connected",
-                "next_ms": restarted_ms + RESTART_MS,
-                "restarted_ms": restarted_ms,
-                "connected_ms": now_ms,
-                "doubted_ms": 0,
-                "tries": 0,
+                "due_ts": restarted_ms + RESTART_MS,
+                "restarted_ts": restarted_ms,
+                "connected_ts": now_ms,
+                "suspected_gone_ts": 0,
+                "attempts": 0,
             }
         )
         identities.append(

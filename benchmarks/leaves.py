@@ -349,19 +349,20 @@ class Many:
                 {
                     "delay_id": delay_id,
                     "user_id": user.user_id,
+                    "room_id": self.tokens.room_id,
                     "livekit_room": livekit_room,
-                    "member": identity,
+                    "member_identity": identity,
                     "event_type": MEMBER,
                     "state_key": state_key,
                     "delay_ms": HOUR_MS,
-                    "taken_ms": now_ms,
-                    "several": False,
+                    "created_ts": now_ms,
+                    "has_multiple_identities": 0,
                     "phase": "connected",
-                    "next_ms": restarted_ms + RESTART_MS,
-                    "restarted_ms": restarted_ms,
-                    "connected_ms": now_ms,
-                    "doubted_ms": 0,
-                    "tries": 0,
+                    "due_ts": restarted_ms + RESTART_MS,
+                    "restarted_ts": restarted_ms,
+                    "connected_ts": now_ms,
+                    "suspected_gone_ts": 0,
+                    "attempts": 0,
                 }
             )
             identities.append(
@@ -386,7 +387,7 @@ class Many:
                 }
             )
         calls = [
-            {"livekit_room": room, "room_id": self.tokens.room_id, "seen_ms": now_ms}
+            {"livekit_room": room, "room_id": self.tokens.room_id, "seen_ts": now_ms}
             for room in rooms
         ]
         for table, rows in (

@@ -12,8 +12,8 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.livekit.client import RoomService
 from synapse_lk_jwt.livekit.naming import livekit_room_name
 from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
+from synapse_lk_jwt.livekit.tables import OwnerTable
 from synapse_lk_jwt.livekit.tokens import TokenSigner
-from synapse_lk_jwt.store import Store
 
 # LiveKit hands a connected client tokens of its own, which are good for this long.
 REFRESHED_TOKEN_MS = 600_000
@@ -34,7 +34,7 @@ class Issuer:
         homeserver: knows who is in which room.
         access: the access rule.
         rooms: makes sure of LiveKit rooms.
-        store: notes whose an identity is, if its participant can change what LiveKit says of that.
+        owners: notes whose an identity is, if its participant can change what LiveKit says of that.
         signer: signs the tokens.
         sealer: seals into them whose they are.
         require_room_membership: whether users must be joined to the Matrix room to get a token.
@@ -47,7 +47,7 @@ class Issuer:
     homeserver: Homeserver
     access: Access
     rooms: RoomService
-    store: Store
+    owners: OwnerTable
     signer: TokenSigner
     sealer: OwnerSealer
     require_room_membership: bool
@@ -155,7 +155,7 @@ class Issuer:
             get_domain_from_id(user_id), await self.homeserver.users.standing(user_id)
         )
         livekit_room = livekit_room_name(room_id, slot_id)
-        if self.can_update_own_metadata and not await self.store.note_owner(
+        if self.can_update_own_metadata and not await self.owners.note(
             livekit_room, identity, user_id
         ):
             raise LimitExceededError("synapse_lk_jwt_owners", retry_after_ms=UNSEEN_MS)

@@ -18,19 +18,22 @@ from synapse_lk_jwt.auth.access import Access
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
 from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.module_database import ModuleDatabase, unsupported_schema
 from synapse_lk_jwt.compat.self_test import Feature, describe, missing_hooks
 from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.delegation.service import DelegationService
+from synapse_lk_jwt.delegation.tables import DelegationTable
 from synapse_lk_jwt.discovery import Advertise
 from synapse_lk_jwt.enforcement.room_changes import Membership
+from synapse_lk_jwt.enforcement.tables import StreamPosition
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.livekit.client import RoomService
 from synapse_lk_jwt.livekit.ownership import OwnerSealer
+from synapse_lk_jwt.livekit.tables import CallTable, OwnerTable
 from synapse_lk_jwt.livekit.tokens import TokenSigner
 from synapse_lk_jwt.monitor import Monitor
-from synapse_lk_jwt.process_registry import ProcessRegistry
+from synapse_lk_jwt.process_registry import ProcessRegistry, ProcessTable
 from synapse_lk_jwt.remote_tokens import RemoteSfus
-from synapse_lk_jwt.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,10 @@ class LiveKitJwtModule:
                 describe(feature, hooks),
             )
         if Feature.TOKENS in missing:
+            return
+        unsupported = unsupported_schema(api)
+        if unsupported is not None:
+            logger.error("%s", unsupported)
             return
         homeserver = Homeserver(api, missing.keys())
         service_url = config.service_url_at(api.public_baseurl)
@@ -69,18 +76,18 @@ class LiveKitJwtModule:
             homeserver.clock.time_msec,
             config.other_livekit_pairs,
         )
-        store = Store(homeserver)
+        database = ModuleDatabase(homeserver)
+        calls, owners = CallTable(database), OwnerTable(database)
+        delegations = DelegationTable(database)
         sealer = OwnerSealer(config.livekit_secret, *config.other_livekit_pairs.values())
-        rooms = RoomService(
-            homeserver, config.livekit_internal_url, signer, sealer, store.note_call
-        )
+        rooms = RoomService(homeserver, config.livekit_internal_url, signer, sealer, calls.note)
         issuer = Issuer(
             homeserver=homeserver,
             access=Access(
                 homeserver.server_name, config.full_access_homeservers, config.remote_can_publish
             ),
             rooms=rooms,
-            store=store,
+            owners=owners,
             signer=signer,
             sealer=sealer,
             require_room_membership=config.require_room_membership,
@@ -89,14 +96,19 @@ class LiveKitJwtModule:
             can_update_own_metadata=config.can_update_own_metadata,
         )
         limits = Limits(homeserver, config.rc_token, config.rc_openid)
-        leaves = DelegationService(homeserver, store, rooms)
-        processes = ProcessRegistry(homeserver, store)
+        leaves = DelegationService(homeserver, database, delegations, calls, rooms)
+        leaves.start()
+        processes = ProcessRegistry(homeserver, ProcessTable(database))
+        processes.start()
         monitor = Monitor(
             homeserver,
-            store,
+            calls,
+            owners,
             rooms,
             leaves,
-            Membership(homeserver, store, rooms, issuer),
+            Membership(
+                homeserver, calls, owners, StreamPosition(database), delegations, rooms, issuer
+            ),
             processes,
             config.sanity_check_interval_ms,
             issuer.owners_kept_ms,
@@ -111,7 +123,7 @@ class LiveKitJwtModule:
                 not_served,
                 homeserver.check_command,
             )
-        check = CheckResource(services, processes, store, not_served)
+        check = CheckResource(services, processes, calls, not_served)
         service = ServiceResource(services, monitor, processes, check, sealer)
         if not homeserver.servlets.register_web_resource(config.path_prefix, service):
             logger.error(

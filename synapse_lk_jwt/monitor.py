@@ -18,12 +18,13 @@ from synapse.util.async_helpers import concurrently_execute
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.delegation.service import DelegationService
+from synapse_lk_jwt.delegation.tables import Tracked
 from synapse_lk_jwt.enforcement.room_changes import Membership
 from synapse_lk_jwt.livekit.client import NoNode, RoomService, SfuError
 from synapse_lk_jwt.livekit.naming import possible_bases
 from synapse_lk_jwt.livekit.participants import CallParticipant, Listing
+from synapse_lk_jwt.livekit.tables import CallTable, OwnerTable, TooManySlots
 from synapse_lk_jwt.process_registry import ProcessRegistry
-from synapse_lk_jwt.store import Store, TooManySlots, Tracked
 from synapse_lk_jwt.work import WorkByKey
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class Monitor:
     def __init__(
         self,
         homeserver: Homeserver,
-        store: Store,
+        calls: CallTable,
+        owners: OwnerTable,
         rooms: RoomService,
         leaves: DelegationService,
         membership: Membership,
@@ -163,7 +165,8 @@ class Monitor:
         """
         Args:
             homeserver: runs the polls.
-            store: where what is learnt is noted.
+            calls: the calls that were noted.
+            owners: the owners that were noted.
             rooms: the SFU.
             leaves: follows who joins and leaves.
             membership: checks who joins.
@@ -173,7 +176,8 @@ class Monitor:
                 milliseconds; None if owners are not noted.
         """
         self._homeserver = homeserver
-        self._store = store
+        self._calls = calls
+        self._owners = owners
         self._rooms = rooms
         self._leaves = leaves
         self._membership = membership
@@ -204,7 +208,7 @@ class Monitor:
         if webhook.event == "room_finished":
             self._rooms.forget(livekit_room)
             if webhook.room_end_reason not in NO_LEAVE_OF_ROOM:
-                self._leaves.begin(await self._store.finished(livekit_room))
+                await self._leaves.on_room_finished(livekit_room)
                 self._finished.add(livekit_room, {livekit_room: webhook.event})
         elif webhook.event not in PARTICIPANT_EVENTS:
             return
@@ -213,7 +217,7 @@ class Monitor:
         elif webhook.event == "participant_joined":
             if participant.can_be_stored:
                 room_id = self._membership.room_of([participant])
-                await self._store.joined(
+                await self._leaves.on_joined(
                     livekit_room, participant.identity, participant.sid, room_id
                 )
             # A duplicate connection can have any name, and is checked in any case.
@@ -221,24 +225,24 @@ class Monitor:
         elif participant.can_be_stored:
             identity, sid = participant.identity, participant.sid
             if participant.disconnect_reason in NO_LEAVE:
-                await self._store.evicted(livekit_room, identity, sid)
+                await self._leaves.on_session_replaced(livekit_room, identity, sid)
             else:
-                self._leaves.begin(await self._store.left(livekit_room, identity, sid))
+                await self._leaves.on_left(livekit_room, identity, sid)
 
     async def _check_after_unreadable(self, livekit_room: str, _: Mapping[str, str]) -> None:
         """Finds out what a webhook said that names the room and nothing else."""
-        delegations = await self._store.tracked(livekit_room)
-        room_id = await self._store.room_of(livekit_room)
+        delegations = await self._leaves.tracked(livekit_room)
+        room_id = await self._calls.room_of(livekit_room)
         try:
             # Ahead of any doubt: a participant can cause many such webhooks, and to doubt all
             # delegations of the room takes a question and two writes for each.
             listing = await self._rooms.list_participants(livekit_room)
-            await self._leaves.doubt_absent(delegations, listing)
+            await self._leaves.suspect_absent(delegations, listing)
             if room_id is not None:
                 await self._membership.check(livekit_room, room_id, listing, "joined")
         except SfuError:
             # It has been logged. The clock asks again.
-            self._leaves.begin(await self._store.suspect(livekit_room))
+            await self._leaves.suspect_room(livekit_room)
 
     async def _check_after_finished(self, livekit_room: str, _: Mapping[str, str]) -> None:
         """Notes a call again if there are participants in it: LiveKit reported its end in error.
@@ -251,7 +255,7 @@ class Monitor:
             listing = await self._rooms.list_participants(livekit_room)
             room_id = self._membership.room_of(listing.participants)
             if room_id is not None:
-                await self._store.note_call(livekit_room, room_id)
+                await self._calls.note(livekit_room, room_id)
 
     async def poll(self) -> None:
         """Checks the whole SFU once, unless a poll is under way."""
@@ -267,26 +271,26 @@ class Monitor:
             self._is_polling = False
 
     async def _poll(self) -> None:
-        for phase, number in (await self._store.count_delegations()).items():
+        for phase, number in (await self._leaves.count()).items():
             metrics.delegations.labels(phase.value).set(number)
         if self._owners_kept_ms is not None:
-            await self._store.forget_owners(self._owners_kept_ms)
+            await self._owners.forget(self._owners_kept_ms)
         tracked: dict[str, list[Tracked]] = {}
-        for delegation in await self._store.tracked():
+        for delegation in await self._leaves.tracked():
             tracked.setdefault(delegation.livekit_room, []).append(delegation)
-        if self._is_off and not tracked and not await self._store.calls():
+        if self._is_off and not tracked and not await self._calls.all():
             self._note({})
             return
         asked_ms = self._homeserver.clock.time_msec()
         there = await self._rooms.list_rooms()
         # Afterwards, so that a room that has just been closed is not in here and was lost.
-        poll = _Poll(asked_ms, there, await self._store.calls(), tracked)
+        poll = _Poll(asked_ms, there, await self._calls.all(), tracked)
 
         await self._recreate_lost_rooms(poll)
         await self._check_rooms(poll)
         gone = Listing(asked_ms, ())
         for livekit_room in tracked.keys() - there.keys():
-            await self._leaves.polled(tracked[livekit_room], gone)
+            await self._leaves.on_poll(tracked[livekit_room], gone)
         # A participant who comes back takes the room to another node. Until that is done here,
         # LiveKit cannot name its participants. Not at once, because an empty room may be closed.
         await self._recreate(poll, poll.without_node & self._without_node)
@@ -296,8 +300,8 @@ class Monitor:
             name for name in ours if name not in self._seen or self._seen[name].is_ours
         }
         self._without_node = poll.without_node
-        await self._processes.look(poll.joined_sec)
-        await self._store.forget_calls(poll.calls.keys() - there.keys(), FORGET_CALLS_MS)
+        await self._processes.check_webhooks(poll.joined_sec)
+        await self._calls.forget(poll.calls.keys() - there.keys(), FORGET_CALLS_MS)
         self._note({**ours, **dict.fromkeys(poll.unknown & poll.calls.keys(), math.nan)})
 
     def _note(self, numbers: Mapping[str, float]) -> None:
@@ -377,23 +381,21 @@ class Monitor:
     async def _check_delegations(self, livekit_room: str, poll: _Poll) -> None:
         """Asks for the participants of delegations alone, in a room that is otherwise quiet."""
         delegations = poll.tracked[livekit_room]
-        identities = {i for delegation in delegations for i in delegation.identities}
-        listing = await self._leaves.look_for(livekit_room, identities)
-        await self._leaves.polled(delegations, listing)
+        await self._leaves.poll_participants(livekit_room, delegations)
 
     async def _check_room(self, livekit_room: str, poll: _Poll) -> None:
         """Lists one room, and applies what that says to delegations and membership."""
         listing = await self._rooms.list_participants(livekit_room)
-        await self._leaves.polled(poll.tracked.get(livekit_room, ()), listing)
+        await self._leaves.on_poll(poll.tracked.get(livekit_room, ()), listing)
         poll.joined_sec.extend(participant.joined_at for participant in listing.participants)
         if self._owners_kept_ms is not None:
             bases = {base for p in listing.participants for base in possible_bases(p.identity)}
-            await self._store.keep_owners(livekit_room, bases)
+            await self._owners.keep(livekit_room, bases)
         room_id = poll.calls.get(livekit_room)
         if room_id is None:
             room_id = self._membership.room_of(listing.participants)
             if room_id is not None:
-                await self._store.note_call(livekit_room, room_id)
+                await self._calls.note(livekit_room, room_id)
         if room_id is not None:
             try:
                 await self._membership.check(livekit_room, room_id, listing, "poll")

@@ -15,8 +15,8 @@ from synapse_lk_jwt.auth import openid
 from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken
 from synapse_lk_jwt.check.signature import is_signed
 from synapse_lk_jwt.issuer import NotInRoom
+from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.process_registry import ProcessRegistry
-from synapse_lk_jwt.store import Store
 
 # No homeserver has made this one: an answer to it tells that the homeserver can be asked.
 UNKNOWN = "synapse-lk-jwt-check"
@@ -34,12 +34,16 @@ class CheckResource(Endpoint):
     """
 
     def __init__(
-        self, services: Services, processes: ProcessRegistry, store: Store, not_served: str | None
+        self,
+        services: Services,
+        processes: ProcessRegistry,
+        calls: CallTable,
+        not_served: str | None,
     ) -> None:
         super().__init__(services.homeserver)
         self._issuer = services.issuer
         self._processes = processes
-        self._store = store
+        self._calls = calls
         self._not_served = not_served
 
     async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
@@ -105,5 +109,5 @@ class CheckResource(Endpoint):
             "membership": await homeserver.rooms.membership(user_id, room_id) if is_here else None,
             "acl_allows": await homeserver.rooms.acl_allows(server, room_id) if is_here else None,
             "is_allowed": is_allowed,
-            "livekit_rooms": (await self._store.calls_in([room_id])).get(room_id, []),
+            "livekit_rooms": (await self._calls.in_rooms([room_id])).get(room_id, []),
         }

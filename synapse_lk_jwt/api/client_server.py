@@ -24,13 +24,13 @@ from synapse_lk_jwt.api.errors import (
     other_sfu,
 )
 from synapse_lk_jwt.api.services import Services
+from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.identifiers import is_same_url
 from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.livekit.naming import (
     device_identity,
     device_member_identity,
-    livekit_room_name,
     member_identity,
 )
 from synapse_lk_jwt.remote_tokens import RemoteSfus
@@ -156,9 +156,7 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
                 device_identity(user_id, requester.device_id),
                 device_member_identity(user_id, requester.device_id, body.member_id),
             ]
-        livekit_room = livekit_room_name(body.room_id, body.slot_id)
-        if not await self._services.leaves.delegate(
-            user_id, body.room_id, livekit_room, identities, body.delay_id
-        ):
+        member = CallMember(user_id, body.room_id, body.slot_id, tuple(identities))
+        if not await self._services.leaves.delegate(member, body.delay_id):
             raise no_such_delayed_event()
         return 200, {}

@@ -13,8 +13,8 @@ from synapse_lk_jwt import metrics
 from synapse_lk_jwt.identifiers import is_same_url
 from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.livekit.client import SfuError
+from synapse_lk_jwt.livekit.tables import SLOTS_RETRY_AFTER_MS, TooManySlots
 from synapse_lk_jwt.remote_tokens import RemoteFailure, RemoteRefusal
-from synapse_lk_jwt.store import SLOTS_RETRY_AFTER_MS, TooManySlots
 
 logger = logging.getLogger(__name__)
 

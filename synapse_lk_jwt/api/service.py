@@ -24,11 +24,11 @@ from synapse_lk_jwt.api.services import Services
 from synapse_lk_jwt.api.webhook import SfuWebhookResource
 from synapse_lk_jwt.auth import openid
 from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.livekit.naming import (
     MAX_IDENTITY_BYTES,
     device_identity,
     device_member_identity,
-    livekit_room_name,
 )
 from synapse_lk_jwt.livekit.ownership import OwnerSealer
 from synapse_lk_jwt.monitor import Monitor
@@ -109,10 +109,8 @@ class _TokenEndpoint(Endpoint):
     async def _delegate(
         self, user_id: str, room_id: str, slot_id: str, identities: Sequence[str], delay_id: str
     ) -> bool:
-        livekit_room = livekit_room_name(room_id, slot_id)
-        return await self._services.leaves.delegate(
-            user_id, room_id, livekit_room, identities, delay_id
-        )
+        member = CallMember(user_id, room_id, slot_id, tuple(identities))
+        return await self._services.leaves.delegate(member, delay_id)
 
     async def _answer(
         self,

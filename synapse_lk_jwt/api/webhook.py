@@ -77,7 +77,7 @@ class SfuWebhookResource(Endpoint):
             claims = unverified_claims(authorization(request))
             if self._signer.has_key(claims.get("iss")) and isinstance(claims.get("sha256"), str):
                 # It may be LiveKit's. That is no proof: anyone can write so.
-                self._processes.refused()
+                self._processes.note_rejected()
             if str(e) not in self._refused:
                 self._refused.add(str(e))
                 logger.warning(
@@ -95,7 +95,7 @@ class SfuWebhookResource(Endpoint):
             logger.warning("A webhook of LiveKit cannot be read")
             return 200, {}
         self._refused.clear()
-        self._processes.webhook(webhook.livekit_room)
+        self._processes.note_webhook(webhook.livekit_room)
         try:
             await self._monitor.webhook(webhook)
         except (self._homeserver.database.error, OSError) as e:

@@ -297,9 +297,9 @@ async def _wait_for_webhook(running: Running, url: str, began_ms: int) -> Findin
     is_refused = False
     for _ in range(round(WEBHOOK_SEC / ASK_AGAIN_SEC)):
         processes = (await running.ask_process(url))["processes"]
-        if any(process["webhook_ms"] >= began_ms for process in processes):
+        if any(process["webhook_ts"] >= began_ms for process in processes):
             return ok("webhooks", "of LiveKit arrive")
-        is_refused = any(process["refused_ms"] >= began_ms for process in processes)
+        is_refused = any(process["rejected_ts"] >= began_ms for process in processes)
         await asyncio.sleep(ASK_AGAIN_SEC)
     if is_refused:
         return wrong(

@@ -54,6 +54,7 @@ class Feature(Enum):
 HOOKS: Mapping[Feature, tuple[str, ...]] = {
     Feature.TOKENS: (
         "config:config_files",
+        "config:database.databases",
         "config:server.proxy_config.get_proxies_dictionary",
         "config:server.proxy_config.http_proxy",
         "config:server.proxy_config.https_proxy",
@@ -69,6 +70,7 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
         "store:get_rooms_for_user",
         "store:get_user_by_id",
         "store:is_host_joined",
+        "synapse.storage.database:make_conn",
         "synapse.types:UserInfo.appservice_id",
         "synapse.types:UserInfo.is_deactivated",
         "synapse.types:UserInfo.is_guest",

@@ -1,238 +1,421 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delegated delayed leaves at work: asks the SFU, sends the leaves, and looks at the clock.
+"""Delegated delayed leaves at work: loads delegations, applies signals to them, runs the tasks.
 
-What to do when is decided in `state_machine.py`, and kept in the database by `store.py`.
+Each signal takes the same path: `DelegationTable` locks and loads the delegation, `transition`
+decides, `_apply` stores the result. What is decided and what is done to the delayed event is one
+transaction. So the decision is made once, however many processes get the signal, and whichever of
+them dies. Tasks that need LiveKit or the room run afterwards, and end with a signal of their own.
 """
 
-import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 
-from livekit.protocol.models import ParticipantInfo
-from synapse.api.errors import SynapseError
-from synapse.util.async_helpers import concurrently_execute
+import attr
+from synapse.module_api import LoggingTransaction
+from synapse.util.iterutils import batch_iter
 
 from synapse_lk_jwt import metrics
+from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.compat.homeserver import Homeserver
-from synapse_lk_jwt.delegation.state_machine import SENDING_MS, Action, Signal
+from synapse_lk_jwt.compat.module_database import ModuleDatabase
+from synapse_lk_jwt.delegation.creation import Creation
+from synapse_lk_jwt.delegation.presence import (
+    ParticipantLookup,
+    by_identity,
+    connected_sessions,
+)
+from synapse_lk_jwt.delegation.sender import CLOCK_MS, LeaveSender, SendLeave
+from synapse_lk_jwt.delegation.state_machine import Action, Phase, Signal, transition, trigger
+from synapse_lk_jwt.delegation.tables import BATCH, DelegationTable, Leave, Record, Tracked
 from synapse_lk_jwt.livekit.client import RoomService, SfuError
-from synapse_lk_jwt.livekit.participants import CallParticipant, Listing
-from synapse_lk_jwt.store import Store, Task, Tracked
+from synapse_lk_jwt.livekit.participants import Listing
+from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.work import WorkByKey
 
-logger = logging.getLogger(__name__)
+# A LiveKit room that is reported as finished has been created again if its call was noted this
+# recently. A token request may have found the call noted already, so that this must be well above
+# NOTE_AGAIN_MS.
+CREATED_ANEW_MS = 10_000
 
-CLOCK_MS = 1_000
 
-# Up to so many participants of one room are asked for one by one, which no other participant can
-# slow down. Beyond, one listing of the whole room is less work.
-MAX_ASKED_ONE_BY_ONE = 10
+@attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
+class QuerySfu:
+    """A task: query the SFU for the participant of a delegation.
 
-# How many leaves are sent to one room at a time.
-CONCURRENT_SENDS = 10
+    Attributes:
+        delay_id: the delegation.
+        livekit_room: the LiveKit room.
+        identities: the participant identities that the delegation follows.
+        was_connected: whether one of them has been connected.
+    """
+
+    delay_id: str
+    livekit_room: str
+    identities: Collection[str]
+    was_connected: bool
+
+
+Task = QuerySfu | SendLeave
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Observed:
+    """What LiveKit said about the participant of a delegation.
+
+    Attributes:
+        signal: the signal.
+        sessions: the connected identities with their sessions; some for SEEN alone.
+    """
+
+    signal: Signal
+    sessions: Mapping[str, str] = attr.Factory(dict)
 
 
 class DelegationService:
-    """Looks after the delayed leaves that clients have handed over.
+    """Follows the participants of delegations, and acts for them.
 
-    LiveKit is asked, and leaves are sent, room by room: one that hangs delays none of the others.
+    LiveKit is queried, and leaves are sent, room by room: a room that hangs delays no other one.
     """
 
-    def __init__(self, homeserver: Homeserver, store: Store, rooms: RoomService) -> None:
-        self._homeserver = homeserver
-        self._store = store
-        self._rooms = rooms
-        self._questions: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_ask", self._ask)
-        # The delayed leaves that this process is sending, or about to, and until when no other
-        # process is asked to, in milliseconds since the epoch.
-        self._sending: dict[str, int] = {}
-        self._sends: WorkByKey[Task] = WorkByKey(homeserver, "synapse_lk_jwt_send", self._send_all)
-        if homeserver.delayed_events.are_enabled:
-            homeserver.background.repeat(CLOCK_MS, "synapse_lk_jwt_due", self._do_what_is_due)
-
-    async def delegate(
+    def __init__(
         self,
-        user_id: str,
-        room_id: str,
-        livekit_room: str,
-        identities: Sequence[str],
-        delay_id: str,
-    ) -> bool:
-        """Takes on a delayed leave. Never depends on the SFU, and may be asked again.
+        homeserver: Homeserver,
+        database: ModuleDatabase,
+        table: DelegationTable,
+        calls: CallTable,
+        rooms: RoomService,
+    ) -> None:
+        self._homeserver = homeserver
+        self._database = database
+        self._table = table
+        self._calls = calls
+        self._creation = Creation(homeserver, table)
+        self._lookup = ParticipantLookup(homeserver, rooms)
+        self._sender = LeaveSender(homeserver, self.apply_signal)
+        self._queries: WorkByKey[QuerySfu] = WorkByKey(
+            homeserver, "synapse_lk_jwt_query", self._query_sfu
+        )
+
+    def start(self) -> None:
+        """Starts the clock, on the process that runs background tasks."""
+        if self._homeserver.delayed_events.are_enabled:
+            self._homeserver.background.repeat(CLOCK_MS, "synapse_lk_jwt_due", self.process_due)
+
+    async def delegate(self, member: CallMember, delay_id: str) -> bool:
+        """Delegates a delayed leave. Does not depend on the SFU, and may be repeated.
 
         Args:
-            user_id: a local user, verified.
-            room_id: the Matrix room.
-            livekit_room: the LiveKit room that the user takes part in.
-            identities: the participant identities that the user may have there; the first one
-                tells this member from the user's others.
+            member: a local user's membership of a call, verified. Its first identity tells it from
+                the user's other members.
             delay_id: the delayed event.
 
         Returns:
-            False if the user has no such delayed event in that room.
+            False if the user has no such delayed event in that room, or may not delegate it.
         """
-        is_there, tasks = await self._store.delegate(
-            user_id, room_id, livekit_room, identities, delay_id
-        )
-        if tasks:
-            # It was not there before.
+        is_new = await self._database.write("delegate", self._creation.create, member, delay_id)
+        if is_new:
             metrics.delegations_taken_on.inc()
-        self.begin(tasks)
-        return is_there
-
-    def begin(self, tasks: Iterable[Task]) -> None:
-        """Does what is to be done, in the background."""
-        for task in tasks:
-            if task.trigger is not None:
-                metrics.leaves.labels(task.trigger.value).inc()
-            work = self._questions
-            if task.action is Action.SEND:
-                # While a room is slow the clock asks for the same leave again.
-                if task.delay_id in self._sending:
-                    continue
-                now_ms = self._homeserver.clock.time_msec()
-                self._sending[task.delay_id] = now_ms + SENDING_MS - CLOCK_MS
-                work = self._sends
-            work.add(task.livekit_room, {task.delay_id: task})
-
-    async def polled(self, delegations: Iterable[Tracked], listing: Listing) -> None:
-        """Takes notice of what a poll has found.
-
-        Args:
-            delegations: those of one LiveKit room, as they were ahead of the poll.
-            listing: who is in that room. A participant that an incomplete one lacks may be there.
-        """
-        listed = {p.identity: p for p in listing.participants}
-        for delegation in delegations:
-            sids = connected(
-                [listed[identity] for identity in delegation.identities if identity in listed],
-                delegation.identities,
-                is_known=delegation.is_connected,
+            query = QuerySfu(
+                delay_id=delay_id,
+                livekit_room=member.livekit_room,
+                identities=member.identities,
+                was_connected=False,
             )
-            delay_id, asked_ms = delegation.delay_id, listing.asked_ms
-            if not sids:
-                if delegation.is_connected and listing.is_complete:
-                    signal = Signal.ABSENT_AT_POLL
-                    self.begin(await self._store.apply_signal(delay_id, signal, asked_ms))
-            elif not delegation.is_settled or not (sids.items() <= delegation.identities.items()):
-                await self._store.seen(delay_id, delegation.livekit_room, sids, asked_ms)
+            self.run_tasks([query])
+        return is_new is not None
 
-    async def doubt_absent(self, delegations: Iterable[Tracked], listing: Listing) -> None:
-        """Asks once more for the participants of delegations that a listing lacks.
+    # What LiveKit reports
+
+    async def on_joined(
+        self, livekit_room: str, identity: str, sid: str, room_id: str | None
+    ) -> None:
+        """Applies a webhook that says that a participant has joined.
 
         Args:
-            delegations: those of one LiveKit room, as they were ahead of the listing.
+            livekit_room: the LiveKit room.
+            identity: the participant identity.
+            sid: LiveKit's ID of this session.
+            room_id: the Matrix room if it is known, to note the call.
+        """
+
+        def joined(txn: LoggingTransaction) -> list[Task]:
+            records = self._table.lock_of_identity(txn, livekit_room, identity)
+            if room_id is not None:
+                # With any number of slots: this room exists already.
+                self._calls.note_txn(txn, livekit_room, room_id, max_slots=None)
+            now_ts = self._database.now_ts()
+            for record in records:
+                self._table.note_session(txn, record, identity, sid, now_ts)
+            return self._apply_to_all(txn, records, Signal.SEEN)
+
+        self.run_tasks(await self._database.write("joined", joined))
+
+    async def on_session_replaced(self, livekit_room: str, identity: str, sid: str) -> None:
+        """Applies a webhook that says that a session has ended because the client reconnects.
+
+        The next session can have any ID. If it is never set up, LiveKit still reports its end.
+        """
+
+        def replaced(txn: LoggingTransaction) -> None:
+            for record in self._table.lock_of_identity(txn, livekit_room, identity):
+                self._table.forget_session(txn, record, identity, sid)
+
+        await self._database.write("session_replaced", replaced)
+
+    async def on_left(self, livekit_room: str, identity: str, sid: str) -> None:
+        """Applies a webhook that says that a session has ended.
+
+        Delegations that have seen a later session of that identity ignore it.
+        """
+
+        def left(txn: LoggingTransaction) -> list[Task]:
+            records = self._table.lock_of_session(txn, livekit_room, identity, sid)
+            return self._apply_to_all(txn, records, Signal.LEFT)
+
+        self.run_tasks(await self._database.write("left", left))
+
+    async def on_room_finished(self, livekit_room: str) -> None:
+        """Applies a webhook that says that a LiveKit room has ended."""
+        await self._calls.forget([livekit_room], CREATED_ANEW_MS)
+        await self.suspect_room(livekit_room)
+
+    async def suspect_room(self, livekit_room: str) -> None:
+        """Queries the SFU for all participants of a LiveKit room: any of them may have left."""
+
+        def suspect(txn: LoggingTransaction, after: str) -> tuple[list[Task], str | None]:
+            batch = self._table.lock_of_room(txn, livekit_room, after)
+            return self._apply_to_all(txn, batch.records, Signal.LEFT), batch.last
+
+        # One query answers for all of them, and so runs after the last batch.
+        tasks: list[Task] = []
+        after: str | None = ""
+        while after is not None:
+            more, after = await self._database.write("suspect_room", suspect, after)
+            tasks += more
+        self.run_tasks(tasks)
+
+    async def suspect_absent(self, delegations: Iterable[Tracked], listing: Listing) -> None:
+        """Queries the SFU again for connected participants that a listing lacks.
+
+        Args:
+            delegations: those of one LiveKit room, as they were before the listing.
             listing: the participants of that room.
         """
-        listed = {p.identity: p for p in listing.participants}
+        there = by_identity(listing)
+        absent = {
+            delegation.delay_id: Observed(Signal.LEFT)
+            for delegation in delegations
+            if delegation.is_connected
+            and not connected_sessions(there, delegation.identities, was_connected=True)
+        }
+        await self._apply_observed(absent)
+
+    # The poll
+
+    async def tracked(self, livekit_room: str | None = None) -> list[Tracked]:
+        """The delegations whose participants must be polled, of one LiveKit room or of all."""
+        return await self._table.tracked(livekit_room)
+
+    async def count(self) -> dict[Phase, int]:
+        """How many delegations there are in each phase."""
+        return await self._table.count()
+
+    async def on_poll(self, delegations: Iterable[Tracked], listing: Listing) -> None:
+        """Applies what a poll has found.
+
+        Args:
+            delegations: those of one LiveKit room, as they were before the poll.
+            listing: the participants of that room. If it is not complete, participants that it
+                lacks may be connected.
+        """
+        there = by_identity(listing)
+        observed = {}
         for delegation in delegations:
-            there = [listed[i] for i in delegation.identities if i in listed]
-            if delegation.is_connected and not connected(
-                there, delegation.identities, is_known=True
-            ):
-                self.begin(await self._store.apply_signal(delegation.delay_id, Signal.LEFT))
+            sessions = connected_sessions(
+                there, delegation.identities, was_connected=delegation.is_connected
+            )
+            is_known = delegation.is_settled and sessions.items() <= delegation.identities.items()
+            if sessions and not is_known:
+                observed[delegation.delay_id] = Observed(Signal.SEEN, sessions)
+            elif not sessions and delegation.is_connected and listing.is_complete:
+                observed[delegation.delay_id] = Observed(Signal.ABSENT_AT_POLL)
+        await self._apply_observed(observed, listing.asked_ms)
 
-    async def _do_what_is_due(self) -> None:
-        # All of it: what is left for the next second would be more every second, and too late in
-        # the end.
-        is_all = False
-        while not is_all:
-            tasks, is_all = await self._store.due()
-            self.begin(tasks)
-
-    async def _ask(self, livekit_room: str, tasks: Mapping[str, Task]) -> None:
-        """Asks LiveKit about the participants of one room, and applies what it answers."""
-        identities = {identity for task in tasks.values() for identity in task.identities}
-        try:
-            listing = await self.look_for(livekit_room, identities)
-        except SfuError:
-            # It has been logged, and says nothing about the participants. The clock asks again.
-            return
-        for delay_id, task in tasks.items():
-            sids = connected(listing.participants, task.identities, is_known=task.is_connected)
-            if sids:
-                await self._store.seen(delay_id, livekit_room, sids, listing.asked_ms)
-            elif listing.is_complete:
-                self.begin(
-                    await self._store.apply_signal(delay_id, Signal.ABSENT, listing.asked_ms)
-                )
-
-    async def look_for(self, livekit_room: str, identities: Collection[str]) -> Listing:
-        """Which of some participants are in a room, by the cheapest question.
+    async def poll_participants(self, livekit_room: str, delegations: Collection[Tracked]) -> None:
+        """Queries the SFU for the participants of delegations alone, and applies the answer.
 
         Raises:
-            SfuError: if LiveKit refuses, or does not answer in time.
+            SfuError: if LiveKit rejects the request, or does not answer in time.
         """
-        if len(identities) > MAX_ASKED_ONE_BY_ONE:
-            listing = await self._rooms.list_participants(livekit_room)
-            if listing.is_complete:
-                return listing
-        asked_ms = self._homeserver.clock.time_msec()
-        found = [await self._rooms.get_participant(livekit_room, i) for i in identities]
-        return Listing(asked_ms, [participant for participant in found if participant])
+        identities = {i for delegation in delegations for i in delegation.identities}
+        await self.on_poll(delegations, await self._lookup.find(livekit_room, identities))
 
-    async def _send_all(self, _: str, tasks: Mapping[str, Task]) -> None:
-        try:
-            await concurrently_execute(self._send, tasks.values(), CONCURRENT_SENDS)
-        finally:
-            for delay_id in tasks:
-                self._sending.pop(delay_id, None)
+    # Load, transition, apply
 
-    async def _send(self, task: Task) -> None:
-        is_late = self._homeserver.clock.time_msec() >= self._sending[task.delay_id]
-        if is_late and not self._homeserver.runs_background_tasks:
-            # It has waited for the other leaves of a large call. By now the process with the clock
-            # sends it, or is about to.
-            return
-        signal = await self._try_to_send(task)
-        try:
-            await self._store.apply_signal(task.delay_id, signal)
-        except self._homeserver.database.error as e:
-            # The others of the call are still being sent. The clock asks for this one again.
-            logger.error("Could not note that the leave %s was sent: %s", task.delay_id, e)
+    async def process_due(self) -> None:
+        """Applies DUE to all delegations that are overdue.
 
-    async def _try_to_send(self, task: Task) -> Signal:
-        assert task.leave is not None
-        try:
-            await self._homeserver.events.send(task.leave)
-        except SynapseError as e:
-            if 400 <= e.code < 500 and e.code != 429:
-                logger.info("The room rejected the delayed leave %s: %s", task.delay_id, e)
-                metrics.leave_failures.labels("refused").inc()
-                return Signal.OVER
-            cause = str(e)
-        except (self._homeserver.database.error, OSError) as e:
-            cause = f"{type(e).__name__}: {e}"
-        except Exception as e:
-            # Not even a programming error may lose a leave.
-            logger.exception("Could not send the delayed leave %s", task.delay_id)
-            cause = type(e).__name__
-        else:
-            if task.gone_ms is not None:
-                taken_ms = self._homeserver.clock.time_msec() - task.gone_ms
-                metrics.leave_seconds.observe(max(0, taken_ms) / 1000)
-            return Signal.OVER
-        metrics.leave_failures.labels("failed").inc()
-        logger.warning(
-            "Could not send the delayed leave %s, the module tries again: %s", task.delay_id, cause
+        To all of them: a rest that is left to the next call would grow with each call.
+        """
+
+        def due(txn: LoggingTransaction) -> tuple[list[Task], str | None]:
+            batch = self._table.lock_due(txn)
+            return self._apply_to_all(txn, batch.records, Signal.DUE), batch.last
+
+        last: str | None = ""
+        while last is not None:
+            tasks, last = await self._database.write("due", due)
+            self.run_tasks(tasks)
+
+    async def apply_signal(self, delay_id: str, signal: Signal) -> None:
+        """Applies a signal to one delegation."""
+        await self._apply_observed({delay_id: Observed(signal)})
+
+    async def _apply_observed(
+        self, observed: Mapping[str, Observed], queried_ts: int | None = None
+    ) -> None:
+        """Applies what LiveKit said about delegations, a batch of them in each transaction.
+
+        Args:
+            observed: what it said, by delay IDs.
+            queried_ts: when it was queried; None if it reported without a query.
+        """
+
+        def apply(txn: LoggingTransaction, delay_ids: Collection[str]) -> list[Task]:
+            records = self._table.lock(txn, delay_ids)
+            # The answer may be older than the last webhook about the same identity.
+            seen_ts = self._database.now_ts() if queried_ts is None else queried_ts
+            for record in records:
+                for identity, sid in observed[record.delay_id].sessions.items():
+                    self._table.note_session(txn, record, identity, sid, seen_ts)
+            signals = [(record, observed[record.delay_id].signal) for record in records]
+            return self._apply(txn, signals, queried_ts)
+
+        for delay_ids in batch_iter(sorted(observed), BATCH):
+            self.run_tasks(await self._database.write("apply_signals", apply, delay_ids))
+
+    def _apply_to_all(
+        self, txn: LoggingTransaction, records: Iterable[Record], signal: Signal
+    ) -> list[Task]:
+        return self._apply(txn, [(record, signal) for record in records], None)
+
+    def _apply(
+        self,
+        txn: LoggingTransaction,
+        signals: Iterable[tuple[Record, Signal]],
+        queried_ts: int | None,
+    ) -> list[Task]:
+        """Applies signals to locked delegations; returns the tasks that are left to do."""
+        applied = [
+            (record, *self._apply_one(txn, record, signal, queried_ts))
+            for record, signal in signals
+        ]
+        queries = [record.delay_id for record, action, _ in applied if action is Action.QUERY]
+        identities = self._table.identities(txn, queries)
+        tasks = (
+            _task(record, action, leave, identities.get(record.delay_id, ()))
+            for record, action, leave in applied
         )
-        return Signal.NOT_SENT
+        return [task for task in tasks if task is not None]
+
+    def _apply_one(
+        self, txn: LoggingTransaction, record: Record, signal: Signal, queried_ts: int | None
+    ) -> tuple[Action, Leave | None]:
+        """Applies a signal to one locked delegation; returns what to do, and its leave."""
+        now_ts = self._database.now_ts()
+        leave = record.leave
+        if signal is Signal.DUE:
+            signal = self._signal_when_due(txn, record)
+        after, action = transition(record.delegation, signal, now_ts, queried_ts)
+        has_event = True
+        if action is Action.RESTART:
+            has_event = self._homeserver.delayed_events.restart(
+                txn, record.delay_id, record.user_id
+            )
+        elif action is Action.TAKE_AND_SEND:
+            leave = self._take(txn, record)
+            has_event = leave is not None
+        if not has_event and after is not None:
+            after, action = transition(after, Signal.EVENT_GONE, now_ts)
+        self._table.save(txn, record, after, leave)
+        return action, leave
+
+    def _signal_when_due(self, txn: LoggingTransaction, record: Record) -> Signal:
+        """What a delegation that is due gets instead of DUE if the database shows its end."""
+        phase, leave = record.delegation.phase, record.leave
+        if phase is Phase.WAITING:
+            event = self._homeserver.delayed_events.get(txn, record.delay_id, record.user_id)
+            return Signal.DUE if event is not None else Signal.EVENT_GONE
+        # A process that sends a leave may die before it stores that.
+        if leave is not None and self._homeserver.events.has_sent(txn, leave.event, leave.since):
+            return Signal.ALREADY_SENT
+        return Signal.DUE
+
+    def _take(self, txn: LoggingTransaction, record: Record) -> Leave | None:
+        """Takes the delayed event from Synapse, so that nothing else can send it or lose it.
+
+        Returns:
+            None if Synapse does not have it.
+        """
+        event = self._homeserver.delayed_events.get(txn, record.delay_id, record.user_id)
+        if event is None or not self._homeserver.delayed_events.remove(
+            txn, record.delay_id, record.user_id
+        ):
+            return None
+        return Leave(
+            event=event.event,
+            since=self._homeserver.events.newest_position(txn),
+            gone_ts=record.delegation.suspected_gone_ts or self._database.now_ts(),
+        )
+
+    # Tasks
+
+    def run_tasks(self, tasks: Iterable[Task]) -> None:
+        """Runs tasks in the background."""
+        for task in tasks:
+            if isinstance(task, QuerySfu):
+                self._queries.add(task.livekit_room, {task.delay_id: task})
+                continue
+            if task.trigger is not None:
+                metrics.leaves.labels(task.trigger.value).inc()
+            self._sender.add(task)
+
+    async def _query_sfu(self, livekit_room: str, tasks: Mapping[str, QuerySfu]) -> None:
+        """Queries LiveKit for participants of one room, and applies the answer."""
+        identities = {identity for task in tasks.values() for identity in task.identities}
+        try:
+            listing = await self._lookup.find(livekit_room, identities)
+        except SfuError:
+            # It has been logged, and says nothing about the participants. The delegations become
+            # due again.
+            return
+        there = by_identity(listing)
+        observed = {}
+        for delay_id, task in tasks.items():
+            sessions = connected_sessions(there, task.identities, was_connected=task.was_connected)
+            if sessions:
+                observed[delay_id] = Observed(Signal.SEEN, sessions)
+            elif listing.is_complete:
+                observed[delay_id] = Observed(Signal.ABSENT)
+        await self._apply_observed(observed, listing.asked_ms)
 
 
-def connected(
-    participants: Iterable[CallParticipant], identities: Collection[str], *, is_known: bool
-) -> dict[str, str]:
-    """Which of the identities are connected, with their sessions.
-
-    Args:
-        participants: as the SFU lists them.
-        identities: participant identities; duplicate connections of them do not count.
-        is_known: whether they have been connected before. One who never was is only on its way
-            until it is ACTIVE, and may still break off.
-    """
-    gone = ParticipantInfo.State.DISCONNECTED
-    up = ParticipantInfo.State.ACTIVE
-    return {
-        p.identity: p.sid
-        for p in participants
-        if p.identity in identities and (p.state != gone if is_known else p.state == up)
-    }
+def _task(
+    record: Record, action: Action, leave: Leave | None, identities: Collection[str]
+) -> Task | None:
+    """What an action leaves to do outside of the database, if anything."""
+    if action is Action.QUERY:
+        return QuerySfu(
+            delay_id=record.delay_id,
+            livekit_room=record.livekit_room,
+            identities=identities,
+            was_connected=record.delegation.phase is not Phase.WAITING,
+        )
+    if action in (Action.TAKE_AND_SEND, Action.SEND):
+        assert leave is not None
+        return SendLeave(
+            delay_id=record.delay_id,
+            livekit_room=record.livekit_room,
+            leave=leave,
+            trigger=trigger(record.delegation) if action is Action.TAKE_AND_SEND else None,
+        )
+    return None

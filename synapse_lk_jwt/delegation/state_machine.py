@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Delegated delayed leaves (MSC4195, 'Delegation of delayed leave events'): what to do when.
 
-A client schedules its own leave as a delayed event (MSC4140) and hands it over. From then on the
-event is restarted in good time while the participant is connected to the SFU, and sent as soon as
-the participant is gone.
+A client schedules its own leave as a delayed event (MSC4140) and delegates it to this module. While
+the participant is connected to the SFU, the module restarts the delayed event in time. As soon as
+the participant is gone, the module sends it.
 
-Nothing in here knows of Twisted, HTTP or databases: `step` takes what is known of a delegation and
-what has signal, and tells what is known afterwards and what is to be done.
+This file knows nothing of Twisted, HTTP or databases. `transition` takes a delegation and a signal.
+It returns the delegation that follows, and the action to take. No other file decides about that.
 """
 
 import json
@@ -31,8 +31,8 @@ MEMBERSHIP_TYPES = frozenset(
 # MSC4143 requires memberships to be encrypted in encrypted rooms.
 ENCRYPTED_TYPE = "m.room.encrypted"
 
-# How many delegations a user has at most, and how many encrypted ones of these in one room: nobody
-# can see whether an encrypted event is a leave.
+# How many delegations a user has at most, and how many encrypted ones among them in one room. The
+# homeserver cannot see whether an encrypted event is a leave.
 MAX_DELEGATIONS = 100
 MAX_ENCRYPTED = 5
 
@@ -42,104 +42,122 @@ MAX_IDENTITIES = 10
 # The content of a leave with its reason takes a few hundred bytes.
 MAX_LEAVE_BYTES = 4096
 
-# A participant who does not come up at all is given up after the delay, and after this at most.
+# The leave of a participant who never connects is sent after the delay, or after this if the delay
+# is longer.
 MAX_WAIT_MS = 3_600_000
 
-FIRST_LOOK_AGAIN_MS = 1_000
+FIRST_QUERY_MS = 1_000
 
 # The delayed event is restarted after a third of its delay, but neither more nor less often.
 MIN_RESTART_MS = 1_000
 MAX_RESTART_MS = 300_000
 
-# How soon the SFU is asked again after it could not be asked.
-LOOK_AGAIN_MS = 2_000
+# How soon the SFU is queried again when it did not answer.
+QUERY_AGAIN_MS = 2_000
 
-# Some clients join under one identity for a moment, leave, and join again under another one: who
-# has been there for less than the first is looked for again after the second.
-MOMENT_MS = 2_000
-COME_BACK_MS = 1_000
+# Some clients connect under one identity for a moment, disconnect, and connect again under another
+# one. After a session shorter than the first, the module waits for the second before it sends.
+SHORT_SESSION_MS = 2_000
+REJOIN_GRACE_MS = 1_000
 
-# A leave that is on its way is left to whoever has taken it for so long.
+# How long the process that sends a leave may take before the leave is sent again.
 SENDING_MS = 10_000
-MAX_SEND_AGAIN_MS = 300_000
+MAX_SEND_PAUSE_MS = 300_000
 
-# With the pauses above this is a day, after which nobody waits for the leave any more.
-MAX_SENDS = 300
+# With the pauses above this takes a day. A leave that is later has no use.
+MAX_SEND_ATTEMPTS = 300
 
 
 class Phase(Enum):
-    """How far a delegation has come; when it is done there is none any more."""
+    """The phase of a delegation. A delegation that has ended does not exist any more."""
 
     WAITING = "waiting"
+    """The participant has not connected yet."""
     CONNECTED = "connected"
     LEAVING = "leaving"
+    """The module has taken the delayed event from Synapse, and sends it."""
 
 
 class Signal(Enum):
-    """What happens to a delegation. If the SFU does not answer, nothing does."""
+    """What happens to a delegation. An SFU that does not answer is no signal."""
 
     SEEN = auto()
-    """One of its identities is connected: the SFU said so, asked or not."""
+    """LiveKit reported that one of the identities is connected."""
     LEFT = auto()
-    """The SFU said, unasked, that one of its identities has left, or that the room is gone."""
+    """A webhook reported that one of the identities has left, or that the room has finished."""
     ABSENT = auto()
-    """The SFU was asked, and none of its identities is connected."""
+    """The module queried the SFU for this delegation, and none of its identities is connected."""
     ABSENT_AT_POLL = auto()
-    """The same, but nobody had a reason to ask."""
+    """The same, found by a poll, without a reason to suspect it."""
     DUE = auto()
-    """It is time for the next thing (`Delegation.next_ms`)."""
-    NOT_SENT = auto()
-    """The leave could not be sent, and the room did not refuse it."""
-    OVER = auto()
-    """The delayed event is not there any more, or the room took the leave or refused it."""
+    """`Delegation.due_ts` has passed."""
+    EVENT_GONE = auto()
+    """Synapse does not have the delayed event any more: it was sent or cancelled."""
+    ALREADY_SENT = auto()
+    """The room has the leave, or a newer membership that this leave does not belong to."""
+    SENT = auto()
+    """The room accepted the leave."""
+    REJECTED = auto()
+    """The room rejected the leave for good."""
+    SEND_FAILED = auto()
+    """The leave could not be sent, and may be accepted later."""
+
+
+# Each of these ends a delegation in any phase.
+_LAST = frozenset({Signal.EVENT_GONE, Signal.ALREADY_SENT, Signal.SENT, Signal.REJECTED})
 
 
 class Action(Enum):
-    """What is to be done."""
+    """What to do next."""
 
     NOTHING = auto()
-    ASK = auto()
-    """Ask the SFU whether any identity is connected; if it answers, SEEN or ABSENT follows."""
+    QUERY = auto()
+    """Query the SFU whether an identity is connected. If it answers, SEEN or ABSENT follows."""
     RESTART = auto()
-    """Restart the delayed event; OVER follows if it is not there any more."""
+    """Restart the delayed event. If Synapse does not have it, EVENT_GONE follows."""
+    TAKE_AND_SEND = auto()
+    """Take the delayed event from Synapse, and send it. If Synapse does not have it, EVENT_GONE
+    follows, otherwise as for SEND.
+    """
     SEND = auto()
-    """Send the leave now; OVER or NOT_SENT follows."""
+    """Send the leave that was taken. SENT, REJECTED or SEND_FAILED follows."""
 
 
 class Trigger(Enum):
-    """What made it clear that a leave must be sent."""
+    """Why a leave is sent."""
 
     WEBHOOK = "webhook"
     POLL = "poll"
     GAVE_UP = "gave_up"
-    """The participant did not come up at all."""
+    """The participant never connected."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
 class Delegation:
-    """What is known of one delegation. All times are milliseconds since the epoch.
+    """The state of one delegation. Names in `_ts` are milliseconds since the epoch.
 
     Attributes:
         delay_ms: the delay of the delayed event, in milliseconds.
-        taken_ms: when it was taken on.
-        several: whether the participant may have more than one identity.
-        phase: how far it has come.
-        next_ms: when to do the next thing.
-        restarted_ms: when the delayed event was restarted last; 0 for never.
-        connected_ms: since when it is CONNECTED.
-        doubted_ms: since when there is a reason to think that the participant is gone; 0 for none.
-        tries: looks, or attempts to send, in a row that did not help.
+        created_ts: when the client delegated it.
+        has_multiple_identities: whether the participant may have more than one identity.
+        phase: the phase.
+        due_ts: when DUE is next.
+        restarted_ts: when the delayed event was last restarted; 0 for never.
+        connected_ts: since when it is CONNECTED; 0 before.
+        suspected_gone_ts: since when there is a reason to suspect that the participant is gone; 0
+            for none.
+        attempts: queries, or attempts to send, in a row without success.
     """
 
     delay_ms: int
-    taken_ms: int
-    several: bool
+    created_ts: int
+    has_multiple_identities: bool
     phase: Phase = Phase.WAITING
-    next_ms: int
-    restarted_ms: int = 0
-    connected_ms: int = 0
-    doubted_ms: int = 0
-    tries: int = 0
+    due_ts: int
+    restarted_ts: int = 0
+    connected_ts: int = 0
+    suspected_gone_ts: int = 0
+    attempts: int = 0
 
     @property
     def restart_interval_ms(self) -> int:
@@ -147,13 +165,13 @@ class Delegation:
         return max(MIN_RESTART_MS, min(self.delay_ms // 3, MAX_RESTART_MS))
 
     @property
-    def give_up_ms(self) -> int:
+    def give_up_ts(self) -> int:
         """When to stop waiting for the participant."""
-        return self.taken_ms + min(self.delay_ms, MAX_WAIT_MS)
+        return self.created_ts + min(self.delay_ms, MAX_WAIT_MS)
 
 
 def can_be_delegated(event_type: str, content: Mapping[str, Any]) -> bool:
-    """Whether an event may be sent on behalf of its sender: a leave, or what may be one.
+    """Whether an event may be sent on behalf of its sender: a leave, or an event that may be one.
 
     The leaves of matrix-js-sdk are `{}` as state, and as sticky events the sticky key with or
     without the slot ID. MSC4143 adds `member.membership` and `leave_reason`; its earlier drafts had
@@ -195,137 +213,145 @@ def sticky_key(content: Mapping[str, Any]) -> str | None:
     return key if isinstance(key, str) else None
 
 
-def delegate(delay_ms: int, several: bool, now_ms: int) -> Delegation:
-    """A new delegation. Whoever takes it on asks the SFU at once: those who are connected already
-    cause no webhook.
+def delegate(delay_ms: int, has_multiple_identities: bool, now_ts: int) -> Delegation:
+    """A new delegation.
+
+    The caller queries the SFU at once: no webhook follows for a participant who is connected.
     """
     return Delegation(
         delay_ms=delay_ms,
-        taken_ms=now_ms,
-        several=several,
-        next_ms=now_ms + FIRST_LOOK_AGAIN_MS,
+        created_ts=now_ts,
+        has_multiple_identities=has_multiple_identities,
+        due_ts=now_ts + FIRST_QUERY_MS,
     )
 
 
-def follow_more(d: Delegation, now_ms: int) -> Delegation:
-    """The delegation after it was handed over again, with identities that are new.
+def follow_more(d: Delegation, now_ts: int) -> Delegation:
+    """The delegation after the client delegated it again with new identities.
 
-    Who is waited for is looked for at once, and as often as at first.
+    A participant who is not connected is queried for at once, and as often as at first.
     """
-    d = attr.evolve(d, several=True)
-    return attr.evolve(d, next_ms=now_ms, tries=0) if d.phase is Phase.WAITING else d
+    d = attr.evolve(d, has_multiple_identities=True)
+    return attr.evolve(d, due_ts=now_ts, attempts=0) if d.phase is Phase.WAITING else d
 
 
 def transition(
-    d: Delegation, signal: Signal, now_ms: int, asked_ms: int | None = None
+    d: Delegation, signal: Signal, now_ts: int, queried_ts: int | None = None
 ) -> tuple[Delegation | None, Action]:
-    """What follows when something happens.
+    """The state that follows a signal.
 
     Args:
         d: the delegation.
         signal: what happens to it.
-        now_ms: the time.
-        asked_ms: when the SFU was asked, if this is its answer. What it said of the time before
-            there was a doubt neither confirms nor clears it.
+        now_ts: the time.
+        queried_ts: when the SFU was queried, if the signal is its answer. An answer to an older
+            query neither confirms nor clears a suspicion.
 
     Returns:
-        The delegation as it is from now on, None when it is done, and what to do.
+        The delegation from now on, None when it has ended, and the action to take.
     """
-    if signal is Signal.OVER:
+    if signal in _LAST:
         return None, Action.NOTHING
-    if asked_ms is not None and asked_ms < d.doubted_ms:
+    if queried_ts is not None and queried_ts < d.suspected_gone_ts:
         return d, Action.NOTHING
     if d.phase is Phase.LEAVING:
-        return _leaving(d, signal, now_ms)
+        return _leaving(d, signal, now_ts)
     match signal:
         case Signal.SEEN:
-            return _seen(d, now_ms)
+            return _seen(d, now_ts)
         case Signal.LEFT if d.phase is Phase.CONNECTED:
-            # It says nothing to those who wait: it may be late, and tell of the time before.
-            return _doubt(d, now_ms)
+            # In WAITING it means nothing: a late webhook may be about an earlier session.
+            return _suspect(d, now_ts)
         case Signal.ABSENT:
-            return _absent(d, now_ms)
+            return _absent(d, now_ts)
         case Signal.ABSENT_AT_POLL if d.phase is Phase.CONNECTED:
-            if d.tries == 0:
-                return attr.evolve(d, tries=1), Action.NOTHING
-            return _doubt(d, now_ms)
+            if d.attempts == 0:
+                return attr.evolve(d, attempts=1), Action.NOTHING
+            return _suspect(d, now_ts)
         case Signal.DUE:
-            return _due(d, now_ms)
+            return _due(d, now_ts)
     return d, Action.NOTHING
 
 
 def trigger(d: Delegation) -> Trigger:
-    """Why its leave is sent; `d` is the delegation as it was just ahead of that."""
+    """Why the leave of a delegation is sent.
+
+    Args:
+        d: the delegation just before TAKE_AND_SEND.
+    """
     if d.phase is Phase.WAITING:
         return Trigger.GAVE_UP
-    # While somebody is connected only polls that miss them count.
-    return Trigger.POLL if d.tries else Trigger.WEBHOOK
+    # In CONNECTED only polls without the participant are counted.
+    return Trigger.POLL if d.attempts else Trigger.WEBHOOK
 
 
-def _seen(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+def _seen(d: Delegation, now_ts: int) -> tuple[Delegation, Action]:
     if d.phase is Phase.CONNECTED:
-        d = attr.evolve(d, doubted_ms=0, tries=0)
-        return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.NOTHING
+        d = attr.evolve(d, suspected_gone_ts=0, attempts=0)
+        return attr.evolve(d, due_ts=_restart_due_ts(d)), Action.NOTHING
     d = attr.evolve(
         d,
         phase=Phase.CONNECTED,
-        connected_ms=now_ms,
-        restarted_ms=now_ms,
-        tries=0,
+        connected_ts=now_ts,
+        restarted_ts=now_ts,
+        attempts=0,
     )
-    return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.RESTART
+    return attr.evolve(d, due_ts=_restart_due_ts(d)), Action.RESTART
 
 
-def _doubt(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    next_ms = min(now_ms + LOOK_AGAIN_MS, _restart_due_ms(d))
-    return attr.evolve(d, doubted_ms=now_ms, next_ms=next_ms), Action.ASK
+def _suspect(d: Delegation, now_ts: int) -> tuple[Delegation, Action]:
+    due_ts = min(now_ts + QUERY_AGAIN_MS, _restart_due_ts(d))
+    return attr.evolve(d, suspected_gone_ts=now_ts, due_ts=due_ts), Action.QUERY
 
 
-def _absent(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    if d.doubted_ms:
-        # In between, `_due` asks again.
-        come_back_ms = d.doubted_ms + COME_BACK_MS
-        if d.several and d.doubted_ms < d.connected_ms + MOMENT_MS and now_ms < come_back_ms:
-            next_ms = min(come_back_ms, _restart_due_ms(d))
-            return attr.evolve(d, next_ms=next_ms), Action.NOTHING
-        return _send(d, now_ms)
-    if d.phase is Phase.WAITING and now_ms >= d.give_up_ms:
-        return _send(d, now_ms)
+def _absent(d: Delegation, now_ts: int) -> tuple[Delegation, Action]:
+    if d.suspected_gone_ts:
+        # `_due` queries again before this time.
+        rejoin_ts = d.suspected_gone_ts + REJOIN_GRACE_MS
+        is_short = d.suspected_gone_ts < d.connected_ts + SHORT_SESSION_MS
+        if d.has_multiple_identities and is_short and now_ts < rejoin_ts:
+            due_ts = min(rejoin_ts, _restart_due_ts(d))
+            return attr.evolve(d, due_ts=due_ts), Action.NOTHING
+        return _take_and_send(d, now_ts)
+    if d.phase is Phase.WAITING and now_ts >= d.give_up_ts:
+        return _take_and_send(d, now_ts)
     return d, Action.NOTHING
 
 
-def _send(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
-    d = attr.evolve(d, phase=Phase.LEAVING, next_ms=now_ms + SENDING_MS, doubted_ms=0, tries=0)
-    return d, Action.SEND
+def _take_and_send(d: Delegation, now_ts: int) -> tuple[Delegation, Action]:
+    d = attr.evolve(
+        d, phase=Phase.LEAVING, due_ts=now_ts + SENDING_MS, suspected_gone_ts=0, attempts=0
+    )
+    return d, Action.TAKE_AND_SEND
 
 
-def _due(d: Delegation, now_ms: int) -> tuple[Delegation, Action]:
+def _due(d: Delegation, now_ts: int) -> tuple[Delegation, Action]:
     if d.phase is Phase.WAITING:
-        pause_ms = min(FIRST_LOOK_AGAIN_MS << min(d.tries + 1, 20), max(1_000, d.delay_ms // 3))
-        next_ms = now_ms + pause_ms
-        if now_ms < d.give_up_ms:
-            next_ms = min(next_ms, d.give_up_ms)
-        return attr.evolve(d, next_ms=next_ms, tries=d.tries + 1), Action.ASK
-    if now_ms >= _restart_due_ms(d):
-        d = attr.evolve(d, restarted_ms=now_ms)
-        next_ms = now_ms if d.doubted_ms else _restart_due_ms(d)
-        return attr.evolve(d, next_ms=next_ms), Action.RESTART
-    if d.doubted_ms:
-        next_ms = min(now_ms + LOOK_AGAIN_MS, _restart_due_ms(d))
-        return attr.evolve(d, next_ms=next_ms), Action.ASK
-    return attr.evolve(d, next_ms=_restart_due_ms(d)), Action.NOTHING
+        longest_ms = max(1_000, d.delay_ms // 3)
+        due_ts = now_ts + min(FIRST_QUERY_MS << min(d.attempts + 1, 20), longest_ms)
+        if now_ts < d.give_up_ts:
+            due_ts = min(due_ts, d.give_up_ts)
+        return attr.evolve(d, due_ts=due_ts, attempts=d.attempts + 1), Action.QUERY
+    if now_ts >= _restart_due_ts(d):
+        d = attr.evolve(d, restarted_ts=now_ts)
+        due_ts = now_ts if d.suspected_gone_ts else _restart_due_ts(d)
+        return attr.evolve(d, due_ts=due_ts), Action.RESTART
+    if d.suspected_gone_ts:
+        due_ts = min(now_ts + QUERY_AGAIN_MS, _restart_due_ts(d))
+        return attr.evolve(d, due_ts=due_ts), Action.QUERY
+    return attr.evolve(d, due_ts=_restart_due_ts(d)), Action.NOTHING
 
 
-def _restart_due_ms(d: Delegation) -> int:
-    return d.restarted_ms + d.restart_interval_ms
+def _restart_due_ts(d: Delegation) -> int:
+    return d.restarted_ts + d.restart_interval_ms
 
 
-def _leaving(d: Delegation, signal: Signal, now_ms: int) -> tuple[Delegation | None, Action]:
-    if signal is Signal.NOT_SENT:
-        if d.tries >= MAX_SENDS:
+def _leaving(d: Delegation, signal: Signal, now_ts: int) -> tuple[Delegation | None, Action]:
+    if signal is Signal.SEND_FAILED:
+        if d.attempts >= MAX_SEND_ATTEMPTS:
             return None, Action.NOTHING
-        pause_ms = min(1_000 << min(d.tries, 20), MAX_SEND_AGAIN_MS)
-        return attr.evolve(d, next_ms=now_ms + pause_ms, tries=d.tries + 1), Action.NOTHING
+        pause_ms = min(1_000 << min(d.attempts, 20), MAX_SEND_PAUSE_MS)
+        return attr.evolve(d, due_ts=now_ts + pause_ms, attempts=d.attempts + 1), Action.NOTHING
     if signal is Signal.DUE:
-        return attr.evolve(d, next_ms=now_ms + SENDING_MS), Action.SEND
+        return attr.evolve(d, due_ts=now_ts + SENDING_MS), Action.SEND
     return d, Action.NOTHING

@@ -18,6 +18,8 @@ from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.delegation.tables import DelegationTable
+from synapse_lk_jwt.enforcement.tables import StreamPosition
 from synapse_lk_jwt.issuer import Issuer, NotInRoom
 from synapse_lk_jwt.livekit.client import RoomService, SfuError
 from synapse_lk_jwt.livekit.naming import (
@@ -27,7 +29,7 @@ from synapse_lk_jwt.livekit.naming import (
     user_of_device_identity,
 )
 from synapse_lk_jwt.livekit.participants import CallParticipant, Listing
-from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.livekit.tables import CallTable, OwnerTable
 from synapse_lk_jwt.work import NotDone, WorkByKey
 
 logger = logging.getLogger(__name__)
@@ -79,10 +81,20 @@ class Membership:
     """
 
     def __init__(
-        self, homeserver: Homeserver, store: Store, rooms: RoomService, issuer: Issuer
+        self,
+        homeserver: Homeserver,
+        calls: CallTable,
+        owners: OwnerTable,
+        position: StreamPosition,
+        delegations: DelegationTable,
+        rooms: RoomService,
+        issuer: Issuer,
     ) -> None:
         self._homeserver = homeserver
-        self._store = store
+        self._calls = calls
+        self._owners = owners
+        self._position_table = position
+        self._delegations = delegations
         self._rooms = rooms
         self._issuer = issuer
         self._position: int | None = None
@@ -118,7 +130,7 @@ class Membership:
     ) -> None:
         room_id = self.room_of(participant for participant, _ in joined.values())
         if room_id is None:
-            room_id = await self._store.room_of(livekit_room)
+            room_id = await self._calls.room_of(livekit_room)
         if room_id is None:
             return
         listing = Listing(
@@ -191,7 +203,7 @@ class Membership:
         noted: Mapping[str, str] = {}
         if self._issuer.can_update_own_metadata:
             # LiveKit lets participants replace their attributes before the first webhook.
-            noted = await self._store.owners(livekit_room)
+            noted = await self._owners.in_room(livekit_room)
         found = []
         for participant in participants:
             user_id = None
@@ -296,7 +308,7 @@ class Membership:
     async def _catch_up(self) -> None:
         newest = self._homeserver.state_changes.position()
         if self._position is None:
-            self._position = self._stored = await self._store.position()
+            self._position = self._stored = await self._position_table.get()
             if self._position is None or self._position > newest:
                 # The first start; or events were removed, as Synapse itself has it too.
                 self._position = newest
@@ -310,7 +322,7 @@ class Membership:
                 elif event_type == EventTypes.ServerACL:
                     changed.setdefault(room_id, {})[ALL_USERS] = change
             # Most rooms have no call, and no work.
-            for room_id in await self._store.calls_in(changed.keys()):
+            for room_id in await self._calls.in_rooms(changed.keys()):
                 self._changes.add(room_id, changed[room_id])
             self._position = reached
             newest = self._homeserver.state_changes.position()
@@ -324,7 +336,7 @@ class Membership:
         begun = (change.position for change in self._changes.unfinished())
         done = min(begun, default=self._position)
         if done != self._stored:
-            await self._store.set_position(done)
+            await self._position_table.set(done)
             self._stored = done
 
     async def _process_room(self, room_id: str, changed: Mapping[str, _Change]) -> None:
@@ -344,7 +356,7 @@ class Membership:
 
     async def _process_room_or_fail(self, room_id: str, changed: Mapping[str, _Change]) -> None:
         homeserver = self._homeserver
-        livekit_rooms = (await self._store.calls_in([room_id])).get(room_id, [])
+        livekit_rooms = (await self._calls.in_rooms([room_id])).get(room_id, [])
         if not await homeserver.rooms.is_host_joined(homeserver.server_name, room_id):
             for livekit_room in livekit_rooms:
                 await self._end(livekit_room, room_id)
@@ -374,7 +386,7 @@ class Membership:
         listing = await self._rooms.list_participants(livekit_room)
         if not self.is_shared(listing.participants):
             await self._rooms.delete_room(livekit_room)
-            await self._store.forget_calls([livekit_room])
+            await self._calls.forget([livekit_room])
             logger.info("Ended a call of %r, which this homeserver has left", room_id)
             return
         # Their tokens still work, and LiveKit's room stays.
@@ -423,7 +435,7 @@ class Membership:
         cannot be listed, the call ends: a call that a user cannot be removed from must not go on.
         """
         for user_id in gone:
-            known = set(await self._store.identities_of(livekit_room, user_id))
+            known = set(await self._delegations.identities_of_user(livekit_room, user_id))
             for device_id in await self._homeserver.users.device_ids(user_id):
                 known.add(device_identity(user_id, device_id))
             now_ms = self._homeserver.clock.time_msec()
@@ -467,7 +479,7 @@ class Membership:
         for room_id, until_ms in list(self._recheck_until_ms.items()):
             if until_ms <= now_ms:
                 del self._recheck_until_ms[room_id]
-        calls = await self._store.calls_in(self._recheck_until_ms.keys())
+        calls = await self._calls.in_rooms(self._recheck_until_ms.keys())
         for room_id, livekit_rooms in calls.items():
             # The removal itself lists them, too.
             if room_id not in self._changes:

@@ -132,8 +132,8 @@ def forgotten_calls(play: Play) -> list[str]:
     gone = {name for (name,) in play.rows("SELECT livekit_room FROM synapse_lk_jwt_calls")} - there
     for name in gone:
         play.rows(
-            f"UPDATE synapse_lk_jwt_calls SET seen_ms = {1000 * time.time() - FORGET_CALLS_MS:.0f}"
-            f" WHERE livekit_room = '{name}' AND seen_ms > 0"
+            f"UPDATE synapse_lk_jwt_calls SET seen_ts = {1000 * time.time() - FORGET_CALLS_MS:.0f}"
+            f" WHERE livekit_room = '{name}' AND seen_ts > 0"
         )
     return [f"the call {name} has ended, but is still in the table" for name in gone]
 

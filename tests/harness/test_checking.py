@@ -17,11 +17,11 @@ from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.check.signature import sign
 from synapse_lk_jwt.check.start import LOOK_AGAIN_MS
 from synapse_lk_jwt.livekit.tokens import TokenSigner
-from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.process_registry import ProcessTable
 from tests.harness.base import SECRET, P
 from tests.harness.test_delegating import DelegationTestCase
 
-NO_WEBHOOK = "no webhook of LiveKit has told so"
+NO_WEBHOOK = "no LiveKit webhook arrived"
 
 
 class CheckTests(DelegationTestCase):
@@ -134,7 +134,7 @@ class RejectedWebhookTests(DelegationTestCase):
         self.pump(0.01)
         rows = self.get_success(
             self.hs.get_datastores().main.db_pool.simple_select_onecol(
-                "synapse_lk_jwt_processes", {"instance": "master"}, "refused_ms"
+                "synapse_lk_jwt_processes", {"instance": "master"}, "rejected_ts"
             )
         )
         return max(rows, default=0)
@@ -155,7 +155,7 @@ class RejectedWebhookTests(DelegationTestCase):
 
     def test_many_rejected_requests_are_written_once_a_second(self) -> None:
         self.advance_by(100)
-        with patch.object(Store, "note_process", return_value=None) as note:
+        with patch.object(ProcessTable, "note", return_value=None) as note:
             began = self.reactor.seconds()
             for _ in range(50):
                 self.reject()

@@ -4,7 +4,7 @@
 import json
 import logging
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import AsyncMock, patch
 
 from livekit.protocol.models import ParticipantInfo
 from parameterized import parameterized
@@ -12,12 +12,16 @@ from synapse.api.errors import Codes, SynapseError
 from synapse.module_api import make_deferred_yieldable
 from twisted.internet.defer import Deferred, succeed
 
-from synapse_lk_jwt import store
 from synapse_lk_jwt.compat.events import Events
 from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.module_database import ModuleDatabase
+from synapse_lk_jwt.delegation import creation
+from synapse_lk_jwt.delegation import tables as delegation_tables
+from synapse_lk_jwt.delegation.sender import LeaveSender, SendLeave
 from synapse_lk_jwt.delegation.service import DelegationService
-from synapse_lk_jwt.delegation.state_machine import MAX_IDENTITIES, Signal
-from synapse_lk_jwt.store import Store
+from synapse_lk_jwt.delegation.state_machine import MAX_IDENTITIES
+from synapse_lk_jwt.delegation.tables import DelegationTable
+from synapse_lk_jwt.livekit.tables import MAX_SLOTS, SLOTS_RETRY_AFTER_MS, CallTable
 from tests.harness.base import SLOT
 from tests.harness.test_delegating import HOUR_MS, MEMBER, DelegationTestCase, Died
 
@@ -146,7 +150,7 @@ class AllowListTests(EventsTestCase):
         assert self.contents(RTC_MEMBER) == [content]
 
     def test_delegations_beyond_the_users_limit_are_refused(self) -> None:
-        with patch.object(store, "MAX_DELEGATIONS", 3):
+        with patch.object(creation, "MAX_DELEGATIONS", 3):
             codes = [
                 self.delegate_of(self.delayed(key=f"_{number}"), f"member{number}").code
                 for number in range(4)
@@ -216,30 +220,30 @@ class SentOnceTests(EventsTestCase):
         alice = self.call()
         assert self.delegate_of(self.delayed()).code == 200
         self.advance_by(3)
-        noted: Deferred[list[Any]] = Deferred()
-        apply, send = Store.apply_signal, DelegationService._send
-        sending: list[tuple[DelegationService, Any]] = []
+        noted: Deferred[None] = Deferred()
+        write, run_tasks = ModuleDatabase.write, DelegationService.run_tasks
+        sending: list[tuple[DelegationService, SendLeave]] = []
 
-        async def when_noted(tables: Store, delay_id: str, what: Signal, *args: Any) -> Any:
-            if what is Signal.OVER:
+        async def when_noted(database: ModuleDatabase, *args: Any) -> Any:
+            if sent.called:
                 await make_deferred_yieldable(noted)
-            return await apply(tables, delay_id, what, *args)
+            return await write(database, *args)
 
-        async def sends(leaves: DelegationService, task: Any) -> None:
-            sending.append((leaves, task))
-            await send(leaves, task)
+        def run(service: DelegationService, tasks: Any) -> None:
+            sending.extend((service, task) for task in tasks if isinstance(task, SendLeave))
+            run_tasks(service, tasks)
 
         with (
-            patch.object(Store, "apply_signal", when_noted),
-            patch.object(DelegationService, "_send", sends),
+            patch.object(ModuleDatabase, "write", when_noted),
+            patch.object(DelegationService, "run_tasks", run),
             patch.object(Events, "send", wraps=succeed) as sent,
         ):
             self.leaves(alice)
-            # What the clock read a moment ago arrives now.
-            ((leaves, task),) = sending
-            leaves.begin([task])
+            # The clock has read the delegation just before.
+            ((service, task),) = sending
+            service.run_tasks([task])
             self.pump()
-            noted.callback([])
+            noted.callback(None)
             self.pump()
             assert sent.call_count == 1
         assert self.rows() == []
@@ -247,8 +251,11 @@ class SentOnceTests(EventsTestCase):
     def test_leave_that_waits_too_long_on_a_worker_is_sent_by_the_clock_alone(self) -> None:
         worker = Homeserver(self.hs.get_module_api())
         worker.runs_background_tasks = False
-        tables = Store(worker)
-        leaves = DelegationService(worker, tables, Mock())
+        database = ModuleDatabase(worker)
+        rooms = AsyncMock(**{"get_participant.return_value": None})
+        service = DelegationService(
+            worker, database, DelegationTable(database), CallTable(database), rooms
+        )
         self.call()
         room = self.sfu.requests[-1][1].name
         there = ParticipantInfo(identity=f"{self.alice}:D", sid="PA_x")
@@ -257,7 +264,7 @@ class SentOnceTests(EventsTestCase):
             delay_id = self.schedule(RTC_MEMBER, {"sticky_key": f"{number}"}, sticky=True)
             assert self.delegate(delay_id, member=member).code == 200
         assert self.webhook("participant_joined", there).code == 200
-        # For longer than clients that change their identity.
+        # For longer than a client needs that changes its identity.
         self.advance_by(3)
         waits: Deferred[None] = Deferred()
         sent: list[str] = []
@@ -269,11 +276,9 @@ class SentOnceTests(EventsTestCase):
 
         with (
             patch.object(Events, "send", send),
-            patch("synapse_lk_jwt.delegation.service.CONCURRENT_SENDS", 1),
+            patch("synapse_lk_jwt.delegation.sender.CONCURRENT_SENDS", 1),
         ):
-            for task in self.get_success(tables.left(room, there.identity, there.sid)):
-                absent = tables.apply_signal(task.delay_id, Signal.ABSENT)
-                leaves.begin(self.get_success(absent))
+            self.get_success(service.on_left(room, there.identity, there.sid))
             self.advance_by(12)
             waits.callback(None)
             self.pump()
@@ -309,13 +314,13 @@ class EncryptedTests(EncryptedTestCase):
 
     def test_encrypted_leave_that_was_sent_is_not_sent_again(self) -> None:
         self.lose()
-        send = DelegationService._try_to_send
+        send = LeaveSender._try_to_send
 
-        async def sent_and_dead(leaves: DelegationService, task: Any) -> None:
-            await send(leaves, task)
+        async def sent_and_dead(sender: LeaveSender, task: Any) -> None:
+            await send(sender, task)
             raise Died
 
-        with patch.object(DelegationService, "_try_to_send", sent_and_dead):
+        with patch.object(LeaveSender, "_try_to_send", sent_and_dead):
             self.leaves(self.alice_there)
         self.send_now(ENCRYPTED, {"ciphertext": "chat"})
         self.advance_by(12)
@@ -494,7 +499,7 @@ class UnreadableRowTests(EventsTestCase):
         alice = self.call()
         bad = self.delayed(key="_bad")
         assert self.delegate_of(bad, "bad").code == 200
-        self.spoil(bad, next_ms=0, **values)
+        self.spoil(bad, due_ts=0, **values)
         with self.assertLogs("synapse_lk_jwt", logging.ERROR) as logs:
             assert self.delegate_of(self.delayed(), "good").code == 200
             # Polls, restarts and webhooks go on.
@@ -508,11 +513,11 @@ class UnreadableRowTests(EventsTestCase):
 
     def test_batch_full_of_unreadable_rows_does_not_starve_the_others(self) -> None:
         alice = self.call()
-        with patch.object(store, "BATCH", 2):
+        with patch.object(delegation_tables, "BATCH", 2):
             for number in range(5):
                 bad = self.delayed(key=f"_{number}")
                 assert self.delegate_of(bad, f"bad{number}").code == 200
-                self.spoil(bad, next_ms=0, phase="paused")
+                self.spoil(bad, due_ts=0, phase="paused")
             assert self.delegate_of(self.delayed(9_000), "good").code == 200
             # It is restarted every three seconds, or would run out.
             self.advance_by(30)
@@ -526,7 +531,7 @@ class SlotsTests(EventsTestCase):
         return self.post("/get_token", self.get_token_body(slot_id=slot_id))
 
     def fill(self) -> None:
-        for number in range(store.MAX_SLOTS):
+        for number in range(MAX_SLOTS):
             self.assert_token(self.token_for(f"slot{number}"))
 
     def test_slots_beyond_the_limit_get_429_and_are_not_created(self) -> None:
@@ -534,11 +539,11 @@ class SlotsTests(EventsTestCase):
         created = len(self.sfu.requests)
         channel = self.token_for("another")
         self.assert_error(channel, 429, Codes.LIMIT_EXCEEDED)
-        assert channel.json_body["retry_after_ms"] == store.SLOTS_RETRY_AFTER_MS
+        assert channel.json_body["retry_after_ms"] == SLOTS_RETRY_AFTER_MS
         body = self.homeserver_body(slot_id="another")
         self.assert_error(self.post_homeserver(body), 429, Codes.LIMIT_EXCEEDED)
         assert len(self.sfu.requests) == created
-        assert len(self.rows("calls")) == store.MAX_SLOTS
+        assert len(self.rows("calls")) == MAX_SLOTS
 
     def test_known_slots_and_other_rooms_are_not_limited(self) -> None:
         self.fill()

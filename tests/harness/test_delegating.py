@@ -19,6 +19,7 @@ from synapse.rest.client import delayed_events
 from twisted.internet.defer import Deferred
 
 from synapse_lk_jwt.compat.events import Events
+from synapse_lk_jwt.delegation.sender import LeaveSender
 from synapse_lk_jwt.delegation.service import DelegationService
 from tests.harness.base import SECRET, ModuleTestCase
 
@@ -379,7 +380,7 @@ class KeptAliveTests(DelegationTestCase):
             self.sfu.join(self.post("/get_token", body).json_body["jwt"])
             delay = {"delay_id": self.delayed(5_000, key=name), "delay_timeout": 5_000}
             assert self.post("/get_token", {**body, **delay}).code == 200
-        with patch("synapse_lk_jwt.store.BATCH", 1):
+        with patch("synapse_lk_jwt.delegation.tables.BATCH", 1):
             self.advance_by(30)
         assert len(self.pending()) == 5
 
@@ -541,13 +542,13 @@ class LeavingTests(DelegationTestCase):
         body = self.get_token_body(delay_id=delay_id, delay_timeout=HOUR_MS)
         self.assert_token(self.post("/get_token", body))
         self.pump()
-        send = DelegationService._try_to_send
+        send = LeaveSender._try_to_send
 
-        async def sent_and_dead(leaves: DelegationService, task: Any) -> None:
-            await send(leaves, task)
+        async def sent_and_dead(sender: LeaveSender, task: Any) -> None:
+            await send(sender, task)
             raise Died
 
-        with patch.object(DelegationService, "_try_to_send", sent_and_dead):
+        with patch.object(LeaveSender, "_try_to_send", sent_and_dead):
             self.leaves(self.participant)
         self.advance_by(12)
         rows = self.get_success(
@@ -693,7 +694,7 @@ class LeavingTests(DelegationTestCase):
         assert (self.rows(), self.sent()) == ([], 1)
 
     def test_the_process_dies_before_the_leave_is_sent(self) -> None:
-        with patch.object(DelegationService, "begin"):
+        with patch.object(DelegationService, "run_tasks"):
             self.sfu.people.clear()
             self.webhook("participant_left", self.participant)
         assert self.is_in_call()
@@ -703,7 +704,7 @@ class LeavingTests(DelegationTestCase):
 
         self.enter()
         self.prepare_again()
-        with patch.object(DelegationService, "_send", side_effect=Died):
+        with patch.object(LeaveSender, "_send", side_effect=Died):
             self.sfu.people.clear()
             self.webhook("participant_left", self.participant)
             self.pump()
@@ -713,13 +714,13 @@ class LeavingTests(DelegationTestCase):
         assert self.sent() == 2
 
     def test_the_process_dies_after_the_leave_was_sent(self) -> None:
-        send = DelegationService._try_to_send
+        send = LeaveSender._try_to_send
 
-        async def sent_and_dead(leaves: DelegationService, task: Any) -> None:
-            await send(leaves, task)
+        async def sent_and_dead(sender: LeaveSender, task: Any) -> None:
+            await send(sender, task)
             raise Died
 
-        with patch.object(DelegationService, "_try_to_send", sent_and_dead):
+        with patch.object(LeaveSender, "_try_to_send", sent_and_dead):
             self.leaves(self.participant)
         assert not self.is_in_call()
         assert len(self.rows()) == 1

@@ -322,7 +322,7 @@ class LeavesTests(DelegationTestCase):
             self.assert_token(self.post("/get_token", body))
             query = "UPDATE synapse_lk_jwt_delegations SET phase = ? WHERE state_key = ?"
             if phase == "leaving":
-                query = query.replace("SET", f"SET next_ms = {2**60}, leave = '{{}}',")
+                query = query.replace("SET", f"SET due_ts = {2**60}, leave = '{{}}',")
             self.get_success(self.store.db_pool.execute("p", query, phase, key))
         self.advance_by(31)
         now = own_samples()

@@ -10,12 +10,14 @@ from livekit.protocol.room import ListRoomsResponse
 from parameterized import parameterized
 from twisted.internet.defer import Deferred
 
-from synapse_lk_jwt import monitor, store
+from synapse_lk_jwt import monitor
 from synapse_lk_jwt.compat.homeserver import Homeserver
+from synapse_lk_jwt.compat.module_database import ModuleDatabase
+from synapse_lk_jwt.delegation.tables import DelegationTable
 from synapse_lk_jwt.enforcement.room_changes import CONCURRENT_CALLS
 from synapse_lk_jwt.livekit import client as livekit_client
+from synapse_lk_jwt.livekit import tables
 from synapse_lk_jwt.livekit.naming import hash_of_identity, livekit_room_name
-from synapse_lk_jwt.store import Store
 from tests.harness.base import SLOT, claims, protobuf
 from tests.harness.test_following import FollowingTestCase
 
@@ -200,11 +202,11 @@ class PostponedTests(AttackTestCase):
         self.join_remotely(self.bob, "leave")
         self.advance_by(1)
         error = self.store.database_engine.module.OperationalError("database is away")
-        with patch.object(store.Store, "calls_in", side_effect=error):
+        with patch.object(tables.CallTable, "in_rooms", side_effect=error):
             self.advance_by(6)
         self.sfu.is_down = False
         # Only the postponed work knows of it.
-        with patch.object(store.Store, "tracked", side_effect=error):
+        with patch.object(DelegationTable, "tracked", side_effect=error):
             self.advance_by(6)
         assert self.identities() == [next(iter(self.sfu.people[self.room]))]
         assert self.bob not in self.users_there()
@@ -297,7 +299,8 @@ class ForeignAbortTests(AttackTestCase):
             assert self.webhook(event, twin, room=self.room).code == 200
             self.pump()
         assert {name for name, _ in self.sfu.asked} <= {"ListParticipants"}
-        (delegation,) = self.get_success(Store(Homeserver(self.hs.get_module_api())).tracked())
+        table = DelegationTable(ModuleDatabase(Homeserver(self.hs.get_module_api())))
+        (delegation,) = self.get_success(table.tracked())
         assert delegation.is_settled
 
 
@@ -329,13 +332,13 @@ class OwnMetadataTests(AttackTestCase):
         for number in range(1_000):
             identity = f"{hidden.identity}#{number}".ljust(320, "#")
             self.sfu.people[self.room][identity] = ParticipantInfo(identity=identity, sid="PA_x")
-        with patch.object(store, "hash_of_identity", wraps=hash_of_identity) as hashed:
+        with patch.object(tables, "hash_of_identity", wraps=hash_of_identity) as hashed:
             self.advance_by(31)
         # The polls at the start, and half a minute later.
         assert hashed.call_count <= 2 * 2 * 1_001
 
     def test_issue_more_identities_than_a_client_needs_is_rate_limited(self) -> None:
-        with patch.object(store, "MAX_OWNED", 3):
+        with patch.object(tables, "MAX_OWNED", 3):
             for number in range(10):
                 body = self.homeserver_body(member_id=f"member {number}")
                 channel = self.post_homeserver(body)
@@ -429,7 +432,7 @@ class SlotTests(AttackTestCase):
         self.get_success(
             self.store.db_pool.simple_insert_many(
                 table="synapse_lk_jwt_calls",
-                keys=("livekit_room", "room_id", "seen_ms"),
+                keys=("livekit_room", "room_id", "seen_ts"),
                 values=[(f"slot{number}", self.room_id, 0) for number in range(20)],
                 desc="test",
             )

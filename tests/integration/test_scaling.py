@@ -14,7 +14,7 @@ from livekit import api
 from livekit.protocol.models import ParticipantInfo, Room
 from livekit.protocol.webhook import WebhookEvent
 
-from synapse_lk_jwt.delegation.state_machine import MOMENT_MS
+from synapse_lk_jwt.delegation.state_machine import SHORT_SESSION_MS
 from synapse_lk_jwt.livekit.naming import livekit_room_name
 from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
 from testbed import service
@@ -207,7 +207,7 @@ async def have_been_seen(servers: Scaled, *members: Member) -> None:
             cursor.execute(
                 "SELECT COUNT(*) FROM synapse_lk_jwt_delegations WHERE user_id = ANY(%s)"
                 " AND phase = 'connected' AND connected_ms < %s",
-                (users, int(1000 * time.time()) - MOMENT_MS),
+                (users, int(1000 * time.time()) - SHORT_SESSION_MS),
             )
             (count,) = cursor.fetchone()
             return bool(count == len(users))

@@ -3,26 +3,33 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from threading import Barrier
 from types import SimpleNamespace
-from typing import Any, cast
-from unittest.mock import patch
+from typing import Any, TypeVar, cast
+from unittest.mock import AsyncMock, patch
 
 import pytest
 
-from synapse_lk_jwt import store
 from synapse_lk_jwt.compat.database import IsolationLevel, PostgresEngine
 from synapse_lk_jwt.compat.delayed_events import DelayedEvents
-from synapse_lk_jwt.delegation.state_machine import Action, Signal
-from synapse_lk_jwt.store import Store, TooManySlots
+from synapse_lk_jwt.compat.module_database import ModuleDatabase
+from synapse_lk_jwt.delegation import tables as delegation_tables
+from synapse_lk_jwt.delegation.service import DelegationService, QuerySfu, Task
+from synapse_lk_jwt.delegation.state_machine import Signal
+from synapse_lk_jwt.delegation.tables import BATCH, DelegationTable
+from synapse_lk_jwt.livekit import tables as livekit_tables
+from synapse_lk_jwt.livekit.participants import Listing
+from synapse_lk_jwt.livekit.tables import MAX_SLOTS, NOTE_AGAIN_MS, CallTable, TooManySlots
 from testbed.postgres import Postgres
 from testbed.process import MissingTool
 from testbed.sets import running
 from testbed.skips import missing_tool
+
+T = TypeVar("T")
 
 ROOM = "!room:example.org"
 HOUR_MS = 3_600_000
@@ -73,10 +80,13 @@ class Transaction:
 
 
 class Process:
-    """A store with a connection of its own, as each process of Synapse has.
+    """What one process of Synapse has of the module, with a connection of its own.
 
     Attributes:
-        store: the store.
+        calls: the calls.
+        table: the delegations.
+        service: works on them. Its tasks are not run.
+        tasks: the tasks that it would have run.
         failed: how many attempts at a transaction failed.
         transactions: the statements of each transaction, with their numbers of rows.
     """
@@ -91,7 +101,14 @@ class Process:
             database=SimpleNamespace(run_interaction=self._run, error=postgres_error()),
             delayed_events=DelayedEvents(cast(Any, self), are_enabled=True),
         )
-        self.store = Store(homeserver)
+        database = ModuleDatabase(homeserver)
+        self.calls = CallTable(database)
+        self.table = DelegationTable(database)
+        self.service = DelegationService(
+            homeserver, database, self.table, self.calls, rooms=AsyncMock()
+        )
+        self.tasks: list[Task] = []
+        patch.object(self.service, "run_tasks", self.tasks.extend).start()
 
     def time_msec(self) -> int:
         return int(time.time() * 1000)
@@ -117,8 +134,9 @@ class Process:
                 self.transactions.append(txn.statements)
                 return result
 
-    def do(self, method: str, *args: Any, **more: Any) -> Any:
-        return asyncio.run(getattr(self.store, method)(*args, **more))
+    def execute(self, statement: str, args: Any = ()) -> None:
+        with self._connection, self._connection.cursor() as cursor:
+            cursor.execute(statement, args)
 
     def close(self) -> None:
         self._connection.close()
@@ -130,28 +148,31 @@ def postgres_error() -> type[Exception]:
     return psycopg2.Error
 
 
+def do(coroutine: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(coroutine)
+
+
 @pytest.fixture
 def processes(postgres: Postgres) -> Iterator[list[Process]]:
     opened = [Process(postgres) for _ in range(WRITERS)]
     for process in opened:
-        process.do("calls")
-    with opened[0]._connection, opened[0]._connection.cursor() as cursor:
-        for table in ("calls", "owners", "delegations", "identities"):
-            cursor.execute(f"DELETE FROM synapse_lk_jwt_{table}")
-        cursor.execute("DELETE FROM delayed_events")
+        do(process.calls.all())
+    for table in ("calls", "owners", "delegations", "identities"):
+        opened[0].execute(f"DELETE FROM synapse_lk_jwt_{table}")
+    opened[0].execute("DELETE FROM delayed_events")
     yield opened
     for process in opened:
         process.close()
 
 
-def at_once(processes: list[Process], do: Callable[[int, Process], Any]) -> list[Any]:
-    """Has all processes do something at the same moment; what each raises is its result."""
+def at_once(processes: list[Process], work: Callable[[int, Process], Any]) -> list[Any]:
+    """Lets all processes work at the same moment. An exception of one is its result."""
     barrier = Barrier(len(processes))
 
     def one(number: int) -> Any:
         barrier.wait()
         try:
-            return do(number, processes[number])
+            return work(number, processes[number])
         except Exception as e:
             return e
 
@@ -160,37 +181,37 @@ def at_once(processes: list[Process], do: Callable[[int, Process], Any]) -> list
 
 
 def note_call(livekit_room: str, number: int, process: Process) -> None:
-    process.do("note_call", livekit_room, ROOM)
+    do(process.calls.note(livekit_room, ROOM))
 
 
-@pytest.mark.parametrize("again_ms", [store.NOTE_AGAIN_MS, 0])
+@pytest.mark.parametrize("again_ms", [NOTE_AGAIN_MS, 0])
 def test_note_call_from_sixteen_processes_fails_for_none(
     again_ms: int, processes: list[Process]
 ) -> None:
-    with patch.object(store, "NOTE_AGAIN_MS", again_ms):
+    with patch.object(livekit_tables, "NOTE_AGAIN_MS", again_ms):
         for number in range(20):
             room = f"call{number % 2}"
             noted = at_once(processes, partial(note_call, room))
             assert noted == [None] * WRITERS
     assert sum(process.failed for process in processes) == 0
-    assert processes[0].do("calls") == {"call0": ROOM, "call1": ROOM}
+    assert do(processes[0].calls.all()) == {"call0": ROOM, "call1": ROOM}
 
 
 def test_note_call_of_a_call_that_was_just_noted_writes_nothing(processes: list[Process]) -> None:
-    processes[0].do("note_call", "call", ROOM)
+    do(processes[0].calls.note("call", ROOM))
     processes[1].transactions.clear()
-    processes[1].do("note_call", "call", ROOM)
+    do(processes[1].calls.note("call", ROOM))
     ((statement,),) = processes[1].transactions
     assert statement[0].startswith("SELECT")
 
 
-def test_joined_from_sixteen_processes_fails_for_none(processes: list[Process]) -> None:
-    with patch.object(store, "NOTE_AGAIN_MS", 0):
+def test_on_joined_from_sixteen_processes_fails_for_none(processes: list[Process]) -> None:
+    with patch.object(livekit_tables, "NOTE_AGAIN_MS", 0):
         for _ in range(20):
             joined = at_once(
                 processes,
-                lambda number, process: process.do(
-                    "joined", "call", f"identity{number}", "PA_1", ROOM
+                lambda number, process: do(
+                    process.service.on_joined("call", f"identity{number}", "PA_1", ROOM)
                 ),
             )
             assert joined == [None] * WRITERS
@@ -199,85 +220,118 @@ def test_joined_from_sixteen_processes_fails_for_none(processes: list[Process]) 
 
 def test_note_call_of_many_new_slots_at_once_keeps_the_limit(processes: list[Process]) -> None:
     for number in range(10):
-        processes[0].do("note_call", f"call{number}", ROOM)
-    noted = at_once(
-        processes, lambda number, process: process.do("note_call", f"new{number}", ROOM)
-    )
+        do(processes[0].calls.note(f"call{number}", ROOM))
+    noted = at_once(processes, lambda number, process: do(process.calls.note(f"new{number}", ROOM)))
     refused = [result for result in noted if isinstance(result, TooManySlots)]
     assert len(refused) == WRITERS - 10
     assert noted.count(None) == 10
-    assert len(processes[0].do("calls")) == store.MAX_SLOTS
+    assert len(do(processes[0].calls.all())) == MAX_SLOTS
 
 
-def fill(process: Process, number: int, next_ms: int) -> None:
-    """Notes that participants are connected, in one LiveKit room, and their delayed events."""
-    with process._connection, process._connection.cursor() as cursor:
-        for index in range(number):
-            cursor.execute(
-                "INSERT INTO synapse_lk_jwt_delegations (delay_id, user_id, livekit_room, member,"
-                " event_type, delay_ms, taken_ms, several, phase, next_ms, restarted_ms,"
-                " connected_ms, doubted_ms, tries)"
-                " VALUES (%s, %s, 'call', 'm', 't', %s, 0, false, 'connected', %s, 0, 0, 0, 0)",
-                (f"delay{index:04}", f"@user{index}:example.org", HOUR_MS, next_ms),
-            )
-            cursor.execute(
-                "INSERT INTO synapse_lk_jwt_identities (livekit_room, identity, delay_id)"
-                " VALUES ('call', %s, %s)",
-                (f"identity{index}", f"delay{index:04}"),
-            )
-            cursor.execute(
-                "INSERT INTO delayed_events (delay_id, user_localpart, delay, send_ts)"
-                " VALUES (%s, %s, %s, 0)",
-                (f"delay{index:04}", f"user{index}", HOUR_MS),
-            )
+def fill(process: Process, number: int, due_ts: int) -> None:
+    """Delegates the leaves of connected participants in one LiveKit room."""
+    for index in range(number):
+        process.execute(
+            "INSERT INTO synapse_lk_jwt_delegations (delay_id, user_id, room_id, livekit_room,"
+            " member_identity, event_type, delay_ms, created_ts, has_multiple_identities, phase,"
+            " due_ts, restarted_ts, connected_ts, suspected_gone_ts, attempts)"
+            " VALUES (%s, %s, %s, 'call', 'm', 't', %s, 0, 0, 'connected', %s, 0, 0, 0, 0)",
+            (f"delay{index:04}", f"@user{index}:example.org", ROOM, HOUR_MS, due_ts),
+        )
+        process.execute(
+            "INSERT INTO synapse_lk_jwt_identities (livekit_room, identity, delay_id)"
+            " VALUES ('call', %s, %s)",
+            (f"identity{index}", f"delay{index:04}"),
+        )
+        process.execute(
+            "INSERT INTO delayed_events (delay_id, user_localpart, delay, send_ts)"
+            " VALUES (%s, %s, %s, 0)",
+            (f"delay{index:04}", f"user{index}", HOUR_MS),
+        )
 
 
-def test_finished_call_of_a_thousand_is_dealt_with_in_batches(processes: list[Process]) -> None:
+def selected(statements: list[tuple[str, int]]) -> list[int]:
+    """The numbers of rows that each SELECT of a transaction has read."""
+    return [rows for statement, rows in statements if statement.startswith("SELECT")]
+
+
+def test_on_room_finished_thousand_participants_are_suspected_in_batches(
+    processes: list[Process],
+) -> None:
     process = processes[0]
     fill(process, 1_000, 2**53)
     process.transactions.clear()
-    tasks = process.do("finished", "call")
-    assert {task.delay_id: task.identities for task in tasks} == {
+    do(process.service.on_room_finished("call"))
+    queries = [task for task in process.tasks if isinstance(task, QuerySfu)]
+    assert {task.delay_id: set(task.identities) for task in queries} == {
         f"delay{index:04}": {f"identity{index}"} for index in range(1_000)
     }
-    assert all(task.action is Action.ASK for task in tasks)
     # The call itself, ten batches, and the one that finds no more.
     assert len(process.transactions) == 12
     for statements in process.transactions:
-        selected = [rows for statement, rows in statements if statement.startswith("SELECT")]
         # The delegations and the identities of all of them.
-        assert len(selected) <= 2
-        assert max(selected, default=0) <= store.BATCH
+        assert len(selected(statements)) <= 2
+        assert max(selected(statements), default=0) <= BATCH
 
 
-def test_due_ends_the_delegation_of_a_finalised_event(processes: list[Process]) -> None:
-    process = processes[0]
-    fill(process, 2, 0)
-    with process._connection, process._connection.cursor() as cursor:
-        cursor.execute("UPDATE delayed_events SET finalised_ts = 1 WHERE delay_id = 'delay0000'")
-    assert process.do("due") == ([], True)
-    assert [tracked.delay_id for tracked in process.do("tracked")] == ["delay0001"]
-
-
-def test_writers_of_the_same_delegations_do_not_fail(
+def test_on_poll_three_hundred_absent_participants_take_three_transactions(
     processes: list[Process],
 ) -> None:
+    process = processes[0]
+    fill(process, 300, 2**53)
+    tracked = do(process.table.tracked())
+    process.transactions.clear()
+    do(process.service.on_poll(tracked, Listing(process.time_msec(), ())))
+    assert len(process.transactions) == 3
+    assert max(rows for txn in process.transactions for rows in selected(txn)) <= BATCH
+    assert all(not tracked.is_settled for tracked in do(process.table.tracked()))
+
+
+@pytest.mark.parametrize("livekit_room", [None, "call"])
+def test_tracked_reads_in_batches_and_names_each_delegation_once(
+    livekit_room: str | None, processes: list[Process]
+) -> None:
+    process = processes[0]
+    fill(process, 25, 2**53)
+    process.transactions.clear()
+    with patch.object(delegation_tables, "READ_BATCH", 10):
+        tracked = do(process.table.tracked(livekit_room))
+    assert [delegation.delay_id for delegation in tracked] == [f"delay{i:04}" for i in range(25)]
+    assert [selected(txn) for txn in process.transactions] == [[10], [10], [5]]
+
+
+def test_process_due_event_that_is_finalised_ends_its_delegation(processes: list[Process]) -> None:
+    process = processes[0]
+    fill(process, 2, 0)
+    process.execute("UPDATE delayed_events SET finalised_ts = 1 WHERE delay_id = 'delay0000'")
+    do(process.service.process_due())
+    assert process.tasks == []
+    assert [tracked.delay_id for tracked in do(process.table.tracked())] == ["delay0001"]
+
+
+def test_writers_of_the_same_delegations_do_not_fail(processes: list[Process]) -> None:
     number = 300
     fill(processes[0], number, 0)
+    tracked = do(processes[0].table.tracked())
 
     def work(index: int, process: Process) -> None:
+        service = process.service
         for step in range(8):
-            match index % 4:
+            identity = f"identity{(number - 1 - 7 * step - index) % number}"
+            match index % 6:
                 case 0:
-                    process.do("due")
+                    do(service.process_due())
                 case 1:
-                    process.do("finished", "call")
+                    do(service.on_room_finished("call"))
                 case 2:
-                    identity = f"identity{(number - 1 - 7 * step - index) % number}"
-                    process.do("joined", "call", identity, "PA_1", None)
+                    do(service.on_joined("call", identity, "PA_1", None))
                 case 3:
                     delay_id = f"delay{(number - 1 - 5 * step - index) % number:04}"
-                    process.do("happened", delay_id, Signal.SEEN)
+                    do(service.apply_signal(delay_id, Signal.SEEN))
+                case 4:
+                    do(service.on_poll(tracked, Listing(process.time_msec(), ())))
+                case 5:
+                    do(service.on_session_replaced("call", identity, "PA_1"))
 
     assert at_once(processes, work) == [None] * WRITERS
     assert sum(process.failed for process in processes) == 0
