@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who takes part in which call, as one value."""
+"""A user's membership of a call, as one value."""
 
 import attr
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work that belongs to rooms: one room's work never waits for another's, and is bounded."""
+"""Background work by key, such as a room: a bounded amount, and no key waits for one that hangs."""
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
@@ -12,31 +12,31 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# How many keys are worked on at a time, and how many of these may have begun only a moment ago.
+# How many keys run at a time, and how many of these may be in their first moments.
 MAX_RUNNING = 50
 MAX_QUICK = 20
 
-# Work that takes longer than this waits for a server that hangs, and not for this process.
+# Work that takes longer than this waits for a server, and not for this process.
 QUICK_SEC = 0.1
 
 
 class NotDone(Exception):
-    """Work has failed for a reason that is logged already."""
+    """Work has failed, and the reason has been logged."""
 
 
 class WorkByKey(Generic[T]):
-    """Does work in the background, one piece at a time for each key.
+    """Runs work in the background, once at a time for each key.
 
-    What is added for a key while its work runs is done afterwards, together. Work that hangs makes
-    way for that of other keys. If all places are taken by such work, the key that was added last
-    is next: a backlog of hanging rooms does not delay a room that has nothing to do with them.
+    Items that are added to a key while its work runs are its next work, together. Work that hangs
+    lets work of other keys start. If the maximum is running, the key that was added last is next:
+    a backlog of rooms that hang does not delay another room.
 
     Attributes, all private:
-        _waiting: the items of keys that wait for their turn, by key.
-        _running: the items of keys that are being worked on.
+        _waiting: the items of work that has not started, by key.
+        _running: the items of work that runs.
         _postponed: the items of work that failed, until `retry` is called.
-        _quick: the keys whose work began a moment ago.
-        _is_starting: whether `_start` is at it, which work that ends at once calls again.
+        _quick: the keys whose work started less than `QUICK_SEC` ago.
+        _is_starting: whether `_start` runs. Work that ends at once calls it again.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class WorkByKey(Generic[T]):
     ) -> None:
         """
         Args:
-            homeserver: runs the work.
+            homeserver: runs functions in the background.
             desc: a name for Synapse's metrics and log.
-            work: does the work for a key, given its items by name. It may raise `NotDone`. Other
-                exceptions are logged.
+            work: gets a key, and its items by name. It may raise `NotDone`. Other exceptions are
+                logged.
             postpone_failures: whether items are kept when `work` raises, until `retry` is called.
         """
         self._homeserver = homeserver
@@ -66,27 +66,27 @@ class WorkByKey(Generic[T]):
         self._is_starting = False
 
     def add(self, key: str, items: dict[str, T]) -> None:
-        """Adds work for a key. An item that waits already stays as it is."""
+        """Adds items to the work of a key. An item that waits already keeps its value."""
         waiting = self._waiting.pop(key, {})
         # Last in, first out.
         self._waiting[key] = {**items, **waiting}
         self._start()
 
     def retry(self) -> None:
-        """Adds all work that has failed once more, behind what other keys wait with."""
+        """Adds all work that has failed again. It starts after work that waits already."""
         postponed, self._postponed = self._postponed, {}
         waiting = self._waiting
-        # What has failed may hang again. In front of a new key it would take each place that ends.
+        # Work that has failed may hang again, and must not start before that of a new key.
         self._waiting = {k: {**v, **waiting.pop(k, {})} for k, v in postponed.items()}
         self._waiting.update(waiting)
         self._start()
 
     def __contains__(self, key: str) -> bool:
-        """Whether there is work for a key that is not done."""
+        """Whether a key has items whose work has not succeeded."""
         return any(key in state for state in (self._waiting, self._running, self._postponed))
 
     def unfinished(self) -> Iterator[T]:
-        """All items whose work is not done."""
+        """All items whose work has not succeeded."""
         for state in (self._waiting, self._running, self._postponed):
             for items in state.values():
                 yield from items.values()
@@ -110,7 +110,7 @@ class WorkByKey(Generic[T]):
         timer = self._homeserver.reactor.callLater(QUICK_SEC, self._is_slow, key)
         is_done = False
         try:
-            # That has been logged.
+            # The reason has been logged.
             with suppress(NotDone):
                 await self._work(key, self._running[key])
                 is_done = True

@@ -34,7 +34,7 @@ class Creation:
 
         Args:
             txn: a transaction of `ModuleDatabase.write`.
-            member: the member. Its first identity tells it from the other members of the user.
+            member: the member. Its first identity distinguishes it from the user's other members.
             delay_id: the delayed event.
 
         Returns:

@@ -2,9 +2,9 @@
 """Delegated delayed leaves at work: loads delegations, applies signals to them, runs the tasks.
 
 Each signal takes the same path: `DelegationTable` locks and loads the delegation, `transition`
-decides, `_apply` stores the result. What is decided and what is done to the delayed event is one
-transaction. So the decision is made once, however many processes get the signal, and whichever of
-them dies. Tasks that need LiveKit or the room run afterwards, and end with a signal of their own.
+decides, `_apply` stores the result. The decision and the change to the delayed event are one
+transaction. So the decision is made once, even if many processes get the signal or one of them
+dies. Tasks that need LiveKit or the room run afterwards, and end with a signal of their own.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -104,8 +104,8 @@ class DelegationService:
         """Delegates a delayed leave. Does not depend on the SFU, and may be repeated.
 
         Args:
-            member: a local user's membership of a call, verified. Its first identity tells it from
-                the user's other members.
+            member: a local user's membership of a call, verified. Its first identity distinguishes
+                it from the user's other members.
             delay_id: the delayed event.
 
         Returns:

@@ -85,7 +85,7 @@ class Rival:
 
     Attributes:
         delay_id: the delayed event.
-        member_identity: the identity that tells the member from the user's other ones.
+        member_identity: the identity that distinguishes the member from the user's other ones.
         event_type: the type of the delayed event.
         state_key: its state key, None for a message event.
         sticky_key: its sticky key (MSC4354), if it has one that is not encrypted.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delegation only takes away: which events can be delegated, how they are sent, how often."""
+"""Which events can be delegated, how they are sent, and how often."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ class EventsTestCase(DelegationTestCase):
         return self.delegate(delay_id, member=ids, **more)
 
     def call(self) -> ParticipantInfo:
-        """Joins the call and lets the module see that."""
+        """Joins the call."""
         body = self.sfu_get_body()
         jwt = self.post("/sfu/get", body).json_body["jwt"]
         participant: ParticipantInfo = self.sfu.join(jwt)
@@ -156,7 +156,7 @@ class AllowListTests(EventsTestCase):
                 for number in range(4)
             ]
             assert codes == [200, 200, 200, 400]
-            # One that takes the place of an older one needs no room.
+            # A delegation that replaces an older one does not count.
             assert self.delegate_of(self.delayed(key="_0"), "another").code == 200
         assert len(self.rows()) == 3
 
@@ -193,7 +193,7 @@ class AlreadySentTests(EventsTestCase):
         assert self.contents(RTC_MEMBER) == [newer]
         assert self.rows() == []
 
-    def test_plain_leave_is_recognised_by_its_content(self) -> None:
+    def test_leave_without_a_sticky_key_is_recognised_by_its_content(self) -> None:
         self.lose({"slot_id": "one"})
         self.send_now(RTC_MEMBER, {"slot_id": "other"})
         self.advance_by(12)
@@ -269,8 +269,8 @@ class SentOnceTests(EventsTestCase):
         waits: Deferred[None] = Deferred()
         sent: list[str] = []
 
-        async def send(homeserver: Homeserver, event: Any) -> None:
-            if homeserver is worker:
+        async def send(events: Events, event: Any) -> None:
+            if events is worker.events:
                 await make_deferred_yieldable(waits)
             sent.append(event["content"]["sticky_key"])
 
@@ -343,7 +343,7 @@ class EncryptedTests(EncryptedTestCase):
             self.delegate_of(self.encrypted(number), f"member{number}").code for number in range(6)
         ]
         assert codes == [200] * 5 + [400]
-        # Another room has places of its own, and other kinds of leaves need none of these.
+        # Another room has a limit of its own, and other kinds of leaves do not count.
         elsewhere = self.helper.create_room_as(self.alice, tok=self.alices_token)
         delegated = self.delegate_of(self.encrypted(room_id=elsewhere), room_id=elsewhere)
         assert delegated.code == 200, delegated.result
@@ -373,7 +373,7 @@ class LimitedEncryptedTests(EncryptedTestCase):
         assert self.rows() == []
 
 
-class HandedOverAgainTests(EventsTestCase):
+class DelegatedAgainTests(EventsTestCase):
     def identities(self) -> set[str]:
         return {row[1] for row in self.rows("identities")}
 
@@ -384,7 +384,7 @@ class HandedOverAgainTests(EventsTestCase):
         jwt = self.post("/get_token", self.get_token_body(**delay)).json_body["jwt"]
         assert len(self.identities()) == 2
         assert len(self.rows()) == 1
-        # And the client, which connects under the new one, is not given up.
+        # The client connects under the new identity.
         alice = self.sfu.join(jwt)
         self.advance_by(90)
         assert self.is_in_call()
@@ -395,7 +395,7 @@ class HandedOverAgainTests(EventsTestCase):
         delay_id = self.delayed()
         delay = {"delay_id": delay_id, "delay_timeout": HOUR_MS}
         self.assert_token(self.post("/sfu/get", self.sfu_get_body(**delay)))
-        # By now it is looked for every quarter of an hour or so.
+        # By now the SFU is queried every quarter of an hour or so.
         self.advance_by(1100)
         self.sfu.join(self.post("/get_token", self.get_token_body()).json_body["jwt"])
         self.assert_token(self.post("/get_token", self.get_token_body(**delay)))
@@ -445,7 +445,7 @@ class FinalisedTests(EventsTestCase):
         self.finalise(delay_id)
         self.assert_error(self.delegate(delay_id), 400, Codes.INVALID_PARAM)
 
-    def test_delegation_of_an_event_that_is_finalised_meanwhile_ends(self) -> None:
+    def test_delegation_of_an_event_that_is_finalised_later_ends(self) -> None:
         alice = self.call()
         delay_id = self.delayed()
         assert self.delegate_of(delay_id).code == 200

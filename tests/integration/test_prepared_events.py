@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delegation only takes away: events that a user has prepared, on a real Synapse and LiveKit."""
+"""Events that a user has delegated to be sent later, on a real Synapse and LiveKit."""
 
 import asyncio
 import itertools
@@ -51,7 +51,7 @@ def synapse(livekit: LiveKit, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 class Mallory:
-    """A user in a call, with events that are to be sent when the user leaves it."""
+    """A user in a call, with delayed events to be sent when the user leaves it."""
 
     def __init__(self, synapse: Synapse) -> None:
         self.admin = synapse.register(f"admin{next(number)}", admin=True)
@@ -74,7 +74,7 @@ class Mallory:
         return delay_id
 
     def delegate(self, delay_id: str) -> int:
-        """Delegates an event of yet another member, all of whom follow the same participant."""
+        """Delegates an event of a new member. All members follow the same participant."""
         self.members += 1
         body = service.get_token_body(
             self.user, self.room_id, delay_id=delay_id, delay_timeout=HOUR_MS
@@ -95,7 +95,7 @@ class Mallory:
         ]
 
 
-def test_suspended_user_leaves_and_nothing_else_of_theirs_is_sent(
+def test_suspended_user_leaves_and_none_of_the_prepared_events_is_sent(
     synapse: Synapse, livekit: LiveKit
 ) -> None:
     mallory = Mallory(synapse)
@@ -110,7 +110,7 @@ def test_suspended_user_leaves_and_nothing_else_of_theirs_is_sent(
         accepted = {mallory.delegate(delay_id) for delay_id in (*leaves, encrypted)}
         await until(lambda: connected(synapse) >= 2, "all delegations connected")
         mallory.admin.suspend(mallory.user.user_id)
-        # The poll removes a suspended user's participant, and that sets off the delegations.
+        # The poll removes a suspended user's participant, which triggers the delegations.
         await until(lambda: not there.is_connected, "removal", 10)
         await until(lambda: mallory.sent(RTC_MEMBER) == [sticky], "sticky leave", 10)
         await until(lambda: mallory.sent(MEMBER)[-1] == {}, "state leave", 10)

@@ -285,7 +285,7 @@ def test_transition_any_signals_in_any_order_keep_the_invariants(
             assert signal in ENDED or before.attempts >= MAX_SEND_ATTEMPTS
             break
         if d.phase is C:
-            # The event is restarted in time, whatever else is due.
+            # The event is restarted in time, even if a query is due first.
             assert d.due_ts <= max(now, d.restarted_ts + d.restart_interval_ms)
         # DUE always sets a later time.
         assert d.due_ts > now or signal is not Signal.DUE or action is RESTART
