@@ -356,7 +356,8 @@ class DelegationTable:
         self, txn: LoggingTransaction, livekit_room: str | None, after: str
     ) -> tuple[list[Tracked], str | None]:
         """`READ_BATCH` delegations behind a delay ID, and the last one if there may be more."""
-        condition, args = ("livekit_room = ? AND", [livekit_room]) if livekit_room else ("", [])
+        condition = "" if livekit_room is None else "livekit_room = ? AND"
+        args = [] if livekit_room is None else [livekit_room]
         txn.execute(
             "SELECT d.delay_id, d.livekit_room, phase, suspected_gone_ts, attempts, identity, sid"
             f" FROM (SELECT * FROM {DELEGATIONS} WHERE {condition} phase <> ? AND delay_id > ?"
