@@ -166,7 +166,7 @@ class SimulatedUser:
                     if self._is_gone:
                         return
                     play.over.wait(self._random.uniform(0, 5))
-        except Exception as e:  # noqa: BLE001 - The verdict reports it.
+        except Exception as e:  # The verdict reports it.
             self.trouble = f"{type(e).__name__}: {e}"
 
     def _pause(self, seconds: float) -> None:
