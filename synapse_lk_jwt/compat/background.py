@@ -64,4 +64,9 @@ class Background:
         try:
             await func(*args)
         except self._database_error as e:
-            logger.error("%s failed: %s: %s", desc, type(e).__name__, e)
+            logger.error(
+                "The background task %s failed because of the database: %s: %s",
+                desc,
+                type(e).__name__,
+                e,
+            )

@@ -77,7 +77,7 @@ class Database:
     async def select_matching(self, sql: str, column: str, values: Collection[str]) -> set[str]:
         """Those of many values that a query finds.
 
-        Thousands of look-ups in Synapse's caches would hold up other work on the reactor.
+        Thousands of reads of Synapse's caches would delay other work on the reactor.
 
         Args:
             sql: a query of that column, which ends in WHERE or AND.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bounds on the time of requests, and on what log lines quote."""
+"""The bounds on the time of requests."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ from twisted.internet.defer import Deferred, ensureDeferred, succeed
 from twisted.internet.task import Clock as Time
 
 from synapse_lk_jwt.compat.http import TimedOut, within
-from synapse_lk_jwt.untrusted import bounded_repr
 
 
 class Reactor(Time):
@@ -69,22 +68,3 @@ def test_within_with_a_call_that_fails_in_time_raises_its_error(reactor: Any) ->
     waiting.errback(IndexError())
     (failure,) = seen
     assert failure.type is IndexError
-
-
-HUGE = {
-    "string": "x" * 100_000,
-    "list": ["x" * 1000] * 1000,
-    "dict": {"a" * 1000: "b" * 1000},
-    "nested": [[[[["x" * 1000] * 10] * 10] * 10] * 10] * 10,
-    "error": ValueError("x" * 100_000),
-}
-
-
-@pytest.mark.parametrize("value", HUGE.values(), ids=HUGE)
-def test_bounded_repr_of_a_huge_value_is_short(value: object) -> None:
-    assert len(bounded_repr(value)) <= 300
-
-
-def test_bounded_repr_of_control_characters_escapes_them() -> None:
-    assert bounded_repr("M_\n\x1b[31mFORGED") == r"'M_\n\x1b[31mFORGED'"
-    assert bounded_repr("M_FORBIDDEN") == "'M_FORBIDDEN'"
