@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted and timed, in the registry that Synapse's `metrics` listener serves.
+"""The module's metrics, in the registry that Synapse's `metrics` listener serves.
 
 Labels take values of small closed sets only. Nothing that a client, another server or the SFU
-sends becomes one, and no user, room or server is named.
+sends becomes one, and no label names a user, a room or a server. This file imports nothing of the
+package: a test compares the values of labels with the types that they count.
 """
 
 import math
@@ -13,8 +14,6 @@ from typing import Literal, TypeVar, get_args
 
 from prometheus_client import Counter, Gauge, Histogram
 from twisted.internet.interfaces import IReactorTime
-
-from synapse_lk_jwt.delegation.state_machine import Trigger
 
 Endpoint = Literal[
     "sfu_get",
@@ -41,8 +40,9 @@ OpenIdCause = Literal[
     "unknown", "inactive_user", "other_user", "unreachable", "refused", "bad_answer"
 ]
 SfuCause = Literal["no_connection", "timeout", "unauthorized", "not_livekit", "refused"]
-WebhookCause = Literal["bad_signature", "wrong_time", "wrong_body", "unreadable", "not_noted"]
-RemovalCause = Literal["left", "server_acl", "joined", "poll", "recheck", "identity_too_long"]
+WebhookCause = Literal["bad_signature", "wrong_time", "wrong_body", "unreadable", "not_stored"]
+LEAVE_TRIGGERS = ("webhook", "poll", "gave_up")
+REMOVAL_CAUSES = ("left", "server_acl", "joined", "poll", "recheck", "identity_too_long")
 
 SFU_METHODS = (
     "CreateRoom",
@@ -68,15 +68,17 @@ WEBHOOK_EVENTS = (
     "ingress_ended",
 )
 
-# What asks somebody is given ten seconds; what must happen is tried again for longer.
+# A request fails after ten seconds. Leaves and removals are retried for longer.
 REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-DEED_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+ACTION_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 M = TypeVar("M", Counter, Histogram)
 
 
 def _from_zero(metric: M, *values: Iterable[str]) -> M:
-    """The metric with all its series, so that the first time something happens is an increase."""
+    """The metric with all its series at zero: `increase()` does not count the sample that creates
+    a series.
+    """
     for labels in product(*values):
         metric.labels(*labels)
     return metric
@@ -85,7 +87,7 @@ def _from_zero(metric: M, *values: Iterable[str]) -> M:
 tokens = _from_zero(
     Counter(
         "synapse_lk_jwt_tokens_total",
-        "LiveKit access tokens handed out for this homeserver's SFU",
+        "LiveKit access tokens issued for this homeserver's SFU",
         ["endpoint", "user", "access"],
     ),
     ("sfu_get", "get_token", "client_get_token", "federation_get_token"),
@@ -94,12 +96,12 @@ tokens = _from_zero(
 )
 remote_tokens = Counter(
     "synapse_lk_jwt_remote_tokens_total",
-    "LiveKit access tokens of other homeservers' SFUs, fetched for users of this one",
+    "LiveKit access tokens that other homeservers issued for users of this one",
 )
 refusals = _from_zero(
     Counter(
         "synapse_lk_jwt_refusals_total",
-        "Requests that were answered with an error",
+        "Requests of clients and homeservers that got an error",
         ["endpoint", "cause"],
     ),
     get_args(Endpoint),
@@ -109,7 +111,7 @@ refusals = _from_zero(
 openid_lookup_seconds = _from_zero(
     Histogram(
         "synapse_lk_jwt_openid_lookup_seconds",
-        "Time to find out whose an OpenID token is, in the own database or from another homeserver",
+        "Time to verify an OpenID token, in the local database or at another homeserver",
         ["where"],
         buckets=REQUEST_BUCKETS,
     ),
@@ -118,7 +120,7 @@ openid_lookup_seconds = _from_zero(
 openid_failures = _from_zero(
     Counter(
         "synapse_lk_jwt_openid_failures_total",
-        "OpenID tokens that were not accepted",
+        "OpenID tokens that were rejected",
         ["where", "cause"],
     ),
     ("local", "remote"),
@@ -128,7 +130,7 @@ openid_failures = _from_zero(
 sfu_request_seconds = _from_zero(
     Histogram(
         "synapse_lk_jwt_sfu_request_seconds",
-        "Time that requests to LiveKit's RoomService took, whether or not they failed",
+        "Duration of requests to LiveKit's RoomService, failed ones included",
         ["method"],
         buckets=REQUEST_BUCKETS,
     ),
@@ -143,52 +145,48 @@ sfu_failures = _from_zero(
     SFU_METHODS,
     get_args(SfuCause),
 )
-rooms_ensured = _from_zero(
-    Counter(
-        "synapse_lk_jwt_rooms_ensured_total",
-        "How a LiveKit room was made sure of: asked, shared a request in flight, or remembered",
-        ["how"],
-    ),
-    ("asked", "shared", "remembered"),
+rooms_ensured = Counter(
+    "synapse_lk_jwt_rooms_ensured_total",
+    "Times that a LiveKit room was ensured; most of them need no CreateRoom request of their own",
 )
 
 webhooks = _from_zero(
-    Counter("synapse_lk_jwt_webhooks_total", "LiveKit's webhooks, verified and noted", ["event"]),
+    Counter("synapse_lk_jwt_webhooks_total", "Webhooks of LiveKit that were processed", ["event"]),
     (*WEBHOOK_EVENTS, "other"),
 )
 webhooks_rejected = _from_zero(
     Counter(
-        "synapse_lk_jwt_webhooks_rejected_total", "Webhooks that nothing was done about", ["cause"]
+        "synapse_lk_jwt_webhooks_rejected_total", "Webhooks that were not processed", ["cause"]
     ),
     get_args(WebhookCause),
 )
 
-delegations_taken_on = Counter(
-    "synapse_lk_jwt_delegations_taken_on_total", "Delayed leaves that clients have handed over"
+delegations_accepted = Counter(
+    "synapse_lk_jwt_delegations_accepted_total", "Delayed leaves that clients delegated"
 )
-# Without series where nobody polls.
+# Processes that do not poll have no series.
 delegations = Gauge(
     "synapse_lk_jwt_delegations",
-    "Delayed leaves that are looked after, at the last poll",
+    "Delegated delayed leaves at the last poll",
     ["phase"],
 )
 leaves = _from_zero(
     Counter(
         "synapse_lk_jwt_leaves_total",
-        "Delayed leaves that it was decided to send, by what made it clear",
+        "Delayed leaves that the module decided to send, by the trigger",
         ["trigger"],
     ),
-    [trigger.value for trigger in Trigger],
+    LEAVE_TRIGGERS,
 )
 leave_seconds = Histogram(
     "synapse_lk_jwt_leave_seconds",
-    "Time from the first sign that somebody is gone until their leave was in the room",
-    buckets=DEED_BUCKETS,
+    "Time from the first sign that a participant left until the leave was in the room",
+    buckets=ACTION_BUCKETS,
 )
 leave_failures = _from_zero(
     Counter(
         "synapse_lk_jwt_leave_failures_total",
-        "Delayed leaves that the room refused, or that failed and are tried again",
+        "Delayed leaves that the room refused, or that failed and will be retried",
         ["cause"],
     ),
     ("refused", "failed"),
@@ -197,42 +195,42 @@ leave_failures = _from_zero(
 removal_seconds = _from_zero(
     Histogram(
         "synapse_lk_jwt_removal_seconds",
-        "Time from seeing that somebody must not be in a call until LiveKit had removed them",
+        "Time from the reason to remove a participant until LiveKit removed the participant",
         ["cause"],
-        buckets=DEED_BUCKETS,
+        buckets=ACTION_BUCKETS,
     ),
-    get_args(RemovalCause),
+    REMOVAL_CAUSES,
 )
 
 participants = Gauge(
     "synapse_lk_jwt_participants",
-    "Participants in this homeserver's calls at the last poll, NaN where that is not known",
+    "Participants in this homeserver's calls at the last poll, NaN if unknown",
 )
 rooms = Gauge(
     "synapse_lk_jwt_rooms",
-    "LiveKit rooms of this homeserver with somebody in them at the last poll, NaN likewise",
+    "LiveKit rooms of this homeserver with participants at the last poll, NaN if unknown",
 )
 last_poll = Gauge(
     "synapse_lk_jwt_last_poll_timestamp_seconds",
-    "When the SFU was last looked at as a whole, Unix time; 0 in processes that do not do that",
+    "Unix time of the last complete poll of the SFU, 0 in processes that do not poll",
 )
 
 
-def nobody_knows() -> None:
-    """Has the numbers of participants and rooms say that they are not known."""
+def set_unknown() -> None:
+    """Sets the numbers of participants and rooms to NaN, because LiveKit did not answer."""
     participants.set(math.nan)
     rooms.set(math.nan)
 
 
-nobody_knows()
+set_unknown()
 
 
 @contextmanager
 def timing(histogram: Histogram, reactor: IReactorTime) -> Iterator[None]:
-    """Observes how long something takes, in seconds, whether or not it fails."""
+    """Observes the duration of a block in seconds, also if the block raises."""
     began = reactor.seconds()
     try:
         yield
     finally:
-        # The clock may be set back meanwhile.
+        # An admin may set the clock back during the block.
         histogram.observe(max(0.0, reactor.seconds() - began))

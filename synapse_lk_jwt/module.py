@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Synapse module: reads its configuration and wires everything else together."""
+"""The Synapse module: parses its configuration, constructs its parts, and starts them."""
 
 import logging
+from collections.abc import Collection, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import attr
 from synapse.http.servlet import RestServlet
 from synapse.module_api import ModuleApi
 
@@ -15,6 +17,7 @@ from synapse_lk_jwt.api.rate_limits import Limits
 from synapse_lk_jwt.api.service import ServiceResource
 from synapse_lk_jwt.api.services import Services
 from synapse_lk_jwt.auth.access import Access
+from synapse_lk_jwt.auth.room_access import RoomAccessRule
 from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
 from synapse_lk_jwt.compat.homeserver import Homeserver
@@ -24,7 +27,12 @@ from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_con
 from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.delegation.tables import DelegationTable
 from synapse_lk_jwt.discovery import Advertise
-from synapse_lk_jwt.enforcement.room_changes import Membership
+from synapse_lk_jwt.enforcement.owners import ParticipantOwners
+from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer
+from synapse_lk_jwt.enforcement.recheck_list import RecheckList, tokens_usable_ms
+from synapse_lk_jwt.enforcement.rechecks import Rechecker
+from synapse_lk_jwt.enforcement.removals import RoomRemovals
+from synapse_lk_jwt.enforcement.room_changes import RoomChanges
 from synapse_lk_jwt.enforcement.tables import StreamPosition
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.livekit.client import RoomService
@@ -34,23 +42,40 @@ from synapse_lk_jwt.livekit.tokens import TokenSigner
 from synapse_lk_jwt.monitor import Monitor
 from synapse_lk_jwt.process_registry import ProcessRegistry, ProcessTable
 from synapse_lk_jwt.remote_tokens import RemoteSfus
+from synapse_lk_jwt.webhooks import WebhookHandler
 
 logger = logging.getLogger(__name__)
 
 
+class _Startable(Protocol):
+    def start(self) -> None: ...
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """The parts of the module that are served or started.
+
+    Attributes:
+        services: what the endpoints share.
+        webhooks: applies LiveKit's webhooks.
+        processes: the Synapse processes that have loaded the module.
+        calls: the calls that were noted.
+        startable: the parts with loops and callbacks, in the order in which they start.
+    """
+
+    services: Services
+    webhooks: WebhookHandler
+    processes: ProcessRegistry
+    calls: CallTable
+    startable: Iterable[_Startable]
+
+
 class LiveKitJwtModule:
-    """Hands out LiveKit access tokens to Matrix users."""
+    """Issues LiveKit access tokens to Matrix users, and cleans up their calls."""
 
     def __init__(self, config: LiveKitJwtConfig, api: ModuleApi) -> None:
         missing = missing_hooks(api)
-        if Feature.TOKENS in missing:
-            missing = {Feature.TOKENS: missing[Feature.TOKENS]}
-        for feature, hooks in missing.items():
-            logger.error(
-                "synapse-lk-jwt does not support this version: %s. Upgrade synapse-lk-jwt, or"
-                " return to an older Synapse",
-                describe(feature, hooks),
-            )
+        _log_missing(missing)
         if Feature.TOKENS in missing:
             return
         unsupported = unsupported_schema(api)
@@ -58,105 +83,179 @@ class LiveKitJwtModule:
             logger.error("%s", unsupported)
             return
         homeserver = Homeserver(api, missing.keys())
+        # Reads Synapse's configuration before the module adds entries to it.
+        start_checks = _start_checks(homeserver, config)
+        parts = _construct(homeserver, config)
+        not_served = _serve_homeserver_endpoints(parts.services, missing.keys())
+        _serve_service_endpoints(config, parts, not_served)
         service_url = config.service_url_at(api.public_baseurl)
-        try:
-            # Ahead of what the module itself adds.
-            setup = from_synapse(homeserver.config, config)
-        except Exception as e:
-            # Nothing stands on it but these checks.
-            setup = None
-            logger.warning(
-                "The checks at start are left out, as this Synapse's configuration has another form"
-                " than they know (%s)",
-                type(e).__name__,
-            )
-        signer = TokenSigner(
-            config.livekit_key,
-            config.livekit_secret,
-            homeserver.clock.time_msec,
-            config.other_livekit_pairs,
-        )
-        database = ModuleDatabase(homeserver)
-        calls, owners = CallTable(database), OwnerTable(database)
-        delegations = DelegationTable(database)
-        sealer = OwnerSealer(config.livekit_secret, *config.other_livekit_pairs.values())
-        rooms = RoomService(homeserver, config.livekit_internal_url, signer, sealer, calls.note)
-        issuer = Issuer(
-            homeserver=homeserver,
-            access=Access(
-                homeserver.server_name, config.full_access_homeservers, config.remote_can_publish
-            ),
-            rooms=rooms,
-            owners=owners,
-            signer=signer,
-            sealer=sealer,
-            require_room_membership=config.require_room_membership,
-            believe_rooms_elsewhere=config.believe_rooms_elsewhere,
-            token_lifetime_ms=config.token_lifetime_ms,
-            can_update_own_metadata=config.can_update_own_metadata,
-        )
-        limits = Limits(homeserver, config.rc_token, config.rc_openid)
-        leaves = DelegationService(homeserver, database, delegations, calls, rooms)
-        leaves.start()
-        processes = ProcessRegistry(homeserver, ProcessTable(database))
-        processes.start()
-        monitor = Monitor(
-            homeserver,
-            calls,
-            owners,
-            rooms,
-            leaves,
-            Membership(
-                homeserver, calls, owners, StreamPosition(database), delegations, rooms, issuer
-            ),
-            processes,
-            config.sanity_check_interval_ms,
-            issuer.owners_kept_ms,
-        )
-        services = Services(homeserver, issuer, limits, leaves, config.livekit_url)
-        if Feature.HOMESERVER_ENDPOINTS in missing:
-            # That has been logged.
-            not_served: str | None = "this Synapse lacks what they need"
-        elif (not_served := _serve_homeserver_endpoints(services)) is not None:
-            logger.error(
-                "MSC4195's homeserver endpoints are not served: %s. %s",
-                not_served,
-                homeserver.check_command,
-            )
-        check = CheckResource(services, processes, calls, not_served)
-        service = ServiceResource(services, monitor, processes, check, sealer)
-        if not homeserver.servlets.register_web_resource(config.path_prefix, service):
-            logger.error(
-                "Another module serves %s, or this one is listed twice: it is of no use here. %s",
-                config.path_prefix,
-                homeserver.check_command,
-            )
         _advertise(homeserver, config, service_url, has_msc4195=not_served is None)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        if setup is not None:
-            StartChecks(homeserver, setup)
+        for part in (*parts.startable, *start_checks):
+            part.start()
         logger.info("Serving LiveKit access tokens at %s", service_url)
 
     @staticmethod
     def parse_config(config: dict[str, Any]) -> LiveKitJwtConfig:
-        """Called by Synapse before it makes the module.
+        """Parses the module's block in homeserver.yaml. Synapse calls this first.
 
         Raises:
-            synapse.module_api.errors.ConfigError: naming all keys that are wrong.
+            synapse.module_api.errors.ConfigError: naming all options that are wrong.
         """
         return parse_config(config)
+
+
+def _log_missing(missing: dict[Feature, list[str]]) -> None:
+    """Logs the features that are off because this Synapse lacks what they need."""
+    if Feature.TOKENS in missing:
+        missing = {Feature.TOKENS: missing[Feature.TOKENS]}
+    for feature, hooks in missing.items():
+        logger.error(
+            "synapse-lk-jwt does not support this version: %s. Upgrade synapse-lk-jwt, or"
+            " return to an older Synapse",
+            describe(feature, hooks),
+        )
+
+
+def _start_checks(homeserver: Homeserver, config: LiveKitJwtConfig) -> Iterable[StartChecks]:
+    """The checks that run once Synapse is up; none if this Synapse's configuration is unknown."""
+    try:
+        return [StartChecks(homeserver, from_synapse(homeserver.config, config))]
+    except Exception as e:
+        # The checks read many private settings of Synapse, and no feature depends on them.
+        logger.warning(
+            "Skipped the checks at start: they cannot read the configuration of this Synapse (%s)",
+            type(e).__name__,
+        )
+        return []
+
+
+def _construct(homeserver: Homeserver, config: LiveKitJwtConfig) -> _Parts:
+    """Constructs the parts. Nothing runs until they are started."""
+    database = ModuleDatabase(homeserver)
+    calls, delegation_table = CallTable(database), DelegationTable(database)
+    usable_ms = tokens_usable_ms(config.token_lifetime_ms)
+    owners = ParticipantOwners(
+        OwnerTable(database), usable_ms, is_on=config.can_update_own_metadata
+    )
+    issuer = _issuer(homeserver, config, calls, owners)
+    access, rooms = issuer.room_access, issuer.rooms
+    delegations = DelegationService(homeserver, database, delegation_table, calls, rooms)
+    processes = ProcessRegistry(homeserver, ProcessTable(database))
+
+    rechecks = RecheckList(homeserver, usable_ms)
+    enforcer = ParticipantEnforcer(homeserver, rooms, access, owners, rechecks)
+    removals = RoomRemovals(homeserver, calls, delegation_table, rooms, access, enforcer, rechecks)
+    room_changes = RoomChanges(homeserver, calls, StreamPosition(database), removals)
+    rechecker = Rechecker(homeserver, calls, rechecks, enforcer, removals)
+    monitor = Monitor(
+        homeserver,
+        calls,
+        rooms,
+        delegations,
+        enforcer,
+        owners,
+        processes,
+        config.sanity_check_interval_ms,
+    )
+    limits = Limits(homeserver, config.rc_token, config.rc_openid)
+    return _Parts(
+        services=Services(homeserver, issuer, limits, delegations, config.livekit_url),
+        webhooks=WebhookHandler(homeserver, calls, rooms, delegations, enforcer, owners),
+        processes=processes,
+        calls=calls,
+        startable=(delegations, processes, removals, room_changes, rechecker, monitor),
+    )
+
+
+def _issuer(
+    homeserver: Homeserver, config: LiveKitJwtConfig, calls: CallTable, owners: ParticipantOwners
+) -> Issuer:
+    signer = TokenSigner(
+        config.livekit_key,
+        config.livekit_secret,
+        homeserver.clock.time_msec,
+        config.other_livekit_pairs,
+    )
+    sealer = OwnerSealer(config.livekit_secret, *config.other_livekit_pairs.values())
+    access = Access(
+        homeserver.server_name, config.full_access_homeservers, config.remote_can_publish
+    )
+    return Issuer(
+        homeserver=homeserver,
+        access=access,
+        room_access=RoomAccessRule(
+            homeserver=homeserver,
+            require_room_membership=config.require_room_membership,
+            believe_rooms_elsewhere=config.believe_rooms_elsewhere,
+        ),
+        rooms=RoomService(homeserver, config.livekit_internal_url, signer, sealer, calls.note),
+        owners=owners,
+        signer=signer,
+        sealer=sealer,
+        token_lifetime_ms=config.token_lifetime_ms,
+        can_update_own_metadata=config.can_update_own_metadata,
+    )
+
+
+def _serve_service_endpoints(
+    config: LiveKitJwtConfig, parts: _Parts, not_served: str | None
+) -> None:
+    """Serves the endpoints below the path prefix, `/_synapse/client/livekit/jwt` by default."""
+    homeserver = parts.services.homeserver
+    check = CheckResource(parts.services, parts.processes, parts.calls, not_served)
+    service = ServiceResource(parts.services, parts.webhooks, parts.processes, check)
+    if not homeserver.servlets.register_web_resource(config.path_prefix, service):
+        logger.error(
+            "Another module serves %s, or homeserver.yaml lists this module twice. Clients get no"
+            " tokens from this module. %s",
+            config.path_prefix,
+            homeserver.check_command,
+        )
+
+
+def _serve_homeserver_endpoints(services: Services, missing: Collection[Feature]) -> str | None:
+    """Serves MSC4195's endpoints below `/_matrix`; returns None, or why they are not served."""
+    if Feature.HOMESERVER_ENDPOINTS in missing:
+        # `_log_missing` has logged it.
+        return "this Synapse lacks what they need"
+    # These modules import internals of Synapse that the service endpoints do not need.
+    from synapse_lk_jwt.api.client_server import (
+        DelegateDelayedLeaveRestServlet,
+        GetTokenRestServlet,
+    )
+    from synapse_lk_jwt.api.federation import GetTokenFederationServlet
+
+    homeserver = services.homeserver
+    client: list[RestServlet] = [GetTokenRestServlet(services, RemoteSfus(homeserver))]
+    if homeserver.delayed_events.are_enabled:
+        # Clients take any answer but 404 as a promise.
+        client.append(DelegateDelayedLeaveRestServlet(services))
+    not_served = homeserver.servlets.serve_below_matrix(
+        client,
+        partial(GetTokenFederationServlet, services=services),
+        prefix=HOMESERVER_PREFIX,
+    )
+    if not_served is not None:
+        logger.error(
+            "MSC4195's homeserver endpoints are not served: %s. %s",
+            not_served,
+            homeserver.check_command,
+        )
+    return not_served
 
 
 def _advertise(
     homeserver: Homeserver, config: LiveKitJwtConfig, service_url: str, *, has_msc4195: bool
 ) -> None:
-    """Has Synapse announce what the configuration says, as far as it is served."""
+    """Adds the SFU to what Synapse announces to clients, as far as it is served."""
     advertise = config.advertise.where_served(has_msc4195)
     if advertise is not config.advertise:
         logger.error(
-            "advertise: %s cannot take effect without MSC4195's homeserver endpoints. Only the"
-            " service at %s is announced. Write advertise: service, or remove the cause above",
+            "advertise: %s has no effect, because MSC4195's homeserver endpoints are not served."
+            " Synapse announces only the service at %s. Write advertise: service, or remove the"
+            " cause that is logged above",
             config.advertise.value,
             service_url,
         )
@@ -169,28 +268,7 @@ def _advertise(
     )
     if not_served is not None:
         logger.error(
-            "Clients that look at the stable path of rtc/transports do not find LiveKit: %s. %s",
+            "Clients that request the stable path of rtc/transports do not find LiveKit: %s. %s",
             not_served,
             homeserver.check_command,
         )
-
-
-def _serve_homeserver_endpoints(services: Services) -> str | None:
-    """Serves MSC4195's endpoints below `/_matrix`; returns None, or why that cannot be."""
-    # These import internals of Synapse that the service endpoints do without.
-    from synapse_lk_jwt.api.client_server import (
-        DelegateDelayedLeaveRestServlet,
-        GetTokenRestServlet,
-    )
-    from synapse_lk_jwt.api.federation import GetTokenFederationServlet
-
-    homeserver = services.homeserver
-    client: list[RestServlet] = [GetTokenRestServlet(services, RemoteSfus(homeserver))]
-    if homeserver.delayed_events.are_enabled:
-        # Clients take any answer but 404 as a promise.
-        client.append(DelegateDelayedLeaveRestServlet(services))
-    return homeserver.servlets.serve_below_matrix(
-        client,
-        partial(GetTokenFederationServlet, services=services),
-        prefix=HOMESERVER_PREFIX,
-    )

@@ -1,116 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens on the SFU: told by its webhooks, and looked for at regular intervals.
+"""The poll: compares the LiveKit rooms with what the module knows, at regular intervals.
 
-Webhooks can be lost, repeated or out of order, so that none of them is taken at its word when
-somebody is gone. The poll finds out what no webhook has told.
+It lists rooms and hands each listing to delegations and enforcement. A failure in one room does not
+keep the poll from the others.
 """
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Set
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping
 
 import attr
-from livekit.protocol import models
-from livekit.protocol.models import DisconnectReason
 from synapse.util.async_helpers import concurrently_execute
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.delegation.tables import Tracked
-from synapse_lk_jwt.enforcement.room_changes import Membership
+from synapse_lk_jwt.enforcement.owners import ParticipantOwners
+from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer, Reason
 from synapse_lk_jwt.livekit.client import NoNode, RoomService, SfuError
-from synapse_lk_jwt.livekit.naming import possible_bases
-from synapse_lk_jwt.livekit.participants import CallParticipant, Listing
-from synapse_lk_jwt.livekit.tables import CallTable, OwnerTable, TooManySlots
+from synapse_lk_jwt.livekit.participants import Listing, is_shared, matrix_room
+from synapse_lk_jwt.livekit.tables import CallTable
+from synapse_lk_jwt.poll_schedule import ListedRoom, PollSchedule
 from synapse_lk_jwt.process_registry import ProcessRegistry
-from synapse_lk_jwt.work import WorkByKey
 
 logger = logging.getLogger(__name__)
 
-# How many rooms are looked at, at a time.
+# How many rooms are checked at a time.
 CONCURRENT_ROOMS = 10
 
-# Where the poll is turned off, delayed leaves that were handed over need it all the same: a lost
-# webhook would have one restarted for ever.
+# Where the poll is turned off, delegated delayed leaves need it all the same: after a lost webhook
+# the module would restart one for ever.
 SAFETY_MS = 300_000
 
-# Calls that nobody has noted for so long, and that the SFU does not know, are forgotten.
+# Calls that LiveKit does not know, and that were not noted for so long, are forgotten.
 FORGET_CALLS_MS = 600_000
-
-# A room in which nothing changes is listed so often. The polls share these listings among them.
-SWEEP_MS = 300_000
-
-# So many of them are listed at each poll in any case. On a small server that is all of them, so
-# that a participant whose LiveKit node died is noticed at the next poll.
-MIN_SWEPT = 10
 
 # One request costs as much as this many participants in a listing.
 PARTICIPANTS_FOR_A_REQUEST = 20
-
-# From livekit-protocol 1.1.29 or so on.
-RoomEndReason = getattr(models, "RoomEndReason", None)
-
-PARTICIPANT_EVENTS = (
-    "participant_joined",
-    "participant_left",
-    "participant_connection_aborted",
-)
-
-# A participant who goes for one of these reasons comes back: on a reconnect LiveKit ends the old
-# session ahead of the new one, and when it is shut down its people have not left.
-NO_LEAVE = frozenset(
-    {
-        DisconnectReason.DUPLICATE_IDENTITY,
-        DisconnectReason.MIGRATION,
-        DisconnectReason.SERVER_SHUTDOWN,
-        # LiveKit asks the client to reconnect after a fault in the negotiation.
-        DisconnectReason.STATE_MISMATCH,
-    }
-)
-
-# The same for a room that finished. Older livekit-protocol packages do not know the reasons.
-NO_LEAVE_OF_ROOM = frozenset(
-    value
-    for name, value in (RoomEndReason.items() if RoomEndReason is not None else ())
-    if name in ("ROOM_END_SERVER_SHUTDOWN", "ROOM_END_SUPERSEDED")
-)
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Webhook:
-    """What a webhook of LiveKit says.
-
-    Attributes:
-        event: its name.
-        livekit_room: the LiveKit room.
-        participant: the participant. None if it is about none, or if this one is not readable: its
-            identity is too long, or the webhook is too large to be read as a whole.
-        room_end_reason: why the room finished, a `RoomEndReason`; 0 if LiveKit does not say.
-    """
-
-    event: str
-    livekit_room: str
-    participant: CallParticipant | None
-    room_end_reason: int = 0
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class _Seen:
-    """When a room was listed, and what ListRooms said of it then.
-
-    Attributes:
-        listed_ms: when it was listed, in milliseconds since the epoch.
-        participants: how many participants it had.
-        users: the users of this homeserver among their owners.
-        is_ours: False if all tokens of the participants were issued by another homeserver.
-    """
-
-    listed_ms: int
-    participants: int
-    users: frozenset[str]
-    is_ours: bool
 
 
 @attr.s(auto_attribs=True, slots=True)
@@ -122,7 +49,7 @@ class _Poll:
         there: the LiveKit rooms there are, with the number of their participants.
         calls: the Matrix room of each LiveKit room that was noted.
         tracked: the delegations of each LiveKit room.
-        joined_sec: when the participants joined that were listed.
+        joined_sec: when the listed participants joined, in seconds since the epoch.
         without_node: rooms that no node of LiveKit answers for.
         unknown: rooms whose participants LiveKit did not name.
         has_failed: whether the check of a room has failed for another reason.
@@ -137,125 +64,65 @@ class _Poll:
     unknown: set[str] = attr.Factory(set)
     has_failed: bool = False
 
+    @property
+    def occupied(self) -> dict[str, int]:
+        """The noted calls that have participants, with the number of these."""
+        return {
+            name: number for name, number in self.there.items() if number and name in self.calls
+        }
+
 
 class Monitor:
-    """Follows what happens on the SFU.
+    """Polls LiveKit.
 
     Attributes, all private:
-        _seen: the rooms that have been listed, while ListRooms names them with participants.
+        _schedule: what was listed, and what to list next.
         _occupied: our rooms with participants of this homeserver at the last poll.
-        _without_node: those that no node of LiveKit answered for at the last poll.
+        _without_node: the rooms that no node of LiveKit answered for at the last poll.
         _is_polling: whether a poll is under way.
-        _unreadable: the rooms of webhooks that could not be read as a whole.
-        _finished: the rooms that LiveKit says have finished.
     """
 
     def __init__(
         self,
         homeserver: Homeserver,
         calls: CallTable,
-        owners: OwnerTable,
         rooms: RoomService,
-        leaves: DelegationService,
-        membership: Membership,
+        delegations: DelegationService,
+        enforcer: ParticipantEnforcer,
+        owners: ParticipantOwners,
         processes: ProcessRegistry,
         interval_ms: int,
-        owners_kept_ms: int | None,
     ) -> None:
         """
         Args:
             homeserver: runs the polls.
             calls: the calls that were noted.
-            owners: the owners that were noted.
             rooms: the SFU.
-            leaves: follows who joins and leaves.
-            membership: checks who joins.
+            delegations: follows the participants whose leaves are delegated.
+            enforcer: removes participants who may not be in a call.
+            owners: forgets the owners of identities that are in no call any more.
             processes: finds out whether webhooks arrive.
             interval_ms: milliseconds between two polls, 0 for none.
-            owners_kept_ms: how long the owner of an identity is noted after it was last seen, in
-                milliseconds; None if owners are not noted.
         """
         self._homeserver = homeserver
         self._calls = calls
-        self._owners = owners
         self._rooms = rooms
-        self._leaves = leaves
-        self._membership = membership
+        self._delegations = delegations
+        self._enforcer = enforcer
+        self._owners = owners
         self._processes = processes
-        self._owners_kept_ms = owners_kept_ms
-        self._seen: dict[str, _Seen] = {}
-        self._occupied: set[str] = set()
-        self._without_node: set[str] = set()
         self._is_off = interval_ms == 0
         self._interval_ms = interval_ms or SAFETY_MS
+        self._schedule = PollSchedule(self._interval_ms)
+        self._occupied: set[str] = set()
+        self._without_node: set[str] = set()
         self._is_polling = False
-        self._unreadable: WorkByKey[str] = WorkByKey(
-            homeserver, "synapse_lk_jwt_unreadable", self._check_after_unreadable
+
+    def start(self) -> None:
+        """Starts to poll, on the process that runs background tasks."""
+        self._homeserver.background.repeat(
+            self._interval_ms, "synapse_lk_jwt_poll", self.poll, at_once=not self._is_off
         )
-        self._finished: WorkByKey[str] = WorkByKey(
-            homeserver, "synapse_lk_jwt_finished", self._check_after_finished
-        )
-        homeserver.background.repeat(
-            self._interval_ms, "synapse_lk_jwt_poll", self.poll, at_once=interval_ms > 0
-        )
-
-    async def webhook(self, webhook: Webhook) -> None:
-        """Notes what a webhook says; what follows from it is done afterwards.
-
-        It must be verified.
-        """
-        livekit_room, participant = webhook.livekit_room, webhook.participant
-        if webhook.event == "room_finished":
-            self._rooms.forget(livekit_room)
-            if webhook.room_end_reason not in NO_LEAVE_OF_ROOM:
-                await self._leaves.on_room_finished(livekit_room)
-                self._finished.add(livekit_room, {livekit_room: webhook.event})
-        elif webhook.event not in PARTICIPANT_EVENTS:
-            return
-        elif participant is None:
-            self._unreadable.add(livekit_room, {livekit_room: webhook.event})
-        elif webhook.event == "participant_joined":
-            if participant.can_be_stored:
-                room_id = self._membership.room_of([participant])
-                await self._leaves.on_joined(
-                    livekit_room, participant.identity, participant.sid, room_id
-                )
-            # A duplicate connection can have any name, and is checked in any case.
-            self._membership.joined(livekit_room, participant)
-        elif participant.can_be_stored:
-            identity, sid = participant.identity, participant.sid
-            if participant.disconnect_reason in NO_LEAVE:
-                await self._leaves.on_session_replaced(livekit_room, identity, sid)
-            else:
-                await self._leaves.on_left(livekit_room, identity, sid)
-
-    async def _check_after_unreadable(self, livekit_room: str, _: Mapping[str, str]) -> None:
-        """Finds out what a webhook said that names the room and nothing else."""
-        delegations = await self._leaves.tracked(livekit_room)
-        room_id = await self._calls.room_of(livekit_room)
-        try:
-            # Ahead of any doubt: a participant can cause many such webhooks, and to doubt all
-            # delegations of the room takes a question and two writes for each.
-            listing = await self._rooms.list_participants(livekit_room)
-            await self._leaves.suspect_absent(delegations, listing)
-            if room_id is not None:
-                await self._membership.check(livekit_room, room_id, listing, "joined")
-        except SfuError:
-            # It has been logged. The clock asks again.
-            await self._leaves.suspect_room(livekit_room)
-
-    async def _check_after_finished(self, livekit_room: str, _: Mapping[str, str]) -> None:
-        """Notes a call again if there are participants in it: LiveKit reported its end in error.
-
-        Without that, users who leave the Matrix room would not be removed from the call until the
-        poll lists it again.
-        """
-        # It has been logged, or there is no place for another slot. The poll lists the room.
-        with suppress(SfuError, TooManySlots):
-            listing = await self._rooms.list_participants(livekit_room)
-            room_id = self._membership.room_of(listing.participants)
-            if room_id is not None:
-                await self._calls.note(livekit_room, room_id)
 
     async def poll(self) -> None:
         """Checks the whole SFU once, unless a poll is under way."""
@@ -265,59 +132,58 @@ class Monitor:
         try:
             await self._poll()
         except SfuError:
-            # That has been logged, and says nothing about the participants.
-            metrics.nobody_knows()
+            # The client has logged it. Without an answer, the participants are not known.
+            metrics.set_unknown()
         finally:
             self._is_polling = False
 
     async def _poll(self) -> None:
-        for phase, number in (await self._leaves.count()).items():
+        for phase, number in (await self._delegations.count()).items():
             metrics.delegations.labels(phase.value).set(number)
-        if self._owners_kept_ms is not None:
-            await self._owners.forget(self._owners_kept_ms)
+        await self._owners.forget_unseen()
         tracked: dict[str, list[Tracked]] = {}
-        for delegation in await self._leaves.tracked():
+        for delegation in await self._delegations.tracked():
             tracked.setdefault(delegation.livekit_room, []).append(delegation)
         if self._is_off and not tracked and not await self._calls.all():
-            self._note({})
+            self._set_metrics({})
             return
         asked_ms = self._homeserver.clock.time_msec()
         there = await self._rooms.list_rooms()
-        # Afterwards, so that a room that has just been closed is not in here and was lost.
+        # Read after the listing: a room that has been closed in between is not noted any more, and
+        # so it does not count as lost.
         poll = _Poll(asked_ms, there, await self._calls.all(), tracked)
-
         await self._recreate_lost_rooms(poll)
         await self._check_rooms(poll)
-        gone = Listing(asked_ms, ())
-        for livekit_room in tracked.keys() - there.keys():
-            await self._leaves.on_poll(tracked[livekit_room], gone)
-        # A participant who comes back takes the room to another node. Until that is done here,
-        # LiveKit cannot name its participants. Not at once, because an empty room may be closed.
-        await self._recreate(poll, poll.without_node & self._without_node)
+        await self._check_missing_rooms(poll)
+        await self._finish(poll)
 
-        ours = {name: number for name, number in there.items() if number and name in poll.calls}
-        self._occupied = {
-            name for name in ours if name not in self._seen or self._seen[name].is_ours
-        }
+    async def _finish(self, poll: _Poll) -> None:
+        # A participant who comes back takes the room to another node. Until the module does that,
+        # LiveKit cannot name its participants. Not at the first poll that finds no node, because
+        # LiveKit may be about to close an empty room.
+        await self._recreate(poll, poll.without_node & self._without_node)
+        self._occupied = {name for name in poll.occupied if self._schedule.is_ours(name)}
         self._without_node = poll.without_node
         await self._processes.check_webhooks(poll.joined_sec)
-        await self._calls.forget(poll.calls.keys() - there.keys(), FORGET_CALLS_MS)
-        self._note({**ours, **dict.fromkeys(poll.unknown & poll.calls.keys(), math.nan)})
+        await self._calls.forget(poll.calls.keys() - poll.there.keys(), FORGET_CALLS_MS)
+        unknown = dict.fromkeys(poll.unknown & poll.calls.keys(), math.nan)
+        self._set_metrics({**poll.occupied, **unknown})
 
-    def _note(self, numbers: Mapping[str, float]) -> None:
-        """Sets the metrics to how many participants a poll has found in each room."""
+    def _set_metrics(self, numbers: Mapping[str, float]) -> None:
+        """Sets the metrics to the number of participants that a poll found in each room."""
         metrics.rooms.set(len(numbers))
         metrics.participants.set(sum(numbers.values()))
         metrics.last_poll.set(self._homeserver.clock.time())
 
+    async def _check_missing_rooms(self, poll: _Poll) -> None:
+        """Applies the absence of whole rooms to the delegations of their participants."""
+        empty = Listing(poll.asked_ms, ())
+        for livekit_room in poll.tracked.keys() - poll.there.keys():
+            await self._delegations.on_poll(poll.tracked[livekit_room], empty)
+
     async def _check_rooms(self, poll: _Poll) -> None:
         """Checks the rooms in which something may have changed, and some of the others."""
-        self._seen = {name: seen for name, seen in self._seen.items() if poll.there.get(name)}
-        users = {user_id for seen in self._seen.values() for user_id in seen.users}
-        inactive = await self._homeserver.users.select_inactive(users)
-        blocked = await self._homeserver.rooms.select_blocked(set(poll.calls.values()))
-        to_list = self._rooms_to_list(poll, inactive)
-        to_list |= {name for name in self._seen if poll.calls.get(name) in blocked}
+        to_list = await self._rooms_to_list(poll)
 
         async def check(livekit_room: str) -> None:
             try:
@@ -326,13 +192,14 @@ class Monitor:
                 else:
                     await self._check_delegations(livekit_room, poll)
             except SfuError as e:
-                # It has been logged. The next poll tries again.
-                self._seen.pop(livekit_room, None)
+                # The client has logged it. The next poll tries again.
+                self._schedule.forget(livekit_room)
                 poll.unknown.add(livekit_room)
                 if isinstance(e, NoNode):
                     poll.without_node.add(livekit_room)
             except Exception:
-                self._seen.pop(livekit_room, None)
+                # A bug or a database error that one room causes must not hide the others.
+                self._schedule.forget(livekit_room)
                 self._log_failure(livekit_room, poll)
 
         names = to_list | (poll.tracked.keys() & poll.there.keys())
@@ -340,83 +207,64 @@ class Monitor:
 
     @staticmethod
     def _log_failure(livekit_room: str, poll: _Poll) -> None:
-        """Logs the exception in hand: a failure in one room must not keep a poll from the others.
-
-        One traceback a poll is enough where the database fails for all of them.
-        """
+        """Logs the exception in hand, once for each poll: the database may fail for all rooms."""
         if not poll.has_failed:
             logger.exception("Could not check the LiveKit room %r", livekit_room)
         poll.has_failed = True
 
-    def _rooms_to_list(self, poll: _Poll, inactive: Set[str]) -> set[str]:
-        to_list = set()
-        quiet = []
-        for name, number in poll.there.items():
-            seen = self._seen.get(name)
-            if seen is None:
-                has_changed = number > 0
-            else:
-                has_changed = number != seen.participants or not inactive.isdisjoint(seen.users)
-            if has_changed or self._is_listing_cheaper(poll.tracked.get(name, ()), number):
-                to_list.add(name)
-            elif seen is not None:
-                quiet.append((seen.listed_ms, name))
-        # Those that were listed longest ago, so many at each poll that all have their turn in time.
-        quiet.sort()
-        share = max(MIN_SWEPT, len(quiet) * self._interval_ms // SWEEP_MS)
-        if self._without_node:
-            # A node of LiveKit has died, and may have had any of them.
-            share = len(quiet)
-        overdue_ms = poll.asked_ms + self._interval_ms - SWEEP_MS
-        to_list.update(name for _, name in quiet[:share])
-        to_list.update(name for listed_ms, name in quiet[share:] if listed_ms <= overdue_ms)
-        return to_list
-
-    @staticmethod
-    def _is_listing_cheaper(delegations: Collection[Tracked], participants: int) -> bool:
-        """Whether a listing is a cheaper way to find the participants of delegations."""
-        requests = sum(len(delegation.identities) for delegation in delegations)
-        return requests > 1 and requests * PARTICIPANTS_FOR_A_REQUEST >= participants
+    async def _rooms_to_list(self, poll: _Poll) -> set[str]:
+        schedule = self._schedule
+        schedule.keep(poll.there)
+        inactive = await self._homeserver.users.select_inactive(schedule.users)
+        blocked = await self._homeserver.rooms.select_blocked(set(poll.calls.values()))
+        to_list = schedule.changed(poll.there, inactive)
+        to_list |= {
+            name
+            for name, number in poll.there.items()
+            if _is_listing_cheaper(poll.tracked.get(name, ()), number)
+        }
+        # While LiveKit's nodes die, any of the quiet rooms may have lost its node.
+        quiet = poll.there.keys() - to_list
+        to_list |= schedule.share_of_quiet(
+            quiet, poll.asked_ms, all_of_them=bool(self._without_node)
+        )
+        return to_list | {name for name in schedule.listed() if poll.calls.get(name) in blocked}
 
     async def _check_delegations(self, livekit_room: str, poll: _Poll) -> None:
         """Asks for the participants of delegations alone, in a room that is otherwise quiet."""
-        delegations = poll.tracked[livekit_room]
-        await self._leaves.poll_participants(livekit_room, delegations)
+        await self._delegations.poll_participants(livekit_room, poll.tracked[livekit_room])
 
     async def _check_room(self, livekit_room: str, poll: _Poll) -> None:
-        """Lists one room, and applies what that says to delegations and membership."""
-        listing = await self._rooms.list_participants(livekit_room)
-        await self._leaves.on_poll(poll.tracked.get(livekit_room, ()), listing)
+        """Lists one room, and hands the listing to delegations and enforcement."""
+        listing = await self._enforcer.list_participants(livekit_room)
+        await self._delegations.on_poll(poll.tracked.get(livekit_room, ()), listing)
         poll.joined_sec.extend(participant.joined_at for participant in listing.participants)
-        if self._owners_kept_ms is not None:
-            bases = {base for p in listing.participants for base in possible_bases(p.identity)}
-            await self._owners.keep(livekit_room, bases)
+        await self._owners.keep(livekit_room, listing.participants)
         room_id = poll.calls.get(livekit_room)
         if room_id is None:
-            room_id = self._membership.room_of(listing.participants)
+            room_id = matrix_room(listing.participants, self._homeserver.server_name)
             if room_id is not None:
                 await self._calls.note(livekit_room, room_id)
         if room_id is not None:
+            reason = Reason("poll", listing.asked_ms)
             try:
-                await self._membership.check(livekit_room, room_id, listing, "poll")
+                await self._enforcer.check_participants(livekit_room, room_id, listing, reason)
             except SfuError:
-                # It has been logged, and says nothing about the number of participants.
-                self._seen.pop(livekit_room, None)
+                # The client has logged it. The number of participants is known all the same.
+                self._schedule.forget(livekit_room)
                 return
         if listing.is_complete:
-            users = {p.owner.user_id for p in listing.participants if p.owner}
-            self._seen[livekit_room] = _Seen(
-                poll.asked_ms,
-                poll.there[livekit_room],
-                frozenset(filter(self._homeserver.is_mine, users)),
-                is_ours=self._is_ours(listing),
-            )
+            self._schedule.note(livekit_room, self._listed_room(livekit_room, poll, listing))
 
-    def _is_ours(self, listing: Listing) -> bool:
-        """Whether a participant of a room needs this homeserver to recreate the room."""
+    def _listed_room(self, livekit_room: str, poll: _Poll, listing: Listing) -> ListedRoom:
         server_name = self._homeserver.server_name
-        return not self._membership.is_shared(listing.participants) or any(
-            p.owner and p.owner.is_issued_by(server_name) for p in listing.participants
+        users = {p.user_id for p in listing.participants if p.user_id is not None}
+        return ListedRoom(
+            poll.asked_ms,
+            poll.there[livekit_room],
+            frozenset(filter(self._homeserver.is_mine, users)),
+            is_ours=not is_shared(listing.participants, server_name)
+            or any(p.owner and p.is_issued_by(server_name) for p in listing.participants),
         )
 
     async def _recreate_lost_rooms(self, poll: _Poll) -> None:
@@ -440,12 +288,19 @@ class Monitor:
             try:
                 await self._rooms.ensure_room(livekit_room, room_id)
             except SfuError:
-                # It has been logged, and the next poll tries again.
+                # The client has logged it, and the next poll tries again.
                 return
             except Exception:
+                # A database error with one call must not keep the others lost.
                 self._log_failure(livekit_room, poll)
                 return
             logger.info("LiveKit lost the room of a call of %r; recreated it", room_id)
 
         ours = [name for name in livekit_rooms if name in poll.calls]
         await concurrently_execute(recreate, ours, CONCURRENT_ROOMS)
+
+
+def _is_listing_cheaper(delegations: Collection[Tracked], participants: int) -> bool:
+    """Whether a listing is a cheaper way to find the participants of delegations."""
+    requests = sum(len(delegation.identities) for delegation in delegations)
+    return requests > 1 and requests * PARTICIPANTS_FOR_A_REQUEST >= participants

@@ -86,9 +86,8 @@ class GetTokenRestServlet(RestServlet):
             # Our SFU's URL decides, whichever server the client names with it.
             if is_same_url(body.url, self._services.livekit_url):
                 identity = member_identity(user_id, body.member_id)
-                token = await self._services.issuer.issue(
-                    user_id, body.room_id, body.slot_id, identity, "client_get_token"
-                )
+                member = CallMember(user_id, body.room_id, body.slot_id, (identity,))
+                token = await self._services.issuer.issue(member, "client_get_token")
             elif body.server_name is None:
                 raise no_such_sfu()
             elif self._services.homeserver.is_own_name(body.server_name):

@@ -9,6 +9,7 @@ from synapse.types import JsonDict, get_domain_from_id
 from synapse_lk_jwt.api.bodies import FederationGetTokenRequest, Fields
 from synapse_lk_jwt.api.errors import as_matrix_errors, check_url, counts_refusals
 from synapse_lk_jwt.api.services import Services
+from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.compat.federation_servlet import BaseFederationServlet
 from synapse_lk_jwt.livekit.naming import member_identity
 
@@ -49,7 +50,6 @@ class GetTokenFederationServlet(BaseFederationServlet):
             await self._services.issuer.check_membership(body.user_id, body.room_id, strict=True)
             check_url(body.url, self._services.livekit_url)
             identity = member_identity(body.user_id, body.member_id)
-            token = await self._services.issuer.issue(
-                body.user_id, body.room_id, body.slot_id, identity, "federation_get_token"
-            )
+            member = CallMember(body.user_id, body.room_id, body.slot_id, (identity,))
+            token = await self._services.issuer.issue(member, "federation_get_token")
         return 200, {"jwt": token}

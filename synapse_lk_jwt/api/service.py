@@ -30,9 +30,8 @@ from synapse_lk_jwt.livekit.naming import (
     device_identity,
     device_member_identity,
 )
-from synapse_lk_jwt.livekit.ownership import OwnerSealer
-from synapse_lk_jwt.monitor import Monitor
 from synapse_lk_jwt.process_registry import ProcessRegistry
+from synapse_lk_jwt.webhooks import WebhookHandler
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +42,12 @@ class ServiceResource(Directory):
     def __init__(
         self,
         services: Services,
-        monitor: Monitor,
+        webhooks: WebhookHandler,
         processes: ProcessRegistry,
         check: CheckResource,
-        sealer: OwnerSealer,
     ) -> None:
         super().__init__()
-        homeserver = services.homeserver
+        homeserver, issuer = services.homeserver, services.issuer
         sfu = Directory()
         sfu.putChild(b"get", SfuGetResource(services))
         self.putChild(b"sfu", sfu)
@@ -59,7 +57,7 @@ class ServiceResource(Directory):
             self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(services))
         self.putChild(
             b"sfu_webhook",
-            SfuWebhookResource(homeserver, services.issuer.signer, sealer, monitor, processes),
+            SfuWebhookResource(homeserver, issuer.signer, issuer.sealer, webhooks, processes),
         )
         self.putChild(b"check", check)
         self.putChild(b"healthz", HealthResource(homeserver))
@@ -129,7 +127,8 @@ class _TokenEndpoint(Endpoint):
             # event is not there any more is served all the same.
             await self._delegate(user_id, room_id, slot_id, [identity], delay_id)
         with as_matrix_errors():
-            token = await self._services.issuer.issue(user_id, room_id, slot_id, identity, endpoint)
+            member = CallMember(user_id, room_id, slot_id, (identity,))
+            token = await self._services.issuer.issue(member, endpoint)
         return 200, {"url": self._services.livekit_url, "jwt": token}
 
 

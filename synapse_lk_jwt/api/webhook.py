@@ -22,8 +22,8 @@ from synapse_lk_jwt.livekit.tokens import (
     unverified_claims,
     verify_webhook_body,
 )
-from synapse_lk_jwt.monitor import Monitor, Webhook
 from synapse_lk_jwt.process_registry import ProcessRegistry
+from synapse_lk_jwt.webhooks import Webhook, WebhookHandler
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +56,13 @@ class SfuWebhookResource(Endpoint):
         homeserver: Homeserver,
         signer: TokenSigner,
         sealer: OwnerSealer,
-        monitor: Monitor,
+        webhooks: WebhookHandler,
         processes: ProcessRegistry,
     ) -> None:
         super().__init__(homeserver)
         self._signer = signer
         self._sealer = sealer
-        self._monitor = monitor
+        self._webhooks = webhooks
         self._processes = processes
         # Why webhooks were refused since the last one was taken.
         self._refused: set[str] = set()
@@ -97,10 +97,10 @@ class SfuWebhookResource(Endpoint):
         self._refused.clear()
         self._processes.note_webhook(webhook.livekit_room)
         try:
-            await self._monitor.webhook(webhook)
+            await self._webhooks.on_webhook(webhook)
         except (self._homeserver.database.error, OSError) as e:
             # LiveKit tries again, also after the 500 that a programming error gives.
-            rejected.labels("not_noted").inc()
+            rejected.labels("not_stored").inc()
             logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
             raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
         name = webhook.event if webhook.event in metrics.WEBHOOK_EVENTS else OTHER_EVENT

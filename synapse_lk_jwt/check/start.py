@@ -86,6 +86,10 @@ class StartChecks:
         # Whether LiveKit is known to enforce the access rule. One try is enough: each is an error
         # in its log.
         self._is_enforced = False
+
+    def start(self) -> None:
+        """Starts the checks, on the process that runs background tasks."""
+        homeserver = self._homeserver
         if homeserver.runs_background_tasks:
             homeserver.background.run("synapse_lk_jwt_check", self._check_settings)
             homeserver.background.repeat(

@@ -113,7 +113,7 @@ class DelegationService:
         """
         is_new = await self._database.write("delegate", self._creation.create, member, delay_id)
         if is_new:
-            metrics.delegations_taken_on.inc()
+            metrics.delegations_accepted.inc()
             query = QuerySfu(
                 delay_id=delay_id,
                 livekit_room=member.livekit_room,

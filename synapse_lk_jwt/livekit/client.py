@@ -172,8 +172,6 @@ class RoomService:
         # Why LiveKit cannot be used, as it was logged, and when failures were logged last.
         self._logged: set[str] = set()
         self._logged_sec: dict[str, float] = {}
-        # The LiveKit rooms that are being asked for.
-        self._creating: set[str] = set()
         # LiveKit's error code for what it did not do lately, by method.
         self._refused: dict[str, str] = {}
 
@@ -191,19 +189,12 @@ class RoomService:
         Raises:
             SfuError: if LiveKit refuses, or does not answer within ten seconds.
         """
-        how = "shared" if livekit_room in self._creating else "remembered"
 
         async def create(cache_context: ResponseCacheContext[str]) -> None:
-            nonlocal how
-            how = "asked"
-            self._creating.add(livekit_room)
-            try:
-                await self._create(livekit_room, room_id, cache_context)
-            finally:
-                self._creating.discard(livekit_room)
+            await self._create(livekit_room, room_id, cache_context)
 
         await self._rooms.wrap(livekit_room, create, cache_context=True)
-        metrics.rooms_ensured.labels(how).inc()
+        metrics.rooms_ensured.inc()
 
     def forget(self, livekit_room: str) -> None:
         """Forgets that a LiveKit room exists, because somebody has seen it go."""

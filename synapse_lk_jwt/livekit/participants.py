@@ -2,16 +2,20 @@
 """A participant as this module sees it: bounded, and with its owner resolved once.
 
 Webhooks and answers of LiveKit hold strings that a participant chooses. They become one of these
-classes where they come in, and no protobuf travels further.
+classes where they enter the module, and no protobuf travels further.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attr
 from livekit.protocol.models import ParticipantInfo
 
 from synapse_lk_jwt.identifiers import is_clean
-from synapse_lk_jwt.livekit.naming import MAX_IDENTITY_BYTES, livekit_room_name
+from synapse_lk_jwt.livekit.naming import (
+    MAX_IDENTITY_BYTES,
+    livekit_room_name,
+    user_of_device_identity,
+)
 from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
 
 # LiveKit limits the identity in a token to 256 bytes, and appends `#` and the value of `publish`
@@ -27,10 +31,13 @@ class CallParticipant:
         identity: the participant identity, `MAX_WHOLE_IDENTITY_BYTES` at most.
         sid: LiveKit's name for the session.
         state: how far its connection is, a `ParticipantInfo.State`.
-        disconnect_reason: why it ended, a `DisconnectReason`.
+        disconnect_reason: why the session ended, a `DisconnectReason`.
         joined_at: when it joined, in seconds since the epoch.
-        owner: whose participant it is, as sealed into the token for this very LiveKit room; None if
-            neither this homeserver nor another one with the same secret sealed it.
+        owner: the owner that was sealed into the token for this very LiveKit room; None if neither
+            this homeserver nor another one with the same secret sealed it.
+        user_id: the user, None if unknown. By the sealed owner, else by an identity in plain text:
+            lk-jwt-service seals no owner into its tokens. `ParticipantOwners` replaces it where
+            participants can replace the sealed owner.
     """
 
     identity: str
@@ -39,11 +46,16 @@ class CallParticipant:
     disconnect_reason: int
     joined_at: int
     owner: ParticipantOwner | None
+    user_id: str | None
 
     @property
     def can_be_stored(self) -> bool:
         """Whether PostgreSQL stores the identity: a duplicate connection can have a NUL in it."""
         return is_clean(self.identity)
+
+    def is_issued_by(self, server_name: str) -> bool:
+        """Whether a homeserver issued the token, or may have issued it."""
+        return self.owner is None or self.owner.is_issued_by(server_name)
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -53,8 +65,8 @@ class Listing:
     Attributes:
         asked_ms: when LiveKit was asked, in milliseconds since the epoch.
         participants: all participants of users but those below.
-        too_long: whole identities above `MAX_WHOLE_IDENTITY_BYTES`. No client has one. They are
-            good for nothing but removing these participants.
+        too_long: whole identities above `MAX_WHOLE_IDENTITY_BYTES`. No client has one. Their only
+            use is to remove these participants.
         is_complete: False if there are more participants, or identities too long to be named.
     """
 
@@ -62,6 +74,17 @@ class Listing:
     participants: Sequence[CallParticipant]
     too_long: Sequence[str] = ()
     is_complete: bool = True
+
+
+def matrix_room(participants: Iterable[CallParticipant], server_name: str) -> str | None:
+    """The Matrix room of a call, by the owners who concern a homeserver; None without any."""
+    owners = (participant.owner for participant in participants)
+    return next((o.room_id for o in owners if o and o.concerns(server_name)), None)
+
+
+def is_shared(participants: Iterable[CallParticipant], server_name: str) -> bool:
+    """Whether another homeserver, which uses the same LiveKit, issued one of the tokens."""
+    return any(not participant.is_issued_by(server_name) for participant in participants)
 
 
 def is_of_user(info: ParticipantInfo) -> bool:
@@ -73,7 +96,7 @@ def is_of_user(info: ParticipantInfo) -> bool:
 
 
 def is_too_long(identity: str) -> bool:
-    """Whether an identity is longer than any client's, with whatever it is followed by."""
+    """Whether an identity is longer than any client's, with the part that LiveKit appends."""
     return (
         len(identity) > MAX_WHOLE_IDENTITY_BYTES
         or len(identity.encode("utf-8", "replace")) > MAX_WHOLE_IDENTITY_BYTES
@@ -83,7 +106,7 @@ def is_too_long(identity: str) -> bool:
 def call_participant(
     info: ParticipantInfo, livekit_room: str, sealer: OwnerSealer
 ) -> CallParticipant:
-    """What a webhook or a listing says of a participant.
+    """The participant that a webhook or a listing names.
 
     Args:
         info: as LiveKit sent it. The identity must not be too long.
@@ -94,5 +117,11 @@ def call_participant(
     if owner is not None and livekit_room_name(owner.room_id, owner.slot_id) != livekit_room:
         owner = None
     return CallParticipant(
-        info.identity, info.sid[:64], info.state, info.disconnect_reason, info.joined_at, owner
+        identity=info.identity,
+        sid=info.sid[:64],
+        state=info.state,
+        disconnect_reason=info.disconnect_reason,
+        joined_at=info.joined_at,
+        owner=owner,
+        user_id=owner.user_id if owner else user_of_device_identity(info.identity),
     )

@@ -10,7 +10,7 @@ from synapse.api.errors import Codes
 from synapse.types import UserID
 
 from synapse_lk_jwt.compat.rate_limits import RateLimits
-from synapse_lk_jwt.monitor import SWEEP_MS
+from synapse_lk_jwt.poll_schedule import SWEEP_MS
 from tests.harness.base import SLOT, URL, ModuleTestCase
 from tests.harness.test_delegating import DelegationTestCase
 

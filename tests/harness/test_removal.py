@@ -10,14 +10,16 @@ from livekit.protocol.room import ListRoomsResponse
 from parameterized import parameterized
 from twisted.internet.defer import Deferred
 
-from synapse_lk_jwt import monitor
+from synapse_lk_jwt import poll_schedule
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.module_database import ModuleDatabase
 from synapse_lk_jwt.delegation.tables import DelegationTable
-from synapse_lk_jwt.enforcement.room_changes import CONCURRENT_CALLS
+from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer
+from synapse_lk_jwt.enforcement.removals import CONCURRENT_CALLS
 from synapse_lk_jwt.livekit import client as livekit_client
 from synapse_lk_jwt.livekit import tables
 from synapse_lk_jwt.livekit.naming import hash_of_identity, livekit_room_name
+from synapse_lk_jwt.livekit.participants import Listing
 from tests.harness.base import SLOT, claims, protobuf
 from tests.harness.test_following import FollowingTestCase
 
@@ -89,12 +91,12 @@ class LargeListingTests(AttackTestCase):
         self.connect("rita")
         with (
             patch.object(livekit_client, "MAX_PARTICIPANTS", 3),
-            self.assertLogs("synapse_lk_jwt.enforcement.room_changes", "WARNING") as logs,
+            self.assertLogs("synapse_lk_jwt.enforcement.removals", "WARNING") as logs,
         ):
             self.join_remotely(self.rita, "ban")
             self.pump()
         assert self.room not in self.sfu.people
-        assert "too long to find those who have left" in logs.output[0]
+        assert "too long to find the users who left" in logs.output[0]
 
     def test_ban_known_identity_beyond_the_listing_is_removed_by_name(self) -> None:
         self.sfu.people[self.room] = {
@@ -218,15 +220,15 @@ class LostCallTests(AttackTestCase):
         self.connect("bob in another slot")
         self.connect("bob on one device")
         self.get_success(self.store.set_user_locked_status(self.bob, True))
-        check = type(self.monitor())._check_room
+        list_participants = ParticipantEnforcer.list_participants
 
-        async def fail_once(monitor: Any, livekit_room: str, poll: Any) -> None:
+        async def fail_once(enforcer: ParticipantEnforcer, livekit_room: str) -> Listing:
             if livekit_room == other:
                 raise ValueError("a bug")
-            await check(monitor, livekit_room, poll)
+            return await list_participants(enforcer, livekit_room)
 
         with (
-            patch.object(type(self.monitor()), "_check_room", fail_once),
+            patch.object(ParticipantEnforcer, "list_participants", fail_once),
             self.assertLogs("synapse_lk_jwt.monitor", "ERROR") as logs,
         ):
             self.advance_by(31)
@@ -234,9 +236,6 @@ class LostCallTests(AttackTestCase):
         assert len(logs.output) in (1, 2)
         assert all("a bug" in line for line in logs.output)
         assert list(self.sfu.people[self.room]) == []
-
-    def monitor(self) -> Any:
-        return monitor.Monitor.__new__(monitor.Monitor)
 
 
 class LargeWebhookTests(AttackTestCase):
@@ -367,7 +366,7 @@ class QuietRoomTests(AttackTestCase):
     def test_poll_lists_a_quiet_room_every_five_minutes(self) -> None:
         self.connect("alice")
         self.advance_by(31)
-        with patch.object(monitor, "MIN_SWEPT", 0):
+        with patch.object(poll_schedule, "MIN_SWEPT", 0):
             assert self.listings(600) in (2, 3)
 
     def test_poll_lists_the_few_rooms_of_a_small_server_every_time(self) -> None:

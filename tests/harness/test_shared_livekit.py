@@ -185,9 +185,9 @@ class SharedRoomTests(SharedTestCase):
         self.mine("rita")
         with (
             patch.object(livekit_client, "MAX_PARTICIPANTS", 3),
-            self.assertLogs("synapse_lk_jwt.enforcement.room_changes", logging.WARNING) as logs,
+            self.assertLogs("synapse_lk_jwt.enforcement.removals", logging.WARNING) as logs,
         ):
             self.join_remotely(self.rita, "ban")
             self.pump()
         assert self.room in self.sfu.people
-        assert "it is another homeserver's as well" in logs.output[0]
+        assert "another homeserver uses it as well" in logs.output[0]
