@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may do what: full access or restricted, and who may publish.
+"""Which users have full access, and which users may publish.
 
-A LiveKit room is created for full-access users. Restricted users can join a call that a full-access
-user has started, and no other. The lists are about other servers: registered users of this
-homeserver always have full access and may always publish.
+The module creates LiveKit rooms for users with full access. Restricted users can only join a call
+that a user with full access has started. Both server lists are about other homeservers: registered
+users of this homeserver have full access and may publish, unless they are shadow-banned.
 """
 
 import re
@@ -17,10 +17,10 @@ from matrix_common.regex import glob_to_regex
 class ServerList:
     """Server names, exact or as globs with `*` and `?`.
 
-    Entries are matched against the whole server name, port included, without regard to case.
+    Entries match the whole server name, port included, and ignore case.
 
     Attributes:
-        entries: the names and globs, as they were written.
+        entries: the names and globs, as the admin wrote them.
     """
 
     entries: tuple[str, ...] = attr.ib()
@@ -40,7 +40,7 @@ class ServerList:
 
 
 class Standing(Enum):
-    """What Synapse knows about a user that bears on calls."""
+    """What Synapse knows about an account that changes its permissions in calls."""
 
     NORMAL = "normal"
     GUEST = "guest"
@@ -52,7 +52,7 @@ class Permissions:
     """What one user may do on this homeserver's SFU.
 
     Attributes:
-        has_full_access: whether LiveKit rooms are created for the user.
+        has_full_access: whether the module creates LiveKit rooms for the user.
         can_publish: whether the user may publish audio, video and data, or only listen.
     """
 

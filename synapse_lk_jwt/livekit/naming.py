@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LiveKit room names and participant identities, derived from Matrix IDs.
 
-Both are hashed so that the SFU learns neither rooms nor users, and must come out the same on every
-homeserver and client: MSC4195 gives the derivation. The three identities must never be mixed; a
-wrong one connects the call and decrypts nothing.
+MSC4195 gives the derivation. Most of them are hashes, so that the SFU learns neither rooms nor
+users. Every homeserver and client must derive the same ones. Each endpoint has an identity of its
+own: a client with the wrong one joins the call, and the other clients cannot decrypt its media.
 """
 
 import hashlib
@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from canonicaljson import encode_canonical_json
 from unpaddedbase64 import encode_base64
 
-# The slot that clients mean when they ask `/sfu/get`, which has no field for it.
+# The slot of requests to `/sfu/get`, which has no field for it.
 DEFAULT_SLOT = "m.call#ROOM"
 
-# LiveKit refuses longer ones.
+# LiveKit rejects tokens with longer identities.
 MAX_IDENTITY_BYTES = 256
 
-# The names of LiveKit rooms that are of no call begin so: the checks make them up.
+# The check command and the checks at start use LiveKit rooms of no call, with this prefix.
 CHECK_ROOM = "synapse-lk-jwt-check-"
 
-# A device that begins with digits and a colon gets no token: these are the port of the server.
+# Digits between two colons are the port of the server: the endpoints issue no token to a device
+# whose ID begins with digits and a colon.
 _DEVICE_IDENTITY = re.compile(
     r"(@[^:]*:(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::[0-9]+(?=:))?):.*", re.DOTALL
 )
@@ -57,12 +58,12 @@ def is_connection_of(identity: str, base: str) -> bool:
 
 
 def possible_bases(identity: str) -> Iterator[str]:
-    """The identities whose owner may be noted for this connection, itself among them.
+    """The identities whose noted owner may own this connection, itself among them.
 
-    A hash has no `#` in it, so that a duplicate connection of a hashed identity begins with the
-    hash and the first `#`. Identities in plain text may have more of them, and name their user
-    themselves: see `user_of_device_identity`. To try each `#` would be hundreds of hashes for one
-    participant.
+    A hash contains no `#`, so that a duplicate connection of a hashed identity is the hash up to
+    the first `#`. Identities in plain text may contain more of them, and name their user
+    themselves: see `user_of_device_identity`. A participant can choose an identity with hundreds of
+    `#`, so that trying each of them would be hundreds of hashes.
     """
     yield identity
     base, separator, _ = identity.partition("#")
@@ -71,7 +72,7 @@ def possible_bases(identity: str) -> Iterator[str]:
 
 
 def hash_of_identity(identity: str) -> str:
-    """What the owner of an identity is noted by: PostgreSQL's indexes take no long strings."""
+    """The key of an identity in the table of owners: PostgreSQL's indexes take no long strings."""
     return _hash(identity)
 
 

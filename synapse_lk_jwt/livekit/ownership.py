@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose participant it is, sealed into the attributes of the LiveKit access token.
+"""The owner of a participant, sealed into the attributes of the LiveKit access token.
 
-Two of the three participant identities are hashes. LiveKit hands the attributes of a token back in
-every webhook and in ListParticipants, and participants cannot change them (unless
-`can_update_own_metadata` is on): so this module recognises its participants without writing
-anything down for a token. To the SFU and to the other participants it is noise.
+Two of the three participant identities are hashes, which name no user. LiveKit returns the
+attributes of a token in every webhook and in ListParticipants, and participants cannot change them
+(unless `can_update_own_metadata` is on). So the module recognises its participants without a
+database row for each token. The SFU and the other participants see random bytes.
 """
 
 import json
@@ -30,14 +30,14 @@ _NONCE_BYTES = 12
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class ParticipantOwner:
-    """Whose participant it is, and in which call.
+    """The user that a token was issued to, and the call that it was issued for.
 
     Attributes:
         user_id: the user.
         room_id: the Matrix room.
         slot_id: the slot in it.
-        issuer: the server name of the homeserver that issued the token: several can share a
-            LiveKit and its secret. None in tokens of older versions.
+        issuer: the server name of the homeserver that issued the token. Several homeservers can
+            share a LiveKit and its secret. None if the seal names no issuer.
     """
 
     user_id: str
@@ -50,7 +50,7 @@ class ParticipantOwner:
         return self.issuer in (None, server_name)
 
     def concerns(self, server_name: str) -> bool:
-        """Whether the participant is a homeserver's: by its token, or because its user is."""
+        """Whether a homeserver issued the token, or the user is one of that homeserver."""
         return self.is_issued_by(server_name) or get_domain_from_id(self.user_id) == server_name
 
 
@@ -62,7 +62,7 @@ class OwnerSealer:
         Args:
             secret: the API secret to seal with.
             others: further API secrets to open with. A participant keeps the attributes of the
-                token that it joined with, also after another secret was chosen.
+                token that it joined with, also after an admin has changed the secret.
         """
         self._cipher, *self._others = map(_cipher, (secret, *others))
 
@@ -78,8 +78,8 @@ class OwnerSealer:
         """The owner of a participant, from its attributes.
 
         Returns:
-            None if no holder of the secret sealed it, or only for another identity of which this
-            is no duplicate connection.
+            None if no holder of the secret sealed it, or if it was sealed for another identity that
+            this is no duplicate connection of.
         """
         sealed = attributes.get(ATTRIBUTE)
         if sealed is None:

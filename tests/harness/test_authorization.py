@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets a token where, written out in full."""
+"""Which users get a token at which endpoint, as a table."""
 
 import inspect
 import json
 from collections.abc import Callable
 from typing import Any
 
+from parameterized import parameterized
 from synapse.appservice import ApplicationService
 from synapse.types import UserID
 
@@ -14,11 +15,10 @@ from tests.harness.base import ModuleTestCase, response
 TOKEN = (200, None)
 UNAUTHORIZED = (401, "M_UNAUTHORIZED")
 FORBIDDEN = (403, "M_FORBIDDEN")
-# The access token itself is turned away by Synapse.
+# Synapse itself rejects the access token.
 UNKNOWN_TOKEN = (401, "M_UNKNOWN_TOKEN")
 LOCKED = (401, "M_USER_LOCKED")
-# Local users ask no federation endpoint, remote ones have no access token, and guests no OpenID
-# token.
+# Local users cannot use the federation endpoint. Remote users have no access token.
 NOT_POSSIBLE = None
 
 #                                    sfu/get, get_token | client get_token | federation get_token
@@ -35,14 +35,13 @@ MATRIX: dict[str, tuple[Any, Any, Any, Any]] = {
     "remote non-member":               (FORBIDDEN, FORBIDDEN, NOT_POSSIBLE, FORBIDDEN),
     "of a server not in the room":     (FORBIDDEN, FORBIDDEN, NOT_POSSIBLE, FORBIDDEN),
     "of a server shut out by the ACL": (FORBIDDEN, FORBIDDEN, NOT_POSSIBLE, FORBIDDEN),
-    "of a server that speaks for another's user":
-                                       (UNAUTHORIZED, UNAUTHORIZED, NOT_POSSIBLE, FORBIDDEN),
+    "named by another server":         (UNAUTHORIZED, UNAUTHORIZED, NOT_POSSIBLE, FORBIDDEN),
 }  # fmt: skip
 
 
 class AuthorizationTests(ModuleTestCase):
-    def check(self, who: str, user_id: str, access_token: str | None, openid_token: Any) -> None:
-        sfu_get, get_token, client, federation = MATRIX[who]
+    def check(self, row: str, user_id: str, access_token: str | None, openid_token: Any) -> None:
+        sfu_get, get_token, client, federation = MATRIX[row]
         asked: list[tuple[Any, Callable[[], Any]]] = [
             (sfu_get, lambda: self.post("/sfu/get", self.sfu_get_body(openid_token=openid_token))),
             (
@@ -64,7 +63,7 @@ class AuthorizationTests(ModuleTestCase):
                 continue
             channel = ask()
             seen.append((channel.code, channel.json_body.get("errcode")))
-        assert tuple(seen) == MATRIX[who], who
+        assert tuple(seen) == MATRIX[row], row
 
     def local(self, name: str) -> tuple[str, str, Any]:
         user_id = self.register_user(name, "password")
@@ -74,38 +73,33 @@ class AuthorizationTests(ModuleTestCase):
     def join(self, user_id: str, access_token: str) -> None:
         self.helper.join(self.room_id, user_id, tok=access_token)
 
-    def test_local_users(self) -> None:
+    def test_endpoints_serve_local_members_only(self) -> None:
         self.check("local member", self.alice, self.alices_token, self.openid_token())
         self.check("local non-member", *self.local("stranger"))
 
-    def test_guests(self) -> None:
+    def test_endpoints_serve_guests_in_the_room_only(self) -> None:
         self.get_success(self.store.register_user("@guest:test", make_guest=True))
         self.get_success(
             self.store.add_access_token_to_user("@guest:test", "guest_token", None, None)
         )
         self.get_success(self.store.insert_open_id_token("guests", 2**52, "@guest:test"))
-        # Synapse gives guests none; this one is as good as any.
+        # Synapse issues no OpenID tokens to guests, so the test stores one.
         openid_token = {"access_token": "guests", "matrix_server_name": "test"}
         self.check("guest not in the room", "@guest:test", "guest_token", openid_token)
         self.join_remotely("@guest:test")
         self.check("guest in the room", "@guest:test", "guest_token", openid_token)
 
-    def test_users_who_are_shut_out(self) -> None:
-        for who, shut_out in (
-            ("locked", lambda user_id: self.store.set_user_locked_status(user_id, True)),
-            ("suspended", lambda user_id: self.store.set_user_suspended_status(user_id, True)),
-            ("deactivated", self.deactivate),
-        ):
-            user_id, access_token, openid_token = self.local(who)
-            self.join(user_id, access_token)
-            self.get_success(shut_out(user_id))
-            self.check(who, user_id, access_token, openid_token)
+    @parameterized.expand(["locked", "suspended", "deactivated"])
+    def test_endpoints_reject_inactive_user(self, status: str) -> None:
+        user_id, access_token, openid_token = self.local(status)
+        self.join(user_id, access_token)
+        set_status = getattr(self.store, f"set_user_{status}_status")
+        self.get_success(set_status(user_id, True))
+        if status == "deactivated":
+            self.get_success(self.store.user_delete_access_tokens(user_id))
+        self.check(status, user_id, access_token, openid_token)
 
-    async def deactivate(self, user_id: str) -> None:
-        await self.store.set_user_deactivated_status(user_id, True)
-        await self.store.user_delete_access_tokens(user_id)
-
-    def test_application_services(self) -> None:
+    def test_endpoints_serve_application_service_user(self) -> None:
         service = ApplicationService(
             "as_token",
             id="bridge",
@@ -136,7 +130,7 @@ class AuthorizationTests(ModuleTestCase):
         user = UserID(localpart, "test")
         return user if _sender_is_user_id() else user.to_string()
 
-    def test_remote_users(self) -> None:
+    def test_endpoints_serve_remote_members_only(self) -> None:
         self.check("remote non-member", self.rita, None, self.remote_token(self.rita))
         self.check("of a server not in the room", self.rita, None, self.remote_token(self.rita))
         self.join_remotely(self.rita)
@@ -149,13 +143,13 @@ class AuthorizationTests(ModuleTestCase):
         )
         self.check("of a server shut out by the ACL", self.rita, None, self.remote_token(self.rita))
 
-    def test_a_server_that_speaks_for_anothers_user(self) -> None:
+    def test_endpoints_reject_server_that_names_a_user_of_another_server(self) -> None:
         for user_id in ("@user:elsewhere.org", self.alice):
             self.others.always(response(200, json.dumps({"sub": user_id}).encode()))
             token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}
-            self.check("of a server that speaks for another's user", user_id, None, token)
+            self.check("named by another server", user_id, None, token)
 
 
 def _sender_is_user_id() -> bool:
-    """Newer Synapses want an object there, older ones a string."""
+    """Whether this Synapse takes the sender as an object. Older ones take a string."""
     return "UserID" in str(inspect.signature(ApplicationService.__init__).parameters["sender"])

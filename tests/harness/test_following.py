@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is not in the Matrix room any more is removed from its calls, and nobody else."""
+"""Users who left the Matrix room are removed from its calls, and no other users."""
 
 from typing import Any
 
 from livekit.protocol.models import ParticipantInfo
+from parameterized import parameterized
 from synapse.types import create_requester
 
 from synapse_lk_jwt.livekit.naming import livekit_room_name
@@ -20,7 +21,7 @@ class FollowingTestCase(DelegationTestCase):
         self.helper.join(self.room_id, self.bob, tok=self.bobs_token)
         self.join_remotely(self.rita)
         self.room = livekit_room_name(self.room_id, SLOT)
-        # Alice last: she has full access, and makes the rooms.
+        # Alice has full access: with her token the module creates the rooms.
         self.tokens = {
             "alice": self.token(),
             "bob on one device": self.ask(self.bob, self.bobs_token),
@@ -79,25 +80,32 @@ class FollowingTestCase(DelegationTestCase):
 
 
 class LeavingTests(FollowingTestCase):
-    def test_everything_of_who_goes_and_nothing_of_the_others(self) -> None:
+    @parameterized.expand([("leave",), ("ban",)])
+    def test_local_user_who_leaves_is_removed_with_all_connections(self, membership: str) -> None:
         assert self.there() == 7
-        for how in ("leave", "ban"):
-            self.join_remotely(self.bob, how)
-            self.pump()
-            assert self.users_there() == {self.alice, self.rita}, how
-            assert self.there() == 2
-            self.join_remotely(self.bob, "leave")
-            self.join_remotely(self.bob)
-            for name, token in self.tokens.items():
-                if name.startswith("bob"):
-                    self.sfu.join(token)
+        self.join_remotely(self.bob, membership)
+        self.pump()
+        assert self.users_there() == {self.alice, self.rita}
+        assert self.there() == 2
 
-    def test_remote_users(self) -> None:
+    def test_local_user_who_joins_and_leaves_again_is_removed_again(self) -> None:
+        self.join_remotely(self.bob, "leave")
+        self.pump()
+        self.join_remotely(self.bob)
+        for name, token in self.tokens.items():
+            if name.startswith("bob"):
+                self.sfu.join(token)
+        self.join_remotely(self.bob, "ban")
+        self.pump()
+        assert self.users_there() == {self.alice, self.rita}
+        assert self.there() == 2
+
+    def test_remote_user_who_leaves_is_removed(self) -> None:
         self.join_remotely(self.rita, "leave")
         self.pump()
         assert self.users_there() == {self.alice, self.bob}
 
-    def test_a_server_that_is_shut_out_by_the_acl(self) -> None:
+    def test_server_acl_that_denies_a_server_removes_its_users(self) -> None:
         self.helper.send_state(
             self.room_id,
             "m.room.server_acl",
@@ -107,20 +115,20 @@ class LeavingTests(FollowingTestCase):
         self.pump()
         assert self.users_there() == {self.alice, self.bob}
 
-    def test_deactivation(self) -> None:
+    def test_deactivated_user_is_removed(self) -> None:
         handler = self.hs.get_deactivate_account_handler()
         self.get_success(handler.deactivate_account(self.bob, False, create_requester(self.bob)))
         self.pump(0.1)
         assert self.users_there() == {self.alice, self.rita}
 
-    def test_changes_of_a_member_who_stays_ask_nothing(self) -> None:
+    def test_change_of_a_member_who_stays_causes_no_request(self) -> None:
         asked = len(self.sfu.asked)
         self.helper.send(self.room_id, "hello", tok=self.bobs_token)
         self.join_remotely(self.bob)
         self.pump()
         assert len(self.sfu.asked) == asked
 
-    def test_rooms_without_a_call_ask_nothing(self) -> None:
+    def test_leave_from_room_without_call_causes_no_request(self) -> None:
         room_id = self.helper.create_room_as(self.alice, tok=self.alices_token)
         self.helper.join(room_id, self.bob, tok=self.bobs_token)
         asked = len(self.sfu.asked)
@@ -128,14 +136,14 @@ class LeavingTests(FollowingTestCase):
         self.pump()
         assert len(self.sfu.asked) == asked
 
-    def test_the_last_local_user_goes_and_so_do_the_rooms(self) -> None:
+    def test_last_local_user_who_leaves_ends_the_calls(self) -> None:
         self.join_remotely(self.bob, "leave")
         self.join_remotely(self.alice, "leave")
         self.pump()
         assert self.sfu.people == {}
         assert self.rows("calls") == []
 
-    def test_a_token_that_is_still_good_lets_nobody_back_in(self) -> None:
+    def test_webhook_of_banned_user_with_valid_token_removes_the_user(self) -> None:
         self.join_remotely(self.bob, "ban")
         self.pump()
         for name, token in self.tokens.items():
@@ -145,7 +153,7 @@ class LeavingTests(FollowingTestCase):
             is_there = any(participant.identity in p for p in self.sfu.people.values())
             assert is_there == (not name.startswith("bob")), name
 
-    def test_the_poll_finds_who_came_back_without_a_webhook(self) -> None:
+    def test_poll_removes_banned_and_locked_users_who_joined_without_webhook(self) -> None:
         self.join_remotely(self.bob, "ban")
         self.get_success(self.store.set_user_locked_status(self.alice, True))
         self.pump()
@@ -154,7 +162,7 @@ class LeavingTests(FollowingTestCase):
         self.advance_by(31)
         assert self.users_there() == {self.rita}
 
-    def test_an_sfu_that_does_not_answer_is_told_later(self) -> None:
+    def test_removal_while_the_sfu_is_down_is_retried(self) -> None:
         self.sfu.is_down = True
         self.join_remotely(self.bob, "leave")
         self.advance_by(20)
@@ -163,7 +171,7 @@ class LeavingTests(FollowingTestCase):
         self.advance_by(6)
         assert self.users_there() == {self.alice, self.rita}
 
-    def test_one_who_cannot_be_removed_holds_up_nobody(self) -> None:
+    def test_participant_that_livekit_does_not_remove_delays_no_other(self) -> None:
         stuck = f"{self.bob}:DEVICE"
         self.sfu.stuck.add(stuck)
         self.join_remotely(self.bob, "leave")
@@ -171,7 +179,7 @@ class LeavingTests(FollowingTestCase):
         self.pump()
         assert self.users_there() == {self.alice, self.bob}
         assert self.there() == 2
-        # What else happens on the homeserver causes no more requests.
+        # Other events of the homeserver cause no more requests.
         asked = len(self.sfu.asked)
         self.helper.send(self.room_id, "hello", tok=self.alices_token)
         self.pump()
@@ -180,7 +188,7 @@ class LeavingTests(FollowingTestCase):
         self.advance_by(6)
         assert self.users_there() == {self.alice}
 
-    def test_whatever_a_twin_is_called_it_is_removed(self) -> None:
+    def test_duplicate_connection_with_nul_in_its_identity_is_removed(self) -> None:
         self.join_remotely(self.bob, "ban")
         self.pump()
         twin = self.sfu.join(self.tokens["bob on one device"], twin="#\0")
@@ -188,7 +196,7 @@ class LeavingTests(FollowingTestCase):
         self.pump()
         assert self.users_there() == {self.alice, self.rita}
 
-    def test_participants_that_are_not_ours_stay(self) -> None:
+    def test_participant_of_unknown_user_stays(self) -> None:
         stranger = ParticipantInfo(identity="recorder", sid="PA_X")
         self.sfu.people[self.room]["recorder"] = stranger
         self.webhook("participant_joined", stranger, room=self.room)
@@ -196,7 +204,7 @@ class LeavingTests(FollowingTestCase):
         self.advance_by(31)
         assert "recorder" in self.sfu.people[self.room]
 
-    def test_tokens_of_older_versions_are_known_by_their_identity(self) -> None:
+    def test_participant_with_token_of_lk_jwt_service_is_removed_by_identity(self) -> None:
         for identity in (f"{self.bob}:DEVICE", f"{self.bob}:8448:DEVICE"):
             self.sfu.people[self.room][identity] = ParticipantInfo(identity=identity)
         self.join_remotely(self.bob, "leave")
@@ -205,7 +213,7 @@ class LeavingTests(FollowingTestCase):
         assert f"{self.bob}:DEVICE" not in self.sfu.people[self.room]
         assert f"{self.bob}:8448:DEVICE" in self.sfu.people[self.room]
 
-    def test_while_nobody_can_know_nobody_is_removed(self) -> None:
+    def test_remote_user_in_room_with_partial_state_stays(self) -> None:
         self.get_success(
             self.store.store_partial_state_room(
                 self.room_id, {self.OTHER_SERVER_NAME}, 1, self.OTHER_SERVER_NAME
@@ -223,7 +231,7 @@ class LeavingTests(FollowingTestCase):
 class NoMembershipTests(FollowingTestCase):
     module_config = {"require_room_membership": False}
 
-    def test_only_those_who_leave_are_removed(self) -> None:
+    def test_only_users_who_leave_are_removed_without_required_membership(self) -> None:
         stranger = self.register_user("stranger", "password")
         token = self.ask(stranger, self.login("stranger", "password"))
         self.webhook("participant_joined", self.sfu.join(token))
@@ -238,7 +246,7 @@ class NoMembershipTests(FollowingTestCase):
 class OwnMetadataTests(FollowingTestCase):
     module_config = {"can_update_own_metadata": True}
 
-    def test_what_was_sealed_when_they_joined_counts(self) -> None:
+    def test_noted_owner_takes_precedence_over_replaced_attributes(self) -> None:
         for people in list(self.sfu.people.values()):
             for participant in list(people.values()):
                 self.webhook("participant_joined", participant, room=self.room_of(participant))

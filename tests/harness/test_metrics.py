@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an admin's Prometheus is told, of everything that happens."""
+"""The metrics that Prometheus scrapes, for everything that happens."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from typing import Any
 from unittest.mock import patch
 
 from livekit.protocol.models import ParticipantInfo
+from parameterized import parameterized
 from synapse.api.errors import SynapseError
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionRefusedError as Refused
@@ -26,7 +27,7 @@ def refused(endpoint: str, cause: str) -> dict[str, float]:
 
 
 class TokensTests(ModuleTestCase):
-    def test_who_gets_tokens_and_where(self) -> None:
+    def test_tokens_are_counted_by_endpoint_user_and_access(self) -> None:
         self.join_remotely(self.rita)
         with counting("tokens_total", "remote_tokens_total", "refusals_total") as counted:
             self.assert_token(self.post("/sfu/get", self.sfu_get_body()))
@@ -43,23 +44,28 @@ class TokensTests(ModuleTestCase):
             'tokens_total{access="restricted",endpoint="federation_get_token",user="remote"}': 1,
         }
 
-    def test_a_token_of_another_homeserver(self) -> None:
+    @parameterized.expand(
+        [
+            ({"remote_tokens_total": 1}, 200, {"jwt": "aGVhZA.Ym9keQ.c2ln"}),
+            (
+                refused("client_get_token", "other_homeserver_refused"),
+                403,
+                {"errcode": "M_FORBIDDEN", "error": ""},
+            ),
+            (refused("client_get_token", "other_homeserver_failed"), 500, {}),
+        ]
+    )
+    def test_tokens_of_other_homeservers_are_counted(
+        self, expected: dict[str, float], code: int, answer: dict[str, str]
+    ) -> None:
         self.join_remotely(self.rita)
         body = self.homeserver_body(server_name=self.OTHER_SERVER_NAME, url="wss://other")
-        answers = {
-            "remote_tokens_total": (200, {"jwt": "aGVhZA.Ym9keQ.c2ln"}),
-            "other_homeserver_refused": (403, {"errcode": "M_FORBIDDEN", "error": ""}),
-            "other_homeserver_failed": (500, {}),
-        }
-        for what, (code, answer) in answers.items():
-            content = json.dumps(answer).encode()
-            self.others.always(response(code, content))
-            with counting("tokens_total", "remote_tokens_total", "refusals_total") as counted:
-                self.post_homeserver(body)
-            expected = {what: 1} if code == 200 else refused("client_get_token", what)
-            assert counted == expected
+        self.others.always(response(code, json.dumps(answer).encode()))
+        with counting("tokens_total", "remote_tokens_total", "refusals_total") as counted:
+            self.post_homeserver(body)
+        assert counted == expected
 
-    def test_how_a_room_was_made_sure_of(self) -> None:
+    def test_rooms_ensured_are_counted_with_and_without_request(self) -> None:
         answer: Deferred[Any] = Deferred()
         self.sfu.answer = answer
         body = self.get_token_body()
@@ -83,7 +89,7 @@ class TokensTests(ModuleTestCase):
 class RefusalsTests(DelegationTestCase):
     module_config = {"rc_openid": {"per_second": 0.001, "burst_count": 1}}
 
-    def test_every_cause(self) -> None:
+    def test_refusal_is_counted_by_endpoint_and_cause(self) -> None:
         elsewhere = {"room": "!elsewhere:test"}
         stranger = self.homeserver_body(user_id="@x:stranger.example.com")
         delegation = self.homeserver_body(delay_id="x")
@@ -118,7 +124,7 @@ class RefusalsTests(DelegationTestCase):
                 assert ask().code >= 400
             assert counted == refused(endpoint, cause)
 
-    def test_what_is_not_the_clients_mistake(self) -> None:
+    def test_refusal_because_of_sfu_or_bug_is_counted(self) -> None:
         body = self.sfu_get_body()
         self.sfu.is_down = True
         with counting("refusals_total", "tokens_total") as counted:
@@ -133,68 +139,84 @@ class RefusalsTests(DelegationTestCase):
 
 
 class OpenIdTests(ModuleTestCase):
-    def test_what_is_looked_up_and_what_is_wrong(self) -> None:
-        def local(access_token: str) -> dict[str, str]:
-            return {"access_token": access_token, "matrix_server_name": "test"}
+    NAMES = ("openid_lookup_seconds_count", "openid_failures_total")
 
-        self.join_remotely(self.rita)
-        mine, theirs = self.openid_token(), self.remote_token(self.rita)
-        other = json.dumps({"sub": "@x:stranger.example.com"}).encode()
-        asks: list[tuple[str, str | None, Any, Any, str | None]] = [
-            ("local", None, None, mine, None),
-            ("local", "unknown", None, local("x"), None),
-            ("local", "other_user", None, mine, "@bob:test"),
-            ("remote", None, self.others.answer(""), theirs, self.rita),
-            ("remote", "unreachable", OSError("no route"), theirs, self.rita),
-            ("remote", "refused", response(401, b"{}"), theirs, self.rita),
-            ("remote", "bad_answer", response(200, b"{"), theirs, self.rita),
-            ("remote", "bad_answer", response(200, other), theirs, self.rita),
-        ]
-        for where, cause, answer, token, user_id in asks:
-            self.others.always(answer)
-            body = self.get_token_body(user_id, openid_token=token)
-            with counting("openid_lookup_seconds_count", "openid_failures_total") as counted:
-                assert self.post("/get_token", body).code == (401 if cause else 200), cause
-            assert counted.pop(f'openid_lookup_seconds_count{{where="{where}"}}') == 1
-            failure = f'openid_failures_total{{cause="{cause}",where="{where}"}}'
-            assert counted == ({failure: 1} if cause else {})
+    def count(self, token: Any, user_id: str | None = None) -> tuple[int, dict[str, float]]:
+        """The status of a request for a token, and what it counts."""
+        body = self.get_token_body(user_id, openid_token=token)
+        with counting(*self.NAMES) as counted:
+            code = self.post("/get_token", body).code
+        return code, counted
+
+    def expected(self, where: str, cause: str | None = None) -> tuple[int, dict[str, float]]:
+        counted: dict[str, float] = {f'openid_lookup_seconds_count{{where="{where}"}}': 1}
+        if cause is None:
+            return 200, counted
+        return 401, {**counted, f'openid_failures_total{{cause="{cause}",where="{where}"}}': 1}
+
+    def test_openid_token_of_local_user_is_counted(self) -> None:
+        assert self.count(self.openid_token()) == self.expected("local")
+
+    def test_openid_token_that_is_unknown_is_counted(self) -> None:
+        token = {"access_token": "x", "matrix_server_name": "test"}
+        assert self.count(token) == self.expected("local", "unknown")
+
+    def test_openid_token_of_another_user_is_counted(self) -> None:
+        token = self.openid_token()
+        assert self.count(token, "@bob:test") == self.expected("local", "other_user")
+
+    def test_openid_token_of_inactive_user_is_counted(self) -> None:
+        token = self.openid_token()
         self.get_success(self.store.set_user_locked_status(self.alice, True))
-        with counting("openid_failures_total") as counted:
-            self.post("/get_token", self.get_token_body(openid_token=mine))
-        assert counted == {'openid_failures_total{cause="inactive_user",where="local"}': 1}
+        assert self.count(token) == self.expected("local", "inactive_user")
+
+    @parameterized.expand(
+        [
+            (None, None),
+            ("unreachable", OSError("no route")),
+            ("refused", response(401, b"{}")),
+            ("bad_answer", response(200, b"{")),
+            ("bad_answer", response(200, b'{"sub": "@x:stranger.example.com"}')),
+        ]
+    )
+    def test_openid_token_of_remote_user_is_counted(self, cause: str | None, answer: Any) -> None:
+        self.join_remotely(self.rita)
+        token = self.remote_token(self.rita)
+        if answer is not None:
+            self.others.always(answer)
+        assert self.count(token, self.rita) == self.expected("remote", cause)
 
 
 class SfuTests(ModuleTestCase):
     module_config = {"sanity_check_interval": 0}
 
-    def test_why_it_could_not_be_used(self) -> None:
-        twirp = response(500, b'{"code": "internal", "msg": "no luck"}')
-        for cause, answer in {
-            "no_connection": Refused(),
-            "unauthorized": response(401, b""),
-            "not_livekit": response(200, b"<html>", "text/html"),
-            "refused": twirp,
-            "timeout": None,
-        }.items():
-            never: Deferred[Any] = Deferred(lambda deferred: deferred.errback(IndexError()))
-            self.sfu.answer = answer or never
-            if isinstance(answer, Exception):
-                # It is asked once more.
-                self.sfu.answer = [answer, answer]
-            body = self.get_token_body()
-            with counting("sfu_failures_total", "sfu_request_seconds_count") as counted:
-                channel = self.post("/get_token", body, await_result=False)
-                self.advance(11)
-            assert channel.code == 503, cause
-            assert counted == {
-                f'sfu_failures_total{{cause="{cause}",method="CreateRoom"}}': 1,
-                'sfu_request_seconds_count{method="CreateRoom"}': 1,
-            }
+    @parameterized.expand(
+        [
+            # The module sends the request again after a broken connection.
+            ("no_connection", [Refused(), Refused()]),
+            ("unauthorized", response(401, b"")),
+            ("not_livekit", response(200, b"<html>", "text/html")),
+            ("refused", response(500, b'{"code": "internal", "msg": "no luck"}')),
+            ("timeout", None),
+        ]
+    )
+    def test_sfu_failure_is_counted_by_cause(self, cause: str, answer: Any) -> None:
+        never: Deferred[Any] = Deferred(lambda deferred: deferred.errback(IndexError()))
+        self.sfu.answer = answer or never
+        body = self.get_token_body()
+        with counting("sfu_failures_total", "sfu_request_seconds_count") as counted:
+            channel = self.post("/get_token", body, await_result=False)
+            self.advance(11)
+        assert channel.code == 503
+        assert counted == {
+            f'sfu_failures_total{{cause="{cause}",method="CreateRoom"}}': 1,
+            'sfu_request_seconds_count{method="CreateRoom"}': 1,
+        }
 
     def advance(self, seconds: int) -> None:
         self.reactor.pump([0.5] * seconds * 2)
 
-    def test_what_is_not_there_is_no_failure(self) -> None:
+    def test_sfu_room_that_does_not_exist_is_no_failure(self) -> None:
         self.sfu.answer = self.sfu.room()
         self.assert_token(self.post("/get_token", self.get_token_body()))
         with counting("sfu_failures_total") as counted:
@@ -206,7 +228,7 @@ class SfuTests(ModuleTestCase):
 
 
 class WebhooksTests(DelegationTestCase):
-    def test_by_event_whatever_livekit_calls_it(self) -> None:
+    def test_webhook_is_counted_by_known_event(self) -> None:
         alice = self.sfu.join(self.token())
         with counting("webhooks_total", "webhooks_rejected_total") as counted:
             for _ in range(2):
@@ -219,24 +241,33 @@ class WebhooksTests(DelegationTestCase):
             'webhooks_total{event="other"}': 3,
         }
 
-    def test_by_what_is_wrong_with_them(self) -> None:
+    @parameterized.expand(
+        [
+            ("wrong_time", b"{}", {"nbf": 2**40}),
+            ("wrong_body", b"{}", {"sha256": "x"}),
+            ("unreadable", b"{", {}),
+        ]
+    )
+    def test_webhook_that_is_rejected_is_counted_by_cause(
+        self, cause: str, body: bytes, claims: dict[str, Any]
+    ) -> None:
+        with counting("webhooks_total", "webhooks_rejected_total") as counted:
+            self.post_webhook(body, **claims)
+        assert counted == {f'webhooks_rejected_total{{cause="{cause}"}}': 1}
+
+    def test_webhook_without_signature_is_counted_as_rejected(self) -> None:
+        with counting("webhooks_total", "webhooks_rejected_total") as counted:
+            self.post("/sfu_webhook", b'{"event": "room_finished"}')
+        assert counted == {'webhooks_rejected_total{cause="bad_signature"}': 1}
+
+    def test_webhook_that_cannot_be_stored_is_counted_as_rejected(self) -> None:
         alice = self.sfu.join(self.token())
-        body = b'{"event": "room_finished"}'
-
-        def not_stored() -> None:
-            with patch.object(self.store.db_pool, "runInteraction", side_effect=OSError("full")):
-                self.webhook("participant_joined", alice)
-
-        for cause, post in {
-            "bad_signature": lambda: self.post("/sfu_webhook", body),
-            "wrong_time": lambda: self.post_webhook(body, nbf=2**40),
-            "wrong_body": lambda: self.post_webhook(body, sha256="x"),
-            "unreadable": lambda: self.post_webhook(b"{"),
-            "not_stored": not_stored,
-        }.items():
-            with counting("webhooks_total", "webhooks_rejected_total") as counted:
-                post()
-            assert counted == {f'webhooks_rejected_total{{cause="{cause}"}}': 1}
+        with (
+            patch.object(self.store.db_pool, "runInteraction", side_effect=OSError("full")),
+            counting("webhooks_total", "webhooks_rejected_total") as counted,
+        ):
+            self.webhook("participant_joined", alice)
+        assert counted == {'webhooks_rejected_total{cause="not_stored"}': 1}
 
 
 class LeavesTests(DelegationTestCase):
@@ -254,13 +285,13 @@ class LeavesTests(DelegationTestCase):
         # It has been there for longer than a moment.
         self.advance_by(3)
 
-    def test_a_leave_that_a_webhook_tells_of(self) -> None:
+    def test_leave_after_webhook_is_counted(self) -> None:
         with counting(*self.NAMES) as counted:
             for _ in range(2):
                 self.leaves(self.participant)
         assert counted == {'leaves_total{trigger="webhook"}': 1, "leave_seconds_count": 1}
 
-    def test_a_leave_that_the_poll_finds_out(self) -> None:
+    def test_leave_after_poll_is_counted(self) -> None:
         self.advance_by(31)
         self.sfu.people = {room: {} for room in self.sfu.people}
         with counting(*self.NAMES) as counted:
@@ -268,7 +299,7 @@ class LeavesTests(DelegationTestCase):
         assert not self.is_in_call()
         assert counted == {'leaves_total{trigger="poll"}': 1, "leave_seconds_count": 1}
 
-    def test_a_participant_who_never_came(self) -> None:
+    def test_leave_of_participant_who_never_joined_is_counted(self) -> None:
         self.leaves(self.participant)
         self.enter()
         # An hour would be long in here.
@@ -281,7 +312,7 @@ class LeavesTests(DelegationTestCase):
         assert not self.is_in_call()
         assert counted == {'leaves_total{trigger="gave_up"}': 1, "leave_seconds_count": 1}
 
-    def test_a_leave_that_the_client_sends_itself(self) -> None:
+    def test_leave_that_the_client_sends_itself_is_not_counted(self) -> None:
         (delay_id,) = self.pending()
         path = f"/_matrix/client/unstable/org.matrix.msc4140/delayed_events/{delay_id}"
         self.make_request("POST", path, {"action": "send"}, access_token=self.alices_token)
@@ -289,7 +320,7 @@ class LeavesTests(DelegationTestCase):
             self.leaves(self.participant)
         assert counted == {}
 
-    def test_a_leave_that_the_room_refuses(self) -> None:
+    def test_leave_that_the_room_refuses_is_counted_as_failure(self) -> None:
         self.join_remotely(self.alice, "leave")
         with counting(*self.NAMES) as counted:
             self.leaves(self.participant)
@@ -298,7 +329,7 @@ class LeavesTests(DelegationTestCase):
             'leave_failures_total{cause="refused"}': 1,
         }
 
-    def test_a_leave_that_fails_counts_from_when_they_went(self) -> None:
+    def test_leave_that_is_retried_is_timed_from_the_first_sign(self) -> None:
         errors = [SynapseError(500, "no luck"), OSError("no network")]
         with (
             patch.object(Events, "send", side_effect=errors),
@@ -316,7 +347,7 @@ class LeavesTests(DelegationTestCase):
         assert 2.9 < counted.pop("leave_seconds_sum") < 6
         assert counted == {"leave_seconds_count": 1}
 
-    def test_delegations_now(self) -> None:
+    def test_delegations_are_counted_by_phase_at_each_poll(self) -> None:
         for phase, (key, device) in {"waiting": ("w", "W"), "leaving": ("l", "L")}.items():
             body = self.get_token_body(delay_id=self.delayed(key=key), delay_timeout=HOUR_MS)
             body["member"].update(id=device, claimed_device_id=device)
@@ -340,7 +371,7 @@ class RemovalsTests(FollowingTestCase):
     def removed(self, cause: str, number: int) -> dict[str, float]:
         return {f'{self.NAME}{{cause="{cause}"}}': number}
 
-    def test_who_leaves_and_who_comes_back(self) -> None:
+    def test_removals_are_counted_by_cause(self) -> None:
         with counting(self.NAME) as counted:
             self.join_remotely(self.bob, "ban")
             self.pump()
@@ -357,14 +388,14 @@ class RemovalsTests(FollowingTestCase):
         # Which of the two is first depends on when Synapse has started them.
         assert counted in (self.removed("recheck", 1), self.removed("poll", 1))
 
-    def test_a_server_that_is_shut_out(self) -> None:
+    def test_removal_because_of_server_acl_is_counted(self) -> None:
         with counting(self.NAME) as counted:
             acl = {"allow": ["*"], "deny": [self.OTHER_SERVER_NAME]}
             self.helper.send_state(self.room_id, "m.room.server_acl", acl, tok=self.alices_token)
             self.pump()
         assert counted == self.removed("server_acl", 1)
 
-    def test_the_time_counts_from_when_they_left(self) -> None:
+    def test_removal_that_is_retried_is_timed_from_the_leave(self) -> None:
         names = (self.NAME, "removal_seconds_sum")
         self.sfu.is_down = True
         with counting(*names) as counted:
@@ -383,7 +414,7 @@ class NowTests(FollowingTestCase):
         now = own_samples()
         return now["rooms"], now["participants"]
 
-    def test_who_is_in_our_calls(self) -> None:
+    def test_poll_sets_rooms_and_participants_of_our_calls(self) -> None:
         metrics.last_poll.set(0)
         self.sfu.people["somebody else's"] = {"x": ParticipantInfo(identity="x")}
         self.advance_by(31)
@@ -402,7 +433,7 @@ class NowTests(FollowingTestCase):
         assert self.now() == (0, 0)
         assert own_samples()["last_poll_timestamp_seconds"] > asked_sec
 
-    def test_a_room_that_cannot_be_looked_at(self) -> None:
+    def test_poll_with_unlistable_room_sets_participants_to_nan(self) -> None:
         answer = self.sfu._answer
 
         def all_but_one(name: str, data: bytes) -> Any:
@@ -419,7 +450,7 @@ class NowTests(FollowingTestCase):
 class PollOffTests(DelegationTestCase):
     module_config = {"sanity_check_interval": 0}
 
-    def test_a_poll_that_has_nothing_to_do(self) -> None:
+    def test_poll_without_calls_sets_zero(self) -> None:
         metrics.set_unknown()
         metrics.last_poll.set(0)
         self.advance_by(310)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What moderators and admins decide holds for calls too."""
+"""Decisions of moderators and admins take effect in calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +16,13 @@ from tests.harness.test_delegating import DelegationTestCase
 
 ELSEWHERE = "!elsewhere:other.example.com"
 
-# By then each room has been listed once more.
+# After this time the poll has listed each room once more.
 SWEEP_SEC = SWEEP_MS // 1000 + 60
 
 
 class ModerationTestCase(ModuleTestCase):
     def ask_as_local_user(self) -> list[tuple[str, Callable[[], Any]]]:
-        """Each way of a local user to a token."""
+        """The requests of a local user for a token, one for each endpoint."""
         token = self.openid_token()
         return [
             ("sfu_get", lambda: self.post("/sfu/get", self.sfu_get_body(openid_token=token))),
@@ -37,7 +37,7 @@ class ModerationTestCase(ModuleTestCase):
         ]
 
     def ask_as_remote_user(self, room_id: str) -> list[tuple[str, Callable[[], Any]]]:
-        """Each way of a remote user to a token."""
+        """The requests of a remote user for a token, one for each endpoint."""
         token = self.remote_token(self.rita)
         return [
             (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal from calls, against participants that try not to be removed."""
+"""Removal of participants that try to stay in the call."""
 
 import json
 from typing import Any
@@ -27,7 +27,7 @@ from tests.harness.test_following import FollowingTestCase
 class AttackTestCase(FollowingTestCase):
     def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
         super().prepare(reactor, clock, hs)
-        # What the others have done in their calls is over.
+        # The participants of the base class leave.
         for name in self.sfu.people:
             self.sfu.people[name] = {}
         self.alices_identity = claims(self.tokens["alice"])["sub"]

@@ -22,7 +22,7 @@ class SharedTestCase(FollowingTestCase):
         super().prepare(reactor, clock, hs)
         self.carl = f"@carl:{self.OTHER_SERVER_NAME}"
         self.join_remotely(self.carl)
-        # What the others have done in their calls is over.
+        # The calls of the base class end.
         for name in list(self.sfu.people):
             del self.sfu.people[name]
             self.webhook("room_finished", room=name)
@@ -32,7 +32,7 @@ class SharedTestCase(FollowingTestCase):
     def theirs(
         self, user_id: str, room_id: str, issuer: str | None = None, announce: bool = True
     ) -> ParticipantInfo:
-        """A participant with a token of the other homeserver joins, of which webhooks tell."""
+        """A participant with a token of the other homeserver joins, with or without a webhook."""
         identity = hash_of_identity(f"{user_id} {room_id}")
         owner = ParticipantOwner(user_id, room_id, SLOT, issuer or self.OTHER_SERVER_NAME)
         participant = ParticipantInfo(
@@ -132,7 +132,7 @@ class SharedRoomTests(SharedTestCase):
         self.advance_by(61)
         assert self.identities() == {carl.identity}
 
-    def test_ban_removes_the_user_and_nobody_of_theirs(self) -> None:
+    def test_ban_removes_the_user_and_no_participant_of_theirs(self) -> None:
         carl = self.theirs(self.carl, self.room_id)
         alice = self.mine("alice")
         self.mine("bob on one device")
@@ -140,7 +140,7 @@ class SharedRoomTests(SharedTestCase):
         self.pump()
         assert self.identities() == {carl.identity, alice.identity}
 
-    def test_user_who_is_not_in_the_room_is_removed_whoever_issued_the_token(self) -> None:
+    def test_user_who_is_not_in_the_room_is_removed_with_a_token_of_theirs(self) -> None:
         alice = self.mine("alice")
         self.theirs("@mallory:third.example.com", self.room_id)
         assert self.identities() == {alice.identity}
@@ -167,7 +167,7 @@ class SharedRoomTests(SharedTestCase):
         self.advance_by(31)
         assert len(self.sfu.requests) == made + 1
 
-    def test_call_of_an_older_version_is_recreated(self) -> None:
+    def test_call_with_seals_without_issuer_is_recreated(self) -> None:
         participant = self.theirs(self.alice, self.room_id, announce=False)
         identity = participant.identity
         owner = ParticipantOwner(self.alice, self.room_id, SLOT)

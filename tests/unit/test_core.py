@@ -26,7 +26,7 @@ from synapse_lk_jwt.livekit.ownership import ATTRIBUTE, OwnerSealer, Participant
 from synapse_lk_jwt.livekit.tokens import InvalidSignature, TokenSigner, verify_webhook_body
 
 
-def test_names() -> None:
+def test_names_are_those_of_msc4195() -> None:
     alice = "@alice:example.com"
     assert (
         livekit_room_name("!roomid:example.com", "slot1234")
@@ -53,13 +53,15 @@ def test_names() -> None:
         (("**",), ["example.org"], []),
     ],
 )  # fmt: skip
-def test_server_lists(entries: tuple[str, ...], matched: list[str], others: list[str]) -> None:
+def test_server_list_matches_names_and_globs(
+    entries: tuple[str, ...], matched: list[str], others: list[str]
+) -> None:
     servers = ServerList(entries)
     assert all(name in servers for name in matched)
     assert not any(name in servers for name in others)
 
 
-def test_own_users_have_full_access_whatever_the_lists_say() -> None:
+def test_permissions_of_own_users_do_not_depend_on_the_lists() -> None:
     access = Access("own.org", ServerList(("full.org",)), ServerList(("speaks.org",)))
     assert [access.permissions(s) for s in ("own.org", "full.org", "speaks.org")] == [
         Permissions(has_full_access=True, can_publish=True),
@@ -84,7 +86,7 @@ def payload_of(token: str) -> bytes:
 
 
 @pytest.mark.parametrize("can_publish", [True, False])
-def test_tokens(can_publish: bool) -> None:
+def test_participant_token_holds_the_claims_that_livekit_reads(can_publish: bool) -> None:
     secret = "s" * 32
     signer = TokenSigner("APIkey", secret, lambda: 2_000_000_000_999)
     token = signer.participant_token(
@@ -138,7 +140,7 @@ def test_token_of_a_user_who_must_not_create_rooms_names_a_missing_room_preset()
     assert claims(False) == {**claims(True), **preset}
 
 
-def test_livekit_takes_our_signature() -> None:
+def test_participant_token_is_accepted_by_livekits_verifier() -> None:
     import time
 
     secret = "s" * 32
@@ -174,7 +176,7 @@ def verify(signer: TokenSigner, authorization: str) -> None:
 
 
 @pytest.mark.parametrize("now", [1_999_999_941, 2_000_000_000, 2_000_000_359])
-def test_a_webhook_of_livekit_is_taken(now: int) -> None:
+def test_webhook_within_its_time_is_accepted(now: int) -> None:
     signer = TokenSigner("APIkey", "s" * 32, lambda: now * 1000)
     verify(signer, jwt.encode(WEBHOOK, "s" * 32))
 
@@ -200,7 +202,7 @@ def test_a_webhook_of_livekit_is_taken(now: int) -> None:
         jwt.encode({name: WEBHOOK[name] for name in ("iss", "sha256")}, "s" * 32),
     ],
 )
-def test_what_is_no_webhook_of_livekit(authorization: str) -> None:
+def test_webhook_with_wrong_authorization_is_rejected(authorization: str) -> None:
     signer = TokenSigner("APIkey", "s" * 32, lambda: 2_000_000_000_000)
     with pytest.raises(InvalidSignature) as raised:
         verify(signer, authorization)
@@ -236,7 +238,7 @@ def test_webhook_that_is_no_token_is_rejected_with_several_pairs(token: str) -> 
         signer.verify_webhook(token)
 
 
-def test_sealer_opens_what_was_sealed_with_a_secret_chosen_before() -> None:
+def test_seal_of_an_earlier_secret_is_opened() -> None:
     owner = ParticipantOwner("@me:example.org", "!room", "slot")
     sealed = OwnerSealer(OLD).seal(owner, "me")
     sealer = OwnerSealer(NEW, OLD)
@@ -247,7 +249,7 @@ def test_sealer_opens_what_was_sealed_with_a_secret_chosen_before() -> None:
     assert sealer.open({ATTRIBUTE: "AAAA"}, "me") is None
 
 
-def test_seals_are_opened_by_the_same_secret_only() -> None:
+def test_seal_is_opened_with_the_same_secret_and_identity_only() -> None:
     owner = ParticipantOwner("@älice:example.org", "!room", "m.call#ROOM")
     sealer = OwnerSealer("secret")
     sealed = sealer.seal(owner, "me")
@@ -255,10 +257,10 @@ def test_seals_are_opened_by_the_same_secret_only() -> None:
     assert sealer.open(sealed, "me#twin") == owner
     assert OwnerSealer("secret").open(sealed, "me") == owner
     assert OwnerSealer("another").open(sealed, "me") is None
-    # Everybody in the call sees it, and somebody may take it for their own.
+    # All participants of the call see the seal, and may copy it into their own attributes.
     for other in ("you", "me2", "m", "you#me", ""):
         assert sealer.open(sealed, other) is None
-    # It tells nothing, not even that two are of the same user.
+    # It reveals nothing, not even that two seals are of the same user.
     assert sealer.seal(owner, "me") != sealed
     (value,) = sealed.values()
     for wrong in ("", "é", "====", value[:-4], value[1:], "A" + value, value[:-5] + "AAAAA"):
@@ -282,14 +284,14 @@ def test_seals_are_opened_by_the_same_secret_only() -> None:
         ("", None),
     ],
 )
-def test_whose_a_device_identity_is(identity: str, user: str | None) -> None:
+def test_user_of_device_identity_is_found(identity: str, user: str | None) -> None:
     assert user_of_device_identity(identity) == user
 
 
 @pytest.mark.parametrize(
     "name", ["example.org", "a", "example.org:8448", "1.2.3.4", "[::1]", "[::1]:8448", "A-b.org"]
 )
-def test_server_names(name: str) -> None:
+def test_server_name_that_is_valid_is_accepted(name: str) -> None:
     assert is_server_name(name)
     assert is_user_id(f"@alice:{name}")
     assert is_user_id(f"@alice:{name}", of_server=name)
@@ -301,20 +303,34 @@ def test_server_names(name: str) -> None:
     ["", " ", "a b", "a_b", "a%b", "é.org", "a:", "a:b", "a:0", "a:-1", "a:+1", "a: 1", "a:1 ",
      "a:1_0", "a:65536", "a:٣", "[", "[]", "[::1", "::1", "a/b", "a\n", "a..b", "[1.2.3.4]"],
 )  # fmt: skip
-def test_what_is_no_server_name(name: str) -> None:
+def test_server_name_that_is_invalid_is_rejected(name: str) -> None:
     assert not is_server_name(name)
     assert not is_user_id(f"@alice:{name}")
 
 
-def test_user_and_room_ids() -> None:
-    for wrong in (None, 1, "", "@", "alice:a.org", "@alice", "@a\0:a.org", "@\ud800:a.org"):
-        assert not is_user_id(wrong)
-    assert is_user_id(f"@{'x' * 248}:a.org")
-    assert not is_user_id(f"@{'x' * 249}:a.org")
-    assert is_room_id("!room:example.org")
-    assert is_room_id("!hash-of-an-event")
-    assert not is_room_id("!")
-    assert not is_room_id("#alias:example.org")
+@pytest.mark.parametrize(
+    "user_id", [None, 1, "", "@", "alice:a.org", "@alice", "@a\0:a.org", "@\ud800:a.org"]
+)
+def test_user_id_that_is_invalid_is_rejected(user_id: object) -> None:
+    assert not is_user_id(user_id)
+
+
+@pytest.mark.parametrize(("length", "is_valid"), [(248, True), (249, False)])
+def test_user_id_has_255_bytes_at_most(length: int, is_valid: bool) -> None:
+    assert is_user_id(f"@{'x' * length}:a.org") is is_valid
+
+
+@pytest.mark.parametrize(
+    ("room_id", "is_valid"),
+    [
+        ("!room:example.org", True),
+        ("!hash-of-an-event", True),
+        ("!", False),
+        ("#alias:example.org", False),
+    ],
+)
+def test_room_id_is_checked(room_id: str, is_valid: bool) -> None:
+    assert is_room_id(room_id) is is_valid
 
 
 ODD = st.sampled_from(["\0", "!\0", "\ud800", "@a:\udfff", "!" + "x" * 600, "0:", "@a:b"])
@@ -333,7 +349,7 @@ JSON = st.recursive(
         JSON,
     )
 )
-def test_whatever_a_body_holds_it_is_taken_or_refused(content: dict[str, Any]) -> None:
+def test_body_of_any_json_is_accepted_or_rejected_with_400(content: dict[str, Any]) -> None:
     for kind in (SfuGetRequest, GetTokenRequest):
         try:
             kind.from_json(Fields(content))
@@ -356,7 +372,7 @@ def test_identifiers_with_control_characters_are_rejected(code: int) -> None:
 
 def test_room_ids_in_the_field_are_accepted() -> None:
     assert is_room_id("!room:example.com")
-    # Room version 12, and what old servers have made.
+    # Room version 12, and a room ID of an old server.
     assert is_room_id("!Mcp5I2l1zrsXJWEyr2QPhDPPWlzPqSC7cyQ")
     assert is_room_id("!räum ü:example.com")
 
@@ -396,12 +412,11 @@ def test_seal_has_a_fresh_random_nonce() -> None:
     owner = ParticipantOwner("@a:b", "!room:b", "slot")
     nonces = [urlsafe_b64decode(sealer.seal(owner, "me")[ATTRIBUTE])[:12] for _ in range(100)]
     assert len(set(nonces)) == 100
-    # No part of it repeats, as that of a process or the digits of a counter would.
+    # No part repeats, as the part of a process or the digits of a counter would.
     assert len({nonce[:6] for nonce in nonces}) == 100
 
 
-def test_seal_of_an_older_version_is_opened_without_an_issuer() -> None:
-    """Its text had the identity, the user, the room and the slot."""
+def test_seal_without_issuer_is_opened() -> None:
     sealer = OwnerSealer("secret")
     text = json.dumps(["me", "@a:b", "!room:b", "slot"]).encode()
     sealed = bytes(12) + sealer._cipher.encrypt(bytes(12), text, None)

@@ -7,13 +7,15 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from prometheus_client import REGISTRY
 
-from synapse_lk_jwt.delegation.state_machine import Phase
+from synapse_lk_jwt import metrics
+from synapse_lk_jwt.delegation.state_machine import Phase, Trigger
+from synapse_lk_jwt.enforcement.participants import RemovalCause
 from testbed.metrics import METRICS, PREFIX, own_samples, samples
 from testbed.skips import missing_tool
 
@@ -99,24 +101,29 @@ def problems(expression: str) -> list[str]:
     return found
 
 
-def test_every_metric_has_these_labels_and_no_others() -> None:
+def test_metrics_have_the_documented_labels() -> None:
     assert {metric._name[len(PREFIX) :]: set(metric._labelnames) for metric in METRICS} == LABELS
 
 
-def test_they_are_in_the_registry_that_synapse_serves() -> None:
+def test_metrics_label_values_are_those_that_the_code_counts() -> None:
+    assert set(metrics.LEAVE_TRIGGERS) == {trigger.value for trigger in Trigger}
+    assert get_args(RemovalCause) == metrics.REMOVAL_CAUSES
+
+
+def test_metrics_are_in_the_registry_that_synapse_serves() -> None:
     names = [family.name for metric in METRICS for family in metric.collect()]
     registered = REGISTRY.restricted_registry([*SAMPLES]).collect()
     assert samples(registered).keys() == own_samples().keys()
     assert all(name.startswith(PREFIX) for name in names)
 
 
-def test_nothing_is_a_series_for_each_of_many() -> None:
+def test_metrics_have_a_bounded_number_of_series() -> None:
     # Buckets multiply. A process has some 2,300 series of Synapse's own.
     assert len(own_samples()) < 400
 
 
 @pytest.mark.parametrize("expression", sorted({*DASHBOARD_EXPRESSIONS, *RULE_EXPRESSIONS}))
-def test_what_dashboard_and_alerts_ask_for_is_there(expression: str) -> None:
+def test_expression_of_dashboard_or_alert_names_existing_series(expression: str) -> None:
     assert problems(expression) == []
 
 
@@ -132,18 +139,18 @@ def test_what_dashboard_and_alerts_ask_for_is_there(expression: str) -> None:
         "sum by (instance, event) (rate(synapse_lk_jwt_tokens_total[5m]))",
     ],
 )
-def test_what_is_not_there_is_found(wrong: str) -> None:
+def test_expression_with_unknown_name_is_found(wrong: str) -> None:
     assert problems(wrong) != []
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_dashboard_and_documentation_have_every_metric(name: str) -> None:
+def test_metric_is_in_dashboard_and_documentation(name: str) -> None:
     assert any(f"{PREFIX}{name}" in expression for expression in DASHBOARD_EXPRESSIONS)
     assert re.search(rf"^\| `{name}(_total)?` \|", DOCS.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_the_documentation_has_every_value_of_a_label(name: str) -> None:
+def test_metric_label_values_are_in_the_documentation(name: str) -> None:
     values = {value for label, known in SAMPLES[name].items() if label != "le" for value in known}
     # These are LiveKit's own names.
     if "sfu_request" in name or "sfu_failures" in name or "webhooks_total" in name:
@@ -151,7 +158,7 @@ def test_the_documentation_has_every_value_of_a_label(name: str) -> None:
     assert {value for value in values if f"`{value}`" not in DOCS.read_text()} == set()
 
 
-def test_every_panel_says_what_it_shows() -> None:
+def test_panels_have_description_unit_and_instance() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "instance"]
     panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
@@ -168,7 +175,7 @@ def test_every_panel_says_what_it_shows() -> None:
             assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped
 
 
-def test_every_alert_says_what_to_do() -> None:
+def test_alerts_have_description_and_documentation() -> None:
     alerts = [
         rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
     ]
@@ -198,6 +205,6 @@ def promtool() -> str:
     "command",
     [["check", "rules", RULES], ["test", "rules", Path(__file__).with_name("alerts.yml")]],
 )
-def test_alerts_fire_when_they_should(promtool: str, command: list[str | Path]) -> None:
+def test_alert_rules_pass_promtool(promtool: str, command: list[str | Path]) -> None:
     done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
