@@ -158,7 +158,7 @@ class Monitor:
         await self._finish(poll)
 
     async def _finish(self, poll: _Poll) -> None:
-        # A participant who comes back takes the room to another node. Until the module does that,
+        # A participant who reconnects takes the room to another node. Until the module does that,
         # LiveKit cannot name its participants. Not at the first poll that finds no node, because
         # LiveKit may be about to close an empty room.
         await self._recreate(poll, poll.without_node & self._without_node)

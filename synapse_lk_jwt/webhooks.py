@@ -30,8 +30,8 @@ PARTICIPANT_EVENTS = (
     "participant_connection_aborted",
 )
 
-# After these reasons the participant comes back: on a reconnect LiveKit ends the old session before
-# the new one, and the participants of a LiveKit that is shut down have not left the call.
+# After these reasons the participant reconnects. LiveKit ends the old session before the new one,
+# and the participants of a LiveKit that is shut down have not left the call.
 NO_LEAVE = frozenset(
     {
         DisconnectReason.DUPLICATE_IDENTITY,

@@ -145,7 +145,7 @@ class ParticipantEnforcer:
         return refused
 
     async def remove_too_long(self, livekit_room: str, room_id: str, listing: Listing) -> None:
-        """Removes participants with a longer identity than any client has, whoever owns them.
+        """Removes participants with a longer identity than any client has, of any user.
 
         Raises:
             SfuError: if LiveKit did not remove one of them.

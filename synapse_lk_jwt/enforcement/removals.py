@@ -153,8 +153,8 @@ class RoomRemovals:
     async def _end_call(self, livekit_room: str, room_id: str) -> None:
         """Ends a call of a Matrix room that this homeserver has left.
 
-        If participants hold tokens of another homeserver, the call is that one's as well. It goes
-        on there, without the users of this homeserver.
+        If participants hold tokens of another homeserver, it uses the call as well. The call
+        continues there, without the users of this homeserver.
         """
         homeserver = self._homeserver
         listing = await self._enforcer.list_participants(livekit_room)

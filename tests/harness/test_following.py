@@ -250,9 +250,9 @@ class OwnMetadataTests(FollowingTestCase):
         for people in list(self.sfu.people.values()):
             for participant in list(people.values()):
                 self.webhook("participant_joined", participant, room=self.room_of(participant))
-        everybody = [p for people in self.sfu.people.values() for p in people.values()]
-        (alice,) = (p for p in everybody if self.owner(p).user_id == self.alice)
-        for participant in everybody:
+        participants = [p for people in self.sfu.people.values() for p in people.values()]
+        (alice,) = (p for p in participants if self.owner(p).user_id == self.alice)
+        for participant in participants:
             if participant is not alice:
                 participant.attributes["synapse_lk_jwt"] = alice.attributes["synapse_lk_jwt"]
         self.join_remotely(self.bob, "ban")

@@ -416,7 +416,7 @@ class NowTests(FollowingTestCase):
 
     def test_poll_sets_rooms_and_participants_of_our_calls(self) -> None:
         metrics.last_poll.set(0)
-        self.sfu.people["somebody else's"] = {"x": ParticipantInfo(identity="x")}
+        self.sfu.people["another tool's"] = {"x": ParticipantInfo(identity="x")}
         self.advance_by(31)
         assert self.now() == (2, 7)
         asked_sec = own_samples()["last_poll_timestamp_seconds"]

@@ -81,7 +81,7 @@ RULE_EXPRESSIONS = list(expressions(yaml.safe_load(RULES.read_text())))
 
 
 def problems(expression: str) -> list[str]:
-    """What an expression asks for and nobody tells."""
+    """The names in an expression that no metric has."""
     found = []
     for name, selector in re.findall(r"(synapse_lk_jwt_\w+)(?:\{([^}]*)\})?", expression):
         if name not in SAMPLES:
