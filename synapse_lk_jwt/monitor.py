@@ -7,7 +7,7 @@ keep the poll from the others.
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import attr
 from synapse.util.async_helpers import concurrently_execute
@@ -21,6 +21,7 @@ from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer, Reason
 from synapse_lk_jwt.livekit.client import NoNode, RoomService, SfuError
 from synapse_lk_jwt.livekit.participants import Listing, is_shared, matrix_room
 from synapse_lk_jwt.livekit.tables import CallTable
+from synapse_lk_jwt.lost_rooms import LostRooms
 from synapse_lk_jwt.poll_schedule import ListedRoom, PollSchedule
 from synapse_lk_jwt.process_registry import ProcessRegistry
 
@@ -67,9 +68,17 @@ class _Poll:
     @property
     def occupied(self) -> dict[str, int]:
         """The noted calls that have participants, with the number of these."""
-        return {
-            name: number for name, number in self.there.items() if number and name in self.calls
-        }
+        return {name: n for name, n in self.there.items() if n and name in self.calls}
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The Matrix rooms of the noted calls that LiveKit does not list, by LiveKit room."""
+        return {name: room for name, room in self.calls.items() if name not in self.there}
+
+    @property
+    def connected(self) -> set[str]:
+        """The LiveKit rooms of delegations whose participant is connected without a doubt."""
+        return {name for name, ds in self.tracked.items() if any(d.is_settled for d in ds)}
 
 
 class Monitor:
@@ -77,8 +86,7 @@ class Monitor:
 
     Attributes, all private:
         _schedule: what was listed, and what to list next.
-        _occupied: our rooms with participants of this homeserver at the last poll.
-        _without_node: the rooms that no node of LiveKit answered for at the last poll.
+        _lost_rooms: recreates rooms that LiveKit lost.
         _is_polling: whether a poll is under way.
     """
 
@@ -114,8 +122,7 @@ class Monitor:
         self._is_off = interval_ms == 0
         self._interval_ms = interval_ms or SAFETY_MS
         self._schedule = PollSchedule(self._interval_ms)
-        self._occupied: set[str] = set()
-        self._without_node: set[str] = set()
+        self._lost_rooms = LostRooms(rooms)
         self._is_polling = False
 
     def start(self) -> None:
@@ -152,20 +159,16 @@ class Monitor:
         # Read after the listing: a room that has been closed in between is not noted any more, and
         # so it does not count as lost.
         poll = _Poll(asked_ms, there, await self._calls.all(), tracked)
-        await self._recreate_lost_rooms(poll)
+        await self._lost_rooms.recreate_missing(poll.missing, poll.connected)
         await self._check_rooms(poll)
         await self._check_missing_rooms(poll)
         await self._finish(poll)
 
     async def _finish(self, poll: _Poll) -> None:
-        # A participant who reconnects takes the room to another node. Until the module does that,
-        # LiveKit cannot name its participants. Not at the first poll that finds no node, because
-        # LiveKit may be about to close an empty room.
-        await self._recreate(poll, poll.without_node & self._without_node)
-        self._occupied = {name for name in poll.occupied if self._schedule.is_ours(name)}
-        self._without_node = poll.without_node
+        occupied = {name for name in poll.occupied if self._schedule.is_ours(name)}
+        await self._lost_rooms.recreate_without_node(poll.calls, poll.without_node, occupied)
         await self._processes.check_webhooks(poll.joined_sec)
-        await self._calls.forget(poll.calls.keys() - poll.there.keys(), FORGET_CALLS_MS)
+        await self._calls.forget(poll.missing.keys(), FORGET_CALLS_MS)
         unknown = dict.fromkeys(poll.unknown & poll.calls.keys(), math.nan)
         self._set_metrics({**poll.occupied, **unknown})
 
@@ -200,17 +203,13 @@ class Monitor:
             except Exception:
                 # A bug or a database error that one room causes must not hide the others.
                 self._schedule.forget(livekit_room)
-                self._log_failure(livekit_room, poll)
+                if not poll.has_failed:
+                    # One traceback for each poll: the database may fail for all rooms.
+                    logger.exception("Could not check the LiveKit room %r", livekit_room)
+                poll.has_failed = True
 
         names = to_list | (poll.tracked.keys() & poll.there.keys())
         await concurrently_execute(check, names, CONCURRENT_ROOMS)
-
-    @staticmethod
-    def _log_failure(livekit_room: str, poll: _Poll) -> None:
-        """Logs the exception in hand, once for each poll: the database may fail for all rooms."""
-        if not poll.has_failed:
-            logger.exception("Could not check the LiveKit room %r", livekit_room)
-        poll.has_failed = True
 
     async def _rooms_to_list(self, poll: _Poll) -> set[str]:
         schedule = self._schedule
@@ -226,7 +225,7 @@ class Monitor:
         # While LiveKit's nodes die, any of the quiet rooms may have lost its node.
         quiet = poll.there.keys() - to_list
         to_list |= schedule.share_of_quiet(
-            quiet, poll.asked_ms, all_of_them=bool(self._without_node)
+            quiet, poll.asked_ms, all_of_them=self._lost_rooms.has_dead_node
         )
         return to_list | {name for name in schedule.listed() if poll.calls.get(name) in blocked}
 
@@ -266,38 +265,6 @@ class Monitor:
             is_ours=not is_shared(listing.participants, server_name)
             or any(p.owner and p.is_issued_by(server_name) for p in listing.participants),
         )
-
-    async def _recreate_lost_rooms(self, poll: _Poll) -> None:
-        """Recreates the rooms that LiveKit has lost with participants in them, as on a restart.
-
-        Their clients are reconnecting, and while LiveKit has `auto_create: false` it answers that
-        there is no such room.
-        """
-        lost = {
-            livekit_room
-            for livekit_room in poll.calls.keys() - poll.there.keys()
-            if livekit_room in self._occupied
-            or any(delegation.is_settled for delegation in poll.tracked.get(livekit_room, ()))
-        }
-        await self._recreate(poll, lost)
-
-    async def _recreate(self, poll: _Poll, livekit_rooms: Iterable[str]) -> None:
-        async def recreate(livekit_room: str) -> None:
-            room_id = poll.calls[livekit_room]
-            self._rooms.forget(livekit_room)
-            try:
-                await self._rooms.ensure_room(livekit_room, room_id)
-            except SfuError:
-                # The client has logged it, and the next poll tries again.
-                return
-            except Exception:
-                # A database error with one call must not keep the others lost.
-                self._log_failure(livekit_room, poll)
-                return
-            logger.info("LiveKit lost the room of a call of %r; recreated it", room_id)
-
-        ours = [name for name in livekit_rooms if name in poll.calls]
-        await concurrently_execute(recreate, ours, CONCURRENT_ROOMS)
 
 
 def _is_listing_cheaper(delegations: Collection[Tracked], participants: int) -> bool:
