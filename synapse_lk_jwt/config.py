@@ -30,9 +30,6 @@ T = TypeVar("T")
 
 DEFAULT_PATH_PREFIX = "/_synapse/client/livekit/jwt"
 
-# Where MSC4195's endpoints are, below `/_matrix/client/…` and `/_matrix/federation/…`.
-HOMESERVER_PREFIX = "rtc/livekit"
-
 # Paths outside of `/_matrix` that Synapse serves itself. A module's resource replaces resources at
 # the same path and below it.
 SYNAPSE_PATHS = (

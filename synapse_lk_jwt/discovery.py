@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients discover: the transports (MSC4143) that this homeserver announces.
+"""The transports (MSC4143) that this homeserver announces to clients.
 
-An entry decides which endpoints a client asks for tokens, and so which participant identity it
-takes. Clients copy an entry into their call membership, where others read the identity from it. So
-no entry names both kinds of endpoint.
+A client requests tokens from the endpoints that an entry names, and these determine its participant
+identity. Clients copy the entry into their call membership, where other clients read which identity
+to expect. So no entry names both kinds of endpoint.
 """
 
 import logging
@@ -24,7 +24,7 @@ LIVEKIT_TYPES = ("livekit", "m.livekit")
 
 
 class Advertise(Enum):
-    """What to announce, as the configuration has it."""
+    """The values of the option `advertise`."""
 
     SERVICE = "service"
     BOTH = "both"
@@ -33,20 +33,23 @@ class Advertise(Enum):
 
     @property
     def names_msc4195(self) -> bool:
-        """Whether clients are sent to MSC4195's homeserver endpoints."""
+        """Whether an entry names MSC4195's homeserver endpoints."""
         return self in (Advertise.BOTH, Advertise.MSC4195)
 
     def where_served(self, has_msc4195: bool) -> "Advertise":
-        """What can be announced.
+        """The value that can take effect.
 
-        An empty list ends in 'calls are not supported', so the service takes the place of MSC4195's
-        endpoints where these are not served.
+        Where MSC4195's endpoints are not served, the service takes their place: with an empty list
+        clients report that calls are not supported.
+
+        Args:
+            has_msc4195: whether MSC4195's endpoints are served.
         """
         return self if has_msc4195 or not self.names_msc4195 else Advertise.SERVICE
 
 
 def transports(advertise: Advertise, livekit_url: str, service_url: str) -> list[dict[str, str]]:
-    """The entries for `rtc/transports`, the one that new clients prefer first."""
+    """The entries for `rtc/transports`, in the order of preference of new clients."""
     return {
         Advertise.SERVICE: [_service(service_url)],
         Advertise.BOTH: [_msc4195(livekit_url), _service(service_url)],
@@ -56,7 +59,7 @@ def transports(advertise: Advertise, livekit_url: str, service_url: str) -> list
 
 
 def foci(advertise: Advertise, service_url: str) -> list[dict[str, str]]:
-    """The entries for `.well-known/matrix/client`, where clients look for services only."""
+    """The entries for `.well-known/matrix/client`, where clients expect services only."""
     return [_service(service_url)] if advertise in (Advertise.SERVICE, Advertise.BOTH) else []
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which strings are Matrix identifiers, and which can be stored and hashed at all."""
+"""Checks of Matrix identifiers and of URLs that clients and servers send."""
 
 import re
 from typing import Any, TypeGuard
@@ -12,7 +12,7 @@ MAX_USER_ID_BYTES = 255
 
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 
-# Unicode's category Cc. Identifiers end up in logs, where these could forge or colour a line.
+# Unicode's category Cc. In a log, these characters could forge or colour a line.
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 # A label of a host name (RFC 1123, section 2.1). Twisted cannot look up others.
@@ -20,7 +20,10 @@ _LABEL = re.compile(r"[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?")
 
 
 def is_clean(text: str) -> bool:
-    """Whether the text is free of NUL, which PostgreSQL refuses, and can be written as UTF-8."""
+    """Whether PostgreSQL can store the text, and UTF-8 can encode it.
+
+    PostgreSQL rejects NUL. UTF-8 cannot encode lone surrogates, which JSON can contain.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -36,12 +39,12 @@ def is_server_name(name: str) -> bool:
         return False
     if host[0] != "[" and not all(map(_LABEL.fullmatch, host.split("."))):
         return False
-    # Synapse reads the port with int(), which also takes signs, blanks and other scripts' digits.
+    # Synapse reads the port with int(), which accepts signs, blanks and digits of other scripts.
     return port is None or (0 < port < 65536 and name.endswith(f":{port}"))
 
 
 def is_same_url(url: str, other: str) -> bool:
-    """Whether two URLs name the same place (RFC 3986, section 6.2.3).
+    """Whether two URLs are equivalent (RFC 3986, section 6.2.3).
 
     Scheme and host are compared without regard to case. The scheme's default port and the path `/`
     may be left out.
@@ -51,8 +54,8 @@ def is_same_url(url: str, other: str) -> bool:
 
 
 def _normal_url(url: str) -> tuple[object, ...] | None:
-    """What URLs of the same place have in common; None if this is no URL."""
-    # `urlsplit` removes control characters, and spaces around the URL.
+    """A value that equivalent URLs have in common; None if this is no URL."""
+    # `urlsplit` would remove control characters, and spaces around the URL.
     if re.search(r"[\x00-\x20\x7f]", url):
         return None
     try:
@@ -68,12 +71,17 @@ def _normal_url(url: str) -> tuple[object, ...] | None:
 
 
 def is_room_id(room_id: str) -> bool:
-    """Whether this can be a room ID. Those of room version 12 have no server name in them."""
+    """Whether this can be a room ID. In room version 12 it contains no server name."""
     return len(room_id) > 1 and room_id[0] == "!" and not _CONTROL_CHARACTER.search(room_id)
 
 
 def is_user_id(user_id: Any, of_server: str | None = None) -> TypeGuard[str]:
-    """Whether this is a valid user ID and, where a server is named, one of that very server."""
+    """Whether this is a valid user ID.
+
+    Args:
+        user_id: any value.
+        of_server: the server that the user must belong to; None for any server.
+    """
     return (
         isinstance(user_id, str)
         and is_clean(user_id)

@@ -11,8 +11,8 @@ from synapse_lk_jwt.auth.room_access import RoomAccessRule
 from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.enforcement.owners import UNSEEN_MS, ParticipantOwners
-from synapse_lk_jwt.livekit.client import RoomService
 from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
+from synapse_lk_jwt.livekit.room_cache import RoomCache
 from synapse_lk_jwt.livekit.tokens import TokenSigner
 
 
@@ -28,7 +28,7 @@ class Issuer:
         homeserver: the accounts of local users.
         access: who has full access, and who may publish.
         room_access: who may be in a call of a Matrix room.
-        rooms: the SFU, which creates the rooms of full-access users.
+        rooms: ensures the LiveKit rooms of full-access users.
         owners: notes the owner of an identity, if its participant can replace the sealed one.
         signer: signs the tokens.
         sealer: seals their owners into them.
@@ -39,7 +39,7 @@ class Issuer:
     homeserver: Homeserver
     access: Access
     room_access: RoomAccessRule
-    rooms: RoomService
+    rooms: RoomCache
     owners: ParticipantOwners
     signer: TokenSigner
     sealer: OwnerSealer

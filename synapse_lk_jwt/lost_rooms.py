@@ -10,7 +10,8 @@ from collections.abc import Mapping, Set
 
 from synapse.util.async_helpers import concurrently_execute
 
-from synapse_lk_jwt.livekit.client import RoomService, SfuError
+from synapse_lk_jwt.livekit.errors import SfuError
+from synapse_lk_jwt.livekit.room_cache import RoomCache
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,10 @@ class LostRooms:
         _without_node: the rooms that no node of LiveKit answered for.
     """
 
-    def __init__(self, rooms: RoomService) -> None:
+    def __init__(self, rooms: RoomCache) -> None:
         """
         Args:
-            rooms: the SFU.
+            rooms: creates rooms.
         """
         self._rooms = rooms
         self._occupied: Set[str] = frozenset()

@@ -23,7 +23,7 @@ from synapse_lk_jwt.check.start import StartChecks
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.module_database import ModuleDatabase, unsupported_schema
 from synapse_lk_jwt.compat.self_test import Feature, describe, missing_hooks
-from synapse_lk_jwt.config import HOMESERVER_PREFIX, LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
 from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.delegation.tables import DelegationTable
 from synapse_lk_jwt.discovery import Advertise
@@ -37,9 +37,12 @@ from synapse_lk_jwt.enforcement.tables import StreamPosition
 from synapse_lk_jwt.issuer import Issuer
 from synapse_lk_jwt.livekit.client import RoomService
 from synapse_lk_jwt.livekit.ownership import OwnerSealer
+from synapse_lk_jwt.livekit.room_cache import RoomCache
 from synapse_lk_jwt.livekit.tables import CallTable, OwnerTable
 from synapse_lk_jwt.livekit.tokens import TokenSigner
+from synapse_lk_jwt.livekit.twirp import TwirpClient
 from synapse_lk_jwt.monitor import Monitor
+from synapse_lk_jwt.msc4195 import PATH_PREFIX
 from synapse_lk_jwt.process_registry import ProcessRegistry, ProcessTable
 from synapse_lk_jwt.remote_tokens import RemoteSfus
 from synapse_lk_jwt.webhooks import WebhookHandler
@@ -131,28 +134,44 @@ def _start_checks(homeserver: Homeserver, config: LiveKitJwtConfig) -> Iterable[
         return []
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
+class _LiveKit:
+    """The clients of one LiveKit, and its keys."""
+
+    signer: TokenSigner
+    sealer: OwnerSealer
+    rooms: RoomService
+    room_cache: RoomCache
+    proxy_url: str | None
+
+
 def _construct(homeserver: Homeserver, config: LiveKitJwtConfig) -> _Parts:
     """Constructs the parts. Nothing runs until they are started."""
     database = ModuleDatabase(homeserver)
     calls, delegation_table = CallTable(database), DelegationTable(database)
+    livekit = _livekit(homeserver, config, calls)
+    rooms, room_cache = livekit.rooms, livekit.room_cache
     usable_ms = tokens_usable_ms(config.token_lifetime_ms)
     owners = ParticipantOwners(
         OwnerTable(database), usable_ms, is_on=config.can_update_own_metadata
     )
-    issuer = _issuer(homeserver, config, calls, owners)
-    access, rooms = issuer.room_access, issuer.rooms
+    issuer = _issuer(homeserver, config, livekit, owners)
+    access = issuer.room_access
     delegations = DelegationService(homeserver, database, delegation_table, calls, rooms)
     processes = ProcessRegistry(homeserver, ProcessTable(database))
 
     rechecks = RecheckList(homeserver, usable_ms)
     enforcer = ParticipantEnforcer(homeserver, rooms, access, owners, rechecks)
-    removals = RoomRemovals(homeserver, calls, delegation_table, rooms, access, enforcer, rechecks)
+    removals = RoomRemovals(
+        homeserver, calls, delegation_table, room_cache, access, enforcer, rechecks
+    )
     room_changes = RoomChanges(homeserver, calls, StreamPosition(database), removals)
     rechecker = Rechecker(homeserver, calls, rechecks, enforcer, removals)
     monitor = Monitor(
         homeserver,
         calls,
         rooms,
+        room_cache,
         delegations,
         enforcer,
         owners,
@@ -161,17 +180,17 @@ def _construct(homeserver: Homeserver, config: LiveKitJwtConfig) -> _Parts:
     )
     limits = Limits(homeserver, config.rc_token, config.rc_openid)
     return _Parts(
-        services=Services(homeserver, issuer, limits, delegations, config.livekit_url),
-        webhooks=WebhookHandler(homeserver, calls, rooms, delegations, enforcer, owners),
+        services=Services(
+            homeserver, issuer, limits, delegations, config.livekit_url, livekit.proxy_url
+        ),
+        webhooks=WebhookHandler(homeserver, calls, room_cache, delegations, enforcer, owners),
         processes=processes,
         calls=calls,
         startable=(delegations, processes, removals, room_changes, rechecker, monitor),
     )
 
 
-def _issuer(
-    homeserver: Homeserver, config: LiveKitJwtConfig, calls: CallTable, owners: ParticipantOwners
-) -> Issuer:
+def _livekit(homeserver: Homeserver, config: LiveKitJwtConfig, calls: CallTable) -> _LiveKit:
     signer = TokenSigner(
         config.livekit_key,
         config.livekit_secret,
@@ -179,6 +198,22 @@ def _issuer(
         config.other_livekit_pairs,
     )
     sealer = OwnerSealer(config.livekit_secret, *config.other_livekit_pairs.values())
+    proxy = homeserver.http.forward_proxy(config.livekit_internal_url)
+    proxy_url = proxy.url if proxy else None
+    twirp = TwirpClient(homeserver, config.livekit_internal_url, signer, proxy_url)
+    rooms = RoomService(homeserver, twirp, sealer)
+    return _LiveKit(
+        signer=signer,
+        sealer=sealer,
+        rooms=rooms,
+        room_cache=RoomCache(homeserver, rooms, calls.note),
+        proxy_url=proxy_url,
+    )
+
+
+def _issuer(
+    homeserver: Homeserver, config: LiveKitJwtConfig, livekit: _LiveKit, owners: ParticipantOwners
+) -> Issuer:
     access = Access(
         homeserver.server_name, config.full_access_homeservers, config.remote_can_publish
     )
@@ -190,10 +225,10 @@ def _issuer(
             require_room_membership=config.require_room_membership,
             believe_rooms_elsewhere=config.believe_rooms_elsewhere,
         ),
-        rooms=RoomService(homeserver, config.livekit_internal_url, signer, sealer, calls.note),
+        rooms=livekit.room_cache,
         owners=owners,
-        signer=signer,
-        sealer=sealer,
+        signer=livekit.signer,
+        sealer=livekit.sealer,
         token_lifetime_ms=config.token_lifetime_ms,
         can_update_own_metadata=config.can_update_own_metadata,
     )
@@ -235,7 +270,7 @@ def _serve_homeserver_endpoints(services: Services, missing: Collection[Feature]
     not_served = homeserver.servlets.serve_below_matrix(
         client,
         partial(GetTokenFederationServlet, services=services),
-        prefix=HOMESERVER_PREFIX,
+        prefix=PATH_PREFIX,
     )
     if not_served is not None:
         logger.error(

@@ -18,8 +18,10 @@ from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.delegation.tables import Tracked
 from synapse_lk_jwt.enforcement.owners import ParticipantOwners
 from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer, Reason
-from synapse_lk_jwt.livekit.client import NoNode, RoomService, SfuError
+from synapse_lk_jwt.livekit.client import RoomService
+from synapse_lk_jwt.livekit.errors import NoNode, SfuError
 from synapse_lk_jwt.livekit.participants import Listing, is_shared, matrix_room
+from synapse_lk_jwt.livekit.room_cache import RoomCache
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.lost_rooms import LostRooms
 from synapse_lk_jwt.poll_schedule import ListedRoom, PollSchedule
@@ -95,6 +97,7 @@ class Monitor:
         homeserver: Homeserver,
         calls: CallTable,
         rooms: RoomService,
+        room_cache: RoomCache,
         delegations: DelegationService,
         enforcer: ParticipantEnforcer,
         owners: ParticipantOwners,
@@ -106,6 +109,7 @@ class Monitor:
             homeserver: runs the polls.
             calls: the calls that were noted.
             rooms: the SFU.
+            room_cache: recreates rooms that LiveKit lost.
             delegations: follows the participants whose leaves are delegated.
             enforcer: removes participants who may not be in a call.
             owners: forgets the owners of identities that are in no call any more.
@@ -122,7 +126,7 @@ class Monitor:
         self._is_off = interval_ms == 0
         self._interval_ms = interval_ms or SAFETY_MS
         self._schedule = PollSchedule(self._interval_ms)
-        self._lost_rooms = LostRooms(rooms)
+        self._lost_rooms = LostRooms(room_cache)
         self._is_polling = False
 
     def start(self) -> None:

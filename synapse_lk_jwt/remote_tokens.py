@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens for the SFUs of other homeservers, which these hand out over federation (MSC4195)."""
+"""Fetches tokens for the SFUs of other homeservers from these homeservers (MSC4195)."""
 
-import logging
 import re
+from typing import Any
 
 import attr
 from synapse.types import JsonDict
@@ -12,24 +12,23 @@ from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.federation_http import is_unknown_endpoint
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.http import NETWORK_ERRORS, read_body, within
+from synapse_lk_jwt.msc4195 import GET_TOKEN, STABLE, UNSTABLE, federation_path
 from synapse_lk_jwt.untrusted import bounded_repr, parse_json
-
-logger = logging.getLogger(__name__)
-
-STABLE_PATH = "/_matrix/federation/v1/rtc/livekit/get_token"
-UNSTABLE_PATH = "/_matrix/federation/unstable/io.element.msc4195/rtc/livekit/get_token"
 
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 64 * 1024
 
-# How long a server is first asked in the way that it understood last.
-REMEMBER_WAY_SEC = 3600
+# How long the request form that a server last accepted is tried first.
+REMEMBER_FORM_SEC = 3600
 
 JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
+# The errors that MSC4195 passes on to the client.
+_PASSED_ON = ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM"))
+
 
 class RemoteRefusal(Exception):
-    """The other homeserver refuses the user.
+    """The other homeserver rejected the request for this user.
 
     Attributes:
         status: its HTTP status.
@@ -47,12 +46,12 @@ class RemoteFailure(Exception):
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
-class _Way:
-    """How a server wants to be asked.
+class _Form:
+    """The form of request that a server accepts.
 
     Attributes:
-        is_unstable: at the unstable path.
-        is_nested: with `member: {"id": …}` instead of `member_id`.
+        is_unstable: whether the path is the unstable one.
+        is_nested: whether the body has `member: {"id": …}` instead of `member_id`.
     """
 
     is_unstable: bool = False
@@ -60,25 +59,25 @@ class _Way:
 
 
 class RemoteSfus:
-    """Asks other homeservers for tokens of their SFUs."""
+    """Fetches tokens for the SFUs of other homeservers."""
 
     def __init__(self, homeserver: Homeserver) -> None:
         self._homeserver = homeserver
-        self._ways: TTLCache[str, _Way] = TTLCache(
-            cache_name="synapse_lk_jwt_federation_ways",
+        self._forms: TTLCache[str, _Form] = TTLCache(
+            cache_name="synapse_lk_jwt_federation_forms",
             server_name=homeserver.server_name,
             timer=homeserver.clock.time,
         )
 
     async def get_token(self, server_name: str, content: JsonDict) -> str:
-        """Asks a homeserver for a token.
+        """Requests a token from a homeserver.
 
         Args:
             server_name: the other homeserver.
             content: the body of MSC4195's federation request, with the authenticated user's ID.
 
         Returns:
-            The token, a JWT as far as one can tell without its key.
+            The token. It has the form of a JWT; only the other homeserver could verify it.
 
         Raises:
             RemoteRefusal: 403 `M_FORBIDDEN` and 400 `M_INVALID_PARAM`, which are for the client.
@@ -86,64 +85,66 @@ class RemoteSfus:
         """
         try:
             status, body = await within(
-                TIMEOUT_SEC, self._homeserver.clock, lambda: self._ask(server_name, content)
+                TIMEOUT_SEC, self._homeserver.clock, lambda: self._request(server_name, content)
             )
         except NETWORK_ERRORS as e:
-            raise RemoteFailure(f"{server_name} could not be asked ({bounded_repr(e)})") from e
-        try:
-            answer = parse_json(body)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise RemoteFailure(f"{server_name} answered {status} without a JSON object")
-        if status == 200:
-            token = answer.get("jwt")
-            if not isinstance(token, str) or not JWT.fullmatch(token):
-                raise RemoteFailure(f"{server_name} answered without a token")
-            metrics.remote_tokens.inc()
-            return token
-        for refusal in ((403, "M_FORBIDDEN"), (400, "M_INVALID_PARAM")):
-            if refusal == (status, answer.get("errcode")):
-                raise RemoteRefusal(*refusal)
-        errcode = bounded_repr(answer.get("errcode"))
-        raise RemoteFailure(f"{server_name} answered {status} {errcode}")
+            text = f"the request to {server_name} failed ({bounded_repr(e)})"
+            raise RemoteFailure(text) from e
+        token = _token_in_answer(server_name, status, body)
+        metrics.remote_tokens.inc()
+        return token
 
-    async def _ask(self, server_name: str, content: JsonDict) -> tuple[int, bytes]:
-        """The answer at the stable path, or at the unstable one where that is all there is.
+    async def _request(self, server_name: str, content: JsonDict) -> tuple[int, bytes]:
+        """Requests a token at the stable path, or at the unstable one if the server has no other.
 
-        lk-jwt-service 0.7 knows `member_id` in the form of an earlier MSC only, and rejects a body
-        with fields that it does not know. So a server that rejects one form is asked in the other.
+        lk-jwt-service 0.7 accepts only the form of `member_id` from before the MSC's acceptance,
+        and rejects unknown fields. So the other form follows when a server rejects the first one.
         """
-        way = self._ways.get(server_name, _Way())
-        status, body = await self._ask_in(way, server_name, content)
+        form = self._forms.get(server_name, _Form())
+        status, body = await self._request_in(form, server_name, content)
         if is_unknown_endpoint(status, body):
-            way = attr.evolve(way, is_unstable=not way.is_unstable)
-            status, body = await self._ask_in(way, server_name, content)
-        if status == 400 and _errcode(body) in ("M_BAD_JSON", "M_NOT_JSON"):
-            way = attr.evolve(way, is_nested=not way.is_nested)
-            status, body = await self._ask_in(way, server_name, content)
-        if status == 200 and way != _Way():
-            self._ways.set(server_name, way, REMEMBER_WAY_SEC)
+            form = attr.evolve(form, is_unstable=not form.is_unstable)
+            status, body = await self._request_in(form, server_name, content)
+        if status == 400 and _object(body).get("errcode") in ("M_BAD_JSON", "M_NOT_JSON"):
+            form = attr.evolve(form, is_nested=not form.is_nested)
+            status, body = await self._request_in(form, server_name, content)
+        if status == 200 and form != _Form():
+            self._forms.set(server_name, form, REMEMBER_FORM_SEC)
         else:
-            self._ways.pop(server_name, None)
+            self._forms.pop(server_name, None)
         return status, body
 
-    async def _ask_in(self, way: _Way, server_name: str, content: JsonDict) -> tuple[int, bytes]:
-        if way.is_nested:
+    async def _request_in(
+        self, form: _Form, server_name: str, content: JsonDict
+    ) -> tuple[int, bytes]:
+        if form.is_nested:
             content = {**content, "member": {"id": content["member_id"]}}
             del content["member_id"]
+        path = federation_path(GET_TOKEN, UNSTABLE if form.is_unstable else STABLE)
         response = await self._homeserver.federation.request(
-            "POST",
-            server_name,
-            UNSTABLE_PATH if way.is_unstable else STABLE_PATH,
-            content=content,
+            "POST", server_name, path, content=content
         )
         return response.code, await read_body(response, MAX_ANSWER_BYTES)
 
 
-def _errcode(body: bytes) -> object:
+def _token_in_answer(server_name: str, status: int, body: bytes) -> str:
+    answer = _object(body)
+    if status == 200:
+        token = answer.get("jwt")
+        if not isinstance(token, str) or not JWT.fullmatch(token):
+            raise RemoteFailure(f"{server_name} answered without a token")
+        return token
+    for passed_on in _PASSED_ON:
+        if passed_on == (status, answer.get("errcode")):
+            raise RemoteRefusal(*passed_on)
+    errcode = bounded_repr(answer.get("errcode"))
+    raise RemoteFailure(f"{server_name} answered {status} {errcode}")
+
+
+def _object(body: bytes) -> JsonDict:
+    """The JSON object in a body; an empty one if the body is anything else."""
     try:
-        answer = parse_json(body)
+        answer: Any = parse_json(body)
     except ValueError:
-        return None
-    return answer.get("errcode") if isinstance(answer, dict) else None
+        return {}
+    return answer if isinstance(answer, dict) else {}

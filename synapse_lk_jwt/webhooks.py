@@ -16,8 +16,9 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.delegation.service import DelegationService
 from synapse_lk_jwt.enforcement.owners import ParticipantOwners
 from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer, Reason
-from synapse_lk_jwt.livekit.client import RoomService, SfuError
+from synapse_lk_jwt.livekit.errors import SfuError
 from synapse_lk_jwt.livekit.participants import CallParticipant, Listing, matrix_room
+from synapse_lk_jwt.livekit.room_cache import RoomCache
 from synapse_lk_jwt.livekit.tables import CallTable, TooManySlots
 from synapse_lk_jwt.work import WorkByKey
 
@@ -81,7 +82,7 @@ class WebhookHandler:
         self,
         homeserver: Homeserver,
         calls: CallTable,
-        rooms: RoomService,
+        rooms: RoomCache,
         delegations: DelegationService,
         enforcer: ParticipantEnforcer,
         owners: ParticipantOwners,
@@ -90,7 +91,7 @@ class WebhookHandler:
         Args:
             homeserver: runs the work in the background.
             calls: the calls of Matrix rooms.
-            rooms: the SFU.
+            rooms: forgets a room that has finished.
             delegations: follows the participants whose leaves are delegated.
             enforcer: checks participants who joined.
             owners: the users of participants that can replace what their token says.
@@ -193,7 +194,7 @@ class WebhookHandler:
         # The client has logged a failure, or the Matrix room has too many slots. The poll lists the
         # room in both cases.
         with suppress(SfuError, TooManySlots):
-            listing = await self._rooms.list_participants(livekit_room)
+            listing = await self._enforcer.list_participants(livekit_room)
             room_id = matrix_room(listing.participants, self._homeserver.server_name)
             if room_id is not None:
                 await self._calls.note(livekit_room, room_id)

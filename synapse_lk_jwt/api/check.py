@@ -8,11 +8,12 @@ from synapse.api.errors import ResourceLimitError, UnrecognizedRequestError
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict, get_domain_from_id
 
-from synapse_lk_jwt.api.bodies import MAX_BODY_BYTES, read_json_object
+from synapse_lk_jwt.api import fields
 from synapse_lk_jwt.api.endpoint import Endpoint, authorization
+from synapse_lk_jwt.api.fields import MAX_BODY_BYTES, bad_json, optional, read_body
 from synapse_lk_jwt.api.services import Services
 from synapse_lk_jwt.auth import openid
-from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.auth.openid import InvalidToken
 from synapse_lk_jwt.check.signature import is_signed
 from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.livekit.tables import CallTable
@@ -20,6 +21,14 @@ from synapse_lk_jwt.process_registry import ProcessRegistry
 
 # No homeserver has made this one: an answer to it tells that the homeserver can be asked.
 UNKNOWN = "synapse-lk-jwt-check"
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class CheckBody:
+    """The body of `check`: nothing, or a user and a room."""
+
+    user_id: str | None = optional(fields.user_id)
+    room_id: str | None = optional(fields.room_id)
 
 
 class CheckResource(Endpoint):
@@ -42,6 +51,7 @@ class CheckResource(Endpoint):
     ) -> None:
         super().__init__(services.homeserver)
         self._issuer = services.issuer
+        self._livekit_proxy = services.livekit_proxy
         self._processes = processes
         self._calls = calls
         self._not_served = not_served
@@ -58,8 +68,8 @@ class CheckResource(Endpoint):
         return await super()._async_render(request)
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        body = read_json_object(request)
-        homeserver, rooms = self._homeserver, self._issuer.rooms
+        body = read_body(request, CheckBody)
+        homeserver = self._homeserver
         answer: JsonDict = {
             "server_name": homeserver.server_name,
             "instance": homeserver.instance_name,
@@ -69,10 +79,12 @@ class CheckResource(Endpoint):
             "processes": [attr.asdict(p) for p in await self._processes.present()],
             "transports": homeserver.discovery.transports,
             "not_served": self._not_served,
-            "livekit_proxy": rooms.proxy.url if rooms.proxy else None,
+            "livekit_proxy": self._livekit_proxy,
         }
-        if "user_id" in body:
-            answer["user"] = await self._user(body.user_id("user_id"), body.room_id("room_id"))
+        if body.user_id is not None:
+            if body.room_id is None:
+                raise bad_json("room_id", "is missing")
+            answer["user"] = await self._user(body.user_id, body.room_id)
         return 200, answer
 
     async def _user(self, user_id: str, room_id: str) -> JsonDict:
@@ -94,7 +106,7 @@ class CheckResource(Endpoint):
         cannot_ask: str | None = None
         if not is_mine:
             try:
-                await openid.verify(homeserver, OpenIdToken(UNKNOWN, server))
+                await openid.user_of_remote_token(homeserver, server, UNKNOWN)
             except InvalidToken as e:
                 # To refuse what it has not made is how it should be.
                 cannot_ask = None if e.cause == "refused" else str(e)

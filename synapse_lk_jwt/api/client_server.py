@@ -1,28 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MSC4195's client-server endpoints: for clients, by their Matrix access token."""
+"""MSC4195's client-server endpoints, which clients call with their Matrix access token."""
 
 import re
 
+import attr
 from synapse.api.errors import Codes, SynapseError
 from synapse.http.servlet import RestServlet
 from synapse.http.site import SynapseRequest
 from synapse.module_api import Requester
 from synapse.types import JsonDict
 
-from synapse_lk_jwt.api.answers import respond
-from synapse_lk_jwt.api.bodies import (
-    HomeserverDelegateRequest,
-    HomeserverGetTokenRequest,
-    read_json_object,
-)
+from synapse_lk_jwt.api import fields
+from synapse_lk_jwt.api.endpoint import respond
 from synapse_lk_jwt.api.errors import (
-    as_matrix_errors,
-    check_url,
-    counts_refusals,
     no_such_delayed_event,
-    no_such_sfu,
     other_sfu,
+    raises_matrix_errors,
+    unnamed_sfu,
 )
+from synapse_lk_jwt.api.fields import optional, read_body, required
 from synapse_lk_jwt.api.services import Services
 from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.compat.homeserver import Homeserver
@@ -33,25 +29,36 @@ from synapse_lk_jwt.livekit.naming import (
     device_member_identity,
     member_identity,
 )
+from synapse_lk_jwt.msc4195 import ANY_VERSION, DELEGATE_DELAYED_LEAVE, GET_TOKEN, client_path
 from synapse_lk_jwt.remote_tokens import RemoteSfus
 
 
-def _patterns(name: str) -> tuple["re.Pattern[str]", ...]:
-    versions = r"(?:v1|unstable/io\.element\.msc4195)"
-    return (re.compile(f"^/_matrix/client/{versions}/rtc/livekit/{name}$"),)
+def _patterns(endpoint: str) -> tuple["re.Pattern[str]", ...]:
+    return (re.compile(f"^{client_path(endpoint, ANY_VERSION)}$"),)
 
 
 async def _requester(homeserver: Homeserver, request: SynapseRequest) -> Requester:
-    """Who asks; authenticated before anything of the body is looked at."""
+    """Returns who sent a request. Handlers call this before they read the body."""
     requester = await homeserver.users.get_user_by_req(request, allow_guest=True)
     if not await homeserver.users.is_active(requester.user.to_string()):
-        # Synapse itself turns away all of these but the suspended.
+        # Synapse itself rejects all inactive users but the suspended.
         raise SynapseError(401, "This account cannot be used", Codes.UNAUTHORIZED)
     return requester
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class GetTokenBody:
+    """The body of `get_token`. Without `server_name` the SFU is one of this homeserver."""
+
+    url: str = required(fields.url)
+    room_id: str = required(fields.room_id)
+    slot_id: str = required(fields.string)
+    member_id: str = fields.member_id()
+    server_name: str | None = optional(fields.server_name)
+
+
 class GetTokenRestServlet(RestServlet):
-    """A LiveKit access token for the SFU of this homeserver or of another one.
+    """Issues a token for the SFU of this homeserver, or fetches one for another homeserver's SFU.
 
     POST /_matrix/client/v1/rtc/livekit/get_token HTTP/1.1
     Authorization: Bearer …
@@ -65,7 +72,7 @@ class GetTokenRestServlet(RestServlet):
     }
     """
 
-    PATTERNS = _patterns("get_token")
+    PATTERNS = _patterns(GET_TOKEN)
     CATEGORY = "MatrixRTC requests"
 
     def __init__(self, services: Services, remote_sfus: RemoteSfus) -> None:
@@ -73,50 +80,59 @@ class GetTokenRestServlet(RestServlet):
         self._services = services
         self._remote_sfus = remote_sfus
 
-    @counts_refusals("client_get_token")
+    @raises_matrix_errors("client_get_token")
     async def on_POST(self, request: SynapseRequest) -> None:
         """Handles a request."""
         requester = await _requester(self._services.homeserver, request)
         user_id = requester.user.to_string()
-        body = HomeserverGetTokenRequest.from_json(read_json_object(request))
+        body = read_body(request, GetTokenBody)
+        identity = member_identity(user_id, body.member_id)
+        member = CallMember(user_id, body.room_id, body.slot_id, (identity,))
         await self._services.homeserver.users.check_auth_blocking(user_id)
-        await self._services.limits.ask_for_token(user_id, body.room_id)
-        with as_matrix_errors():
-            await self._services.issuer.check_membership(user_id, body.room_id, strict=True)
-            # Our SFU's URL decides, whichever server the client names with it.
-            if is_same_url(body.url, self._services.livekit_url):
-                identity = member_identity(user_id, body.member_id)
-                member = CallMember(user_id, body.room_id, body.slot_id, (identity,))
-                token = await self._services.issuer.issue(member, "client_get_token")
-            elif body.server_name is None:
-                raise no_such_sfu()
-            elif self._services.homeserver.is_own_name(body.server_name):
-                raise other_sfu()
-            else:
-                token = await self._ask(body.server_name, user_id, body)
+        await self._services.admit(member, strict=True)
+        # The URL decides alone: our SFU is ours whichever server the client names.
+        if is_same_url(body.url, self._services.livekit_url):
+            token = await self._services.issuer.issue(member, "client_get_token")
+        else:
+            token = await self._fetch(user_id, body)
         respond(request, 200, {"jwt": token})
 
-    async def _ask(self, server_name: str, user_id: str, body: HomeserverGetTokenRequest) -> str:
-        room_id = body.room_id
+    async def _fetch(self, user_id: str, body: GetTokenBody) -> str:
+        """Fetches a token from another homeserver, which must take part in the Matrix room."""
         homeserver = self._services.homeserver
-        host = await homeserver.rooms.host_in_room(server_name, room_id)
-        if host is None and not await homeserver.rooms.has_partial_state(room_id):
+        if body.server_name is None:
+            raise unnamed_sfu()
+        if homeserver.is_own_name(body.server_name):
+            raise other_sfu()
+        host = await homeserver.rooms.host_in_room(body.server_name, body.room_id)
+        if host is None and not await homeserver.rooms.has_partial_state(body.room_id):
             raise NotInRoom()
-        # What is signed is what was checked, and nothing else that a client sent.
+        # This homeserver signs only what it has checked, and nothing else that the client sent.
         return await self._remote_sfus.get_token(
-            host or server_name,
+            host or body.server_name,
             {
                 "user_id": user_id,
                 "url": body.url,
-                "room_id": room_id,
+                "room_id": body.room_id,
                 "slot_id": body.slot_id,
                 "member_id": body.member_id,
             },
         )
 
 
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class DelegateDelayedLeaveBody:
+    """The body of `delegate_delayed_leave`. Without `url` the SFU is the one of this homeserver."""
+
+    url: str | None = optional(fields.url)
+    room_id: str = required(fields.room_id)
+    slot_id: str = required(fields.string)
+    member_id: str = fields.member_id()
+    delay_id: str = required(fields.string)
+
+
 class DelegateDelayedLeaveRestServlet(RestServlet):
-    """Has the homeserver send a client's leave when the client is gone.
+    """Accepts a client's leave, which the homeserver sends when the participant is gone.
 
     POST /_matrix/client/v1/rtc/livekit/delegate_delayed_leave HTTP/1.1
     Authorization: Bearer …
@@ -130,32 +146,30 @@ class DelegateDelayedLeaveRestServlet(RestServlet):
     }
     """
 
-    PATTERNS = _patterns("delegate_delayed_leave")
+    PATTERNS = _patterns(DELEGATE_DELAYED_LEAVE)
     CATEGORY = "MatrixRTC requests"
 
     def __init__(self, services: Services) -> None:
         super().__init__()
         self._services = services
 
-    @counts_refusals("client_delegate_delayed_leave")
+    @raises_matrix_errors("client_delegate_delayed_leave")
     async def on_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         """Handles a request."""
         requester = await _requester(self._services.homeserver, request)
-        user_id = requester.user.to_string()
-        body = HomeserverDelegateRequest.from_json(read_json_object(request))
-        await self._services.limits.ask_for_token(user_id, body.room_id)
-        with as_matrix_errors():
-            await self._services.issuer.check_membership(user_id, body.room_id, strict=True)
-        if body.url is not None:
-            check_url(body.url, self._services.livekit_url)
+        user_id, device_id = requester.user.to_string(), requester.device_id
+        body = read_body(request, DelegateDelayedLeaveBody)
         identities = [member_identity(user_id, body.member_id)]
-        if requester.device_id is not None:
+        if device_id is not None:
             # The client may have joined with a token of the service endpoints.
             identities += [
-                device_identity(user_id, requester.device_id),
-                device_member_identity(user_id, requester.device_id, body.member_id),
+                device_identity(user_id, device_id),
+                device_member_identity(user_id, device_id, body.member_id),
             ]
         member = CallMember(user_id, body.room_id, body.slot_id, tuple(identities))
+        await self._services.admit(member, strict=True)
+        if body.url is not None and not is_same_url(body.url, self._services.livekit_url):
+            raise other_sfu()
         if not await self._services.leaves.delegate(member, body.delay_id):
             raise no_such_delayed_event()
         return 200, {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stable path of MSC4143's discovery, for Synapses that serve the unstable one only."""
+"""The stable path of MSC4143's discovery, for versions of Synapse without it."""
 
 import re
 
@@ -11,7 +11,7 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 
 
 class TransportsRestServlet(RestServlet):
-    """The transports of this homeserver.
+    """Lists the transports of this homeserver.
 
     GET /_matrix/client/v1/rtc/transports HTTP/1.1
     Authorization: Bearer …
@@ -26,8 +26,8 @@ class TransportsRestServlet(RestServlet):
 
     async def on_GET(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         """Handles a request."""
-        # Guests get tokens as well.
+        # Guests can request tokens, so they need the transports.
         await self._homeserver.users.get_user_by_req(request, allow_guest=True)
         transports = self._homeserver.discovery.transports
-        # By the name of MSC4143 before it was accepted, which clients in the field read, and after.
+        # MSC4143 renamed the key before its acceptance, and clients still read the old one.
         return 200, {"rtc_transports": transports, "transports": transports}

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the core raises, as Matrix errors, and what these are counted as."""
+"""The errors that endpoints answer with."""
 
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from synapse.api.errors import Codes, LimitExceededError, SynapseError
+from synapse.api.errors import (
+    Codes,
+    LimitExceededError,
+    SynapseError,
+    UnrecognizedRequestError,
+)
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.identifiers import is_same_url
 from synapse_lk_jwt.issuer import NotInRoom
-from synapse_lk_jwt.livekit.client import SfuError
+from synapse_lk_jwt.livekit.errors import SfuError
 from synapse_lk_jwt.livekit.tables import SLOTS_RETRY_AFTER_MS, TooManySlots
 from synapse_lk_jwt.remote_tokens import RemoteFailure, RemoteRefusal
 
@@ -21,8 +24,8 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What those that have no cause of their own are counted as, by their HTTP status.
-_CAUSES: dict[int, metrics.RefusalCause] = {
+# The cause of an error that does not name one, by its HTTP status.
+_CAUSES = {
     400: "bad_request",
     401: "unauthorized",
     403: "forbidden",
@@ -32,78 +35,75 @@ _CAUSES: dict[int, metrics.RefusalCause] = {
 
 
 class Refusal(SynapseError):
-    """A Matrix error whose HTTP status does not tell its cause."""
+    """A Matrix error whose HTTP status does not determine its cause.
 
-    def __init__(self, cause: metrics.RefusalCause, code: int, msg: str, errcode: str) -> None:
+    Attributes:
+        cause: a label of the metric `refusals`.
+    """
+
+    def __init__(self, cause: str, code: int, msg: str, errcode: str) -> None:
         super().__init__(code, msg, errcode)
-        self.cause: metrics.RefusalCause = cause
+        self.cause = cause
 
 
-def counts_refusals(
+def raises_matrix_errors(
     endpoint: metrics.Endpoint,
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Coroutine[Any, Any, R]]]:
-    """Decorates the handler of an endpoint, and counts the errors that it ends with."""
+    """Decorates the handler of an endpoint: turns its errors into Matrix errors, and counts them.
+
+    Args:
+        endpoint: the endpoint, for the metric.
+    """
 
     def decorate(handler: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         @wraps(handler)
-        async def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+        async def handle(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 return await handler(*args, **kwargs)
-            except Exception as e:
-                metrics.refusals.labels(endpoint, _cause(e)).inc()
+            except UnrecognizedRequestError:
+                # The path does not exist for this client, so no endpoint has refused the request.
                 raise
+            except Exception as e:
+                # Each error is raised again. Synapse answers 500 to those that are no SynapseError.
+                error = _matrix_error(e)
+                metrics.refusals.labels(endpoint, _cause(error)).inc()
+                if error is e:
+                    raise
+                raise error from None
 
-        return counted
+        return handle
 
     return decorate
 
 
-def _cause(error: Exception) -> metrics.RefusalCause:
+def _cause(error: Exception) -> str:
     if isinstance(error, Refusal):
         return error.cause
     code = error.code if isinstance(error, SynapseError) else 500
     return _CAUSES.get(code, "internal_error")
 
 
-@contextmanager
-def as_matrix_errors() -> Iterator[None]:
-    """Turns errors of the core into the ones that clients are told.
+def _matrix_error(error: Exception) -> Exception:
+    """The Matrix error for an error of the module. Other errors are returned as they are.
 
     503 and not 502 for the SFU: a CDN in front of Synapse replaces a 502 by a page of its own
-    without CORS headers, in which a browser sees a dead network. 502 for other homeservers is what
-    MSC4195 says.
+    without CORS headers, and a browser reports that as a network failure. MSC4195 asks for 502 when
+    another homeserver fails.
     """
-    try:
-        yield
-    except NotInRoom:
-        raise Refusal(
-            "not_in_room", 403, "You are not joined to this room", Codes.FORBIDDEN
-        ) from None
-    except TooManySlots:
-        raise LimitExceededError(
-            "synapse_lk_jwt_slots", retry_after_ms=SLOTS_RETRY_AFTER_MS
-        ) from None
-    except SfuError:
-        raise Refusal("sfu", 503, "Unable to create room on SFU", Codes.UNKNOWN) from None
-    except RemoteRefusal as e:
-        raise Refusal(
-            "other_homeserver_refused", e.status, "The other homeserver refuses", e.errcode
-        ) from None
-    except RemoteFailure as e:
-        logger.info("No token of another homeserver: %s", e)
-        raise Refusal(
-            "other_homeserver_failed", 502, "The other homeserver gave no token", Codes.UNKNOWN
-        ) from None
-
-
-def check_url(url: str, livekit_url: str) -> None:
-    """Refuses requests for another SFU than ours.
-
-    Raises:
-        SynapseError: 400 `M_INVALID_PARAM`.
-    """
-    if not is_same_url(url, livekit_url):
-        raise other_sfu()
+    if isinstance(error, NotInRoom):
+        return Refusal("not_in_room", 403, "You are not joined to this room", Codes.FORBIDDEN)
+    if isinstance(error, TooManySlots):
+        return LimitExceededError("synapse_lk_jwt_slots", retry_after_ms=SLOTS_RETRY_AFTER_MS)
+    if isinstance(error, SfuError):
+        return Refusal("sfu", 503, "Unable to create room on SFU", Codes.UNKNOWN)
+    if isinstance(error, RemoteRefusal):
+        text = "The other homeserver rejected the request"
+        return Refusal("other_homeserver_refused", error.status, text, error.errcode)
+    if isinstance(error, RemoteFailure):
+        logger.info("Another homeserver issued no token: %s", error)
+        text = "The other homeserver did not issue a token"
+        return Refusal("other_homeserver_failed", 502, text, Codes.UNKNOWN)
+    return error
 
 
 def other_sfu() -> SynapseError:
@@ -111,21 +111,17 @@ def other_sfu() -> SynapseError:
     return Refusal("other_sfu", 400, "url is not an SFU of this homeserver", Codes.INVALID_PARAM)
 
 
-def no_such_sfu() -> SynapseError:
-    """The error for another server's SFU whose server the client does not name.
+def unnamed_sfu() -> SynapseError:
+    """The error for the SFU of another homeserver that the client does not name.
 
-    The same as of a homeserver without this endpoint: the client then asks the service of that SFU.
+    A homeserver without this endpoint answers 404 as well. The client then requests the token from
+    the service of that SFU.
     """
-    return Refusal(
-        "other_sfu", 404, "url is not an SFU of this homeserver; name its server", Codes.NOT_FOUND
-    )
+    text = "url is not an SFU of this homeserver. Name its homeserver in server_name"
+    return Refusal("other_sfu", 404, text, Codes.NOT_FOUND)
 
 
 def no_such_delayed_event() -> SynapseError:
-    """The error for a delayed event that is not there, or not this user's, or of another room."""
-    return Refusal(
-        "no_such_delayed_event",
-        400,
-        "delay_id is no delayed event of yours in this room",
-        Codes.INVALID_PARAM,
-    )
+    """The error for a delayed event that does not exist or that the user may not delegate."""
+    text = "No such delayed event for this user in this room"
+    return Refusal("no_such_delayed_event", 400, text, Codes.INVALID_PARAM)

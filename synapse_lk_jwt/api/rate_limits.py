@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often tokens may be asked for, with Synapse's own rate limiter."""
+"""Limits how often clients may request tokens, with Synapse's own rate limiter."""
 
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,13 +12,14 @@ from synapse.types import get_domain_from_id
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 
-# How many look-ups on other homeservers a process makes at a time. Each holds a connection.
+# How many OpenID tokens a process looks up on other homeservers at a time. Each look-up holds
+# a connection open.
 MAX_LOOK_UPS = 100
-# And for one client address, so that a single client whose servers never answer cannot use up all.
+# The same for one client address: a client whose servers never answer must not block all others.
 MAX_LOOK_UPS_FOR_ADDRESS = 50
 
-# How much more often than one user all users together may ask for tokens in rooms that this
-# homeserver is not in. Such users, and their servers, may be made up.
+# How many times the requests of one user all users together may make in rooms that this homeserver
+# is not in. An attacker can invent such users and their servers.
 ELSEWHERE_FACTOR = 10
 
 
@@ -38,15 +39,15 @@ class Limits:
             )
         )
         self._look_ups = homeserver.rate_limits.limiter(rc_openid)
-        # By address block; without those that have none.
+        # The number of look-ups by address block, without zeros.
         self._in_flight: Counter[str] = Counter()
 
     async def ask_for_token(self, user_id: str, room_id: str) -> None:
-        """Counts a request for a token, of a verified user of any server.
+        """Counts a request of a verified user, local or remote.
 
-        In rooms that this homeserver is not in it also counts for the user's server, and for all
-        such rooms together. A hostile server has endless users there, and its operator can make up
-        endless servers.
+        In rooms that this homeserver is not in, the request also counts for the user's server, and
+        for all such rooms together. A hostile server can invent users, and its operator can invent
+        servers.
         """
         homeserver = self._homeserver
         if await homeserver.rate_limits.is_exempt(user_id):
@@ -60,7 +61,7 @@ class Limits:
 
     @asynccontextmanager
     async def look_up(self, client_address: str) -> AsyncIterator[None]:
-        """Counts a look-up of an OpenID token on another homeserver, for as long as it lasts."""
+        """Counts a look-up of an OpenID token on another homeserver while it lasts."""
         block = address_block(client_address)
         await self._look_ups.ratelimit(None, key=block)
         in_flight = self._in_flight
@@ -76,14 +77,14 @@ class Limits:
 
 
 def address_block(address: str) -> str:
-    """What to count a client's address as: the /64 of an IPv6 address, and IPv4 as it is.
+    """The addresses that are limited together: the /64 of an IPv6 address, one IPv4 address.
 
     A single host commonly has a whole /64 (RFC 4291, section 2.5.4).
     """
     try:
         ip = ip_address(address)
     except ValueError:
-        # The path of a socket, or nothing.
+        # The client is connected through a Unix socket.
         return address
     if isinstance(ip, IPv6Address):
         return str(ip.ipv4_mapped or IPv6Network((int(ip), 64), strict=False))

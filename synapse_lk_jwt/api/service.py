@@ -1,31 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service endpoints: what clients ask at `livekit_service_url`, with an OpenID token."""
+"""The service endpoints, which clients call at `livekit_service_url` with an OpenID token."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
+import re
 
+import attr
 from synapse.api.errors import Codes, SynapseError, UnrecognizedRequestError
 from synapse.http.site import SynapseRequest
 from synapse.types import JsonDict
 
 from synapse_lk_jwt import metrics
-from synapse_lk_jwt.api.bodies import (
-    GetTokenRequest,
-    SfuGetRequest,
-    bad_json,
-    is_body_empty,
-    read_json_object,
-)
+from synapse_lk_jwt.api import fields
 from synapse_lk_jwt.api.check import CheckResource
 from synapse_lk_jwt.api.endpoint import Directory, Endpoint
-from synapse_lk_jwt.api.errors import as_matrix_errors, counts_refusals, no_such_delayed_event
+from synapse_lk_jwt.api.errors import no_such_delayed_event, raises_matrix_errors
+from synapse_lk_jwt.api.fields import bad_json, nested, optional, read_body, required
 from synapse_lk_jwt.api.services import Services
 from synapse_lk_jwt.api.webhook import SfuWebhookResource
 from synapse_lk_jwt.auth import openid
-from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken
+from synapse_lk_jwt.auth.openid import InvalidToken
 from synapse_lk_jwt.call_member import CallMember
 from synapse_lk_jwt.livekit.naming import (
+    DEFAULT_SLOT,
     MAX_IDENTITY_BYTES,
     device_identity,
     device_member_identity,
@@ -53,7 +49,7 @@ class ServiceResource(Directory):
         self.putChild(b"sfu", sfu)
         self.putChild(b"get_token", GetTokenResource(services))
         if homeserver.delayed_events.are_enabled:
-            # Clients take any answer but 404 as a promise.
+            # Clients rely on the endpoint unless the answer is 404.
             self.putChild(b"delegate_delayed_leave", DelegateDelayedLeaveResource(services))
         self.putChild(
             b"sfu_webhook",
@@ -63,77 +59,105 @@ class ServiceResource(Directory):
         self.putChild(b"healthz", HealthResource(homeserver))
 
 
-class _TokenEndpoint(Endpoint):
-    """Verifies OpenID tokens and hands out LiveKit tokens."""
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class OpenIdToken:
+    """What a client received from its homeserver's `openid/request_token`."""
+
+    access_token: str = required(fields.string, is_secret=True)
+    matrix_server_name: str = required(fields.server_name)
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class _Body:
+    """The fields that all bodies have: the user's OpenID token, and a delayed event to delegate."""
+
+    openid_token: OpenIdToken = required(nested(OpenIdToken))
+    delay_id: str | None = optional(fields.string)
+    delay_timeout: int | None = optional(fields.positive_integer, zero=0)
+
+    def __attrs_post_init__(self) -> None:
+        if (self.delay_id is None) != (self.delay_timeout is None):
+            missing = "delay_id" if self.delay_id is None else "delay_timeout"
+            raise bad_json(missing, "is missing")
+
+
+class _OpenIdEndpoint(Endpoint):
+    """Verifies OpenID tokens, and issues LiveKit access tokens."""
 
     def __init__(self, services: Services) -> None:
         super().__init__(services.homeserver)
         self._services = services
 
     async def _verify(
-        self, request: SynapseRequest, token: OpenIdToken, claimed_user_id: str | None = None
+        self, request: SynapseRequest, body: _Body, claimed_user_id: str | None = None
     ) -> str:
-        """The user that a token proves; the client is not told what is wrong with a token."""
-        is_local = self._homeserver.is_own_name(token.matrix_server_name)
-        look_up: AbstractAsyncContextManager[None] = (
-            nullcontext()
-            if is_local
-            else self._services.limits.look_up(request.get_client_ip_if_available())
-        )
+        """Returns the user that the OpenID token belongs to.
+
+        Raises:
+            SynapseError: 400 `M_BAD_JSON`, if a user of another homeserver delegates a leave. That
+                homeserver has the delayed event, so the token is not looked up.
+            SynapseError: 401 `M_UNAUTHORIZED`, if the token is not valid. The client does not learn
+                why.
+            LimitExceededError: 429, if the client's address has caused too many look-ups.
+        """
+        server, token = body.openid_token.matrix_server_name, body.openid_token.access_token
+        is_local = self._homeserver.is_own_name(server)
+        if body.delay_id is not None and not is_local:
+            raise self._delegation_by_remote_user()
         try:
-            async with look_up:
-                user_id = await openid.verify(self._homeserver, token)
+            if is_local:
+                user_id = await openid.user_of_local_token(self._homeserver, token)
+            else:
+                async with self._services.limits.look_up(request.get_client_ip_if_available()):
+                    user_id = await openid.user_of_remote_token(self._homeserver, server, token)
             if claimed_user_id not in (None, user_id):
-                raise InvalidToken(
-                    "other_user", f"it is of {user_id!r} and not of {claimed_user_id!r}"
-                )
+                text = f"the user is {user_id!r} and not {claimed_user_id!r}"
+                raise InvalidToken("other_user", text)
         except InvalidToken as e:
-            where = "local" if is_local else "remote"
-            metrics.openid_failures.labels(where, e.cause).inc()
-            logger.info("Rejected an OpenID token of %r: %s", token.matrix_server_name, e)
+            metrics.openid_failures.labels("local" if is_local else "remote", e.cause).inc()
+            logger.info("Rejected an OpenID token of %r: %s", server, e)
             raise SynapseError(401, "The OpenID token is not valid", Codes.UNAUTHORIZED) from None
         return user_id
 
-    def _check_may_delegate(self, token: OpenIdToken, delay_id: str | None) -> None:
-        """Refuses users of other servers, ahead of the look-up: their delayed events are there."""
-        if delay_id is not None and not self._homeserver.is_own_name(token.matrix_server_name):
-            raise bad_json("delay_id", "is for users of this homeserver only")
+    def _delegation_by_remote_user(self) -> SynapseError:
+        return bad_json("delay_id", "only users of this homeserver can delegate a leave")
 
-    async def _check(self, user_id: str, room_id: str) -> None:
-        await self._services.limits.ask_for_token(user_id, room_id)
-        with as_matrix_errors():
-            await self._services.issuer.check_membership(user_id, room_id)
-
-    async def _delegate(
-        self, user_id: str, room_id: str, slot_id: str, identities: Sequence[str], delay_id: str
-    ) -> bool:
-        member = CallMember(user_id, room_id, slot_id, tuple(identities))
-        return await self._services.leaves.delegate(member, delay_id)
-
-    async def _answer(
-        self,
-        user_id: str,
-        room_id: str,
-        slot_id: str,
-        identity: str,
-        delay_id: str | None,
-        endpoint: metrics.Endpoint,
+    async def _issue(
+        self, member: CallMember, delay_id: str | None, endpoint: metrics.Endpoint
     ) -> tuple[int, JsonDict]:
-        if self._homeserver.is_mine(user_id):
-            await self._homeserver.users.check_auth_blocking(user_id)
-        await self._check(user_id, room_id)
+        """Answers a verified user with a token."""
+        if self._homeserver.is_mine(member.user_id):
+            await self._homeserver.users.check_auth_blocking(member.user_id)
+        await self._services.admit(member)
         if delay_id is not None and self._homeserver.delayed_events.are_enabled:
-            # Ahead of what needs the SFU: a client does not ask a second time. One whose delayed
-            # event is not there any more is served all the same.
-            await self._delegate(user_id, room_id, slot_id, [identity], delay_id)
-        with as_matrix_errors():
-            member = CallMember(user_id, room_id, slot_id, (identity,))
-            token = await self._services.issuer.issue(member, endpoint)
+            # Before LiveKit is needed, because clients do not repeat a delegation. The client gets
+            # its token even if the delayed event is gone.
+            await self._delegate(member, delay_id)
+        token = await self._services.issuer.issue(member, endpoint)
         return 200, {"url": self._services.livekit_url, "jwt": token}
 
+    async def _delegate(self, member: CallMember, delay_id: str) -> bool:
+        return await self._services.leaves.delegate(member, delay_id)
 
-class SfuGetResource(_TokenEndpoint):
-    """A LiveKit access token for the one call of a room, for clients before `/get_token`.
+
+def _device_id(name: str, value: object) -> str:
+    device_id = fields.string(name, value)
+    if re.match(r"[0-9]+:", device_id):
+        # '@a:host' with device '8448:X' would be the same participant as '@a:host:8448' with X.
+        raise bad_json(name, "must not begin with digits and a colon")
+    return device_id
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class SfuGetBody(_Body):
+    """The body of `/sfu/get`. Some clients do not send `device_id`."""
+
+    room: str = required(fields.room_id)
+    device_id: str | None = optional(_device_id)
+
+
+class SfuGetResource(_OpenIdEndpoint):
+    """Issues a token for the default slot of a room, to clients that are older than `/get_token`.
 
     POST /_synapse/client/livekit/jwt/sfu/get HTTP/1.1
 
@@ -144,21 +168,37 @@ class SfuGetResource(_TokenEndpoint):
     }
     """
 
-    @counts_refusals("sfu_get")
+    @raises_matrix_errors("sfu_get")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        body = SfuGetRequest.from_json(read_json_object(request))
-        self._check_may_delegate(body.openid_token, body.delay_id)
-        user_id = await self._verify(request, body.openid_token)
-        identity = device_identity(user_id, body.device_id)
+        body = read_body(request, SfuGetBody)
+        user_id = await self._verify(request, body)
+        identity = device_identity(user_id, body.device_id or "")
         if len(identity.encode("utf-8")) > MAX_IDENTITY_BYTES:
             raise bad_json("device_id", "is too long")
-        return await self._answer(
-            user_id, body.room_id, body.slot_id, identity, body.delay_id, "sfu_get"
-        )
+        member = CallMember(user_id, body.room, DEFAULT_SLOT, (identity,))
+        return await self._issue(member, body.delay_id, "sfu_get")
 
 
-class GetTokenResource(_TokenEndpoint):
-    """A LiveKit access token for one slot of a room (MSC4195 before it moved into homeservers).
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Member:
+    """A MatrixRTC member, as the client describes itself."""
+
+    id: str = required(fields.string)
+    claimed_user_id: str = required(fields.user_id)
+    claimed_device_id: str = required(fields.string)
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class GetTokenBody(_Body):
+    """The body of `/get_token`."""
+
+    room_id: str = required(fields.room_id)
+    slot_id: str = required(fields.string)
+    member: Member = required(nested(Member))
+
+
+class GetTokenResource(_OpenIdEndpoint):
+    """Issues a token for one slot of a room (MSC4195 before it moved to homeserver endpoints).
 
     POST /_synapse/client/livekit/jwt/get_token HTTP/1.1
 
@@ -174,56 +214,81 @@ class GetTokenResource(_TokenEndpoint):
     }
     """
 
-    @counts_refusals("get_token")
+    @raises_matrix_errors("get_token")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        body = GetTokenRequest.from_json(read_json_object(request))
-        self._check_may_delegate(body.openid_token, body.delay_id)
-        user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
-        identity = device_member_identity(user_id, body.claimed_device_id, body.member_id)
-        return await self._answer(
-            user_id, body.room_id, body.slot_id, identity, body.delay_id, "get_token"
-        )
+        body = read_body(request, GetTokenBody)
+        user_id = await self._verify(request, body, body.member.claimed_user_id)
+        identity = device_member_identity(user_id, body.member.claimed_device_id, body.member.id)
+        member = CallMember(user_id, body.room_id, body.slot_id, (identity,))
+        return await self._issue(member, body.delay_id, "get_token")
 
 
-class DelegateDelayedLeaveResource(_TokenEndpoint):
-    """Has the homeserver send a client's leave when the client is gone.
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class DelegateDelayedLeaveBody(GetTokenBody):
+    """The body of `/delegate_delayed_leave`, which must name a delayed event."""
+
+    delay_id: str = required(fields.string)
+    delay_timeout: int = required(fields.positive_integer)
+
+
+class DelegateDelayedLeaveResource(_OpenIdEndpoint):
+    """Accepts a client's leave, which the homeserver sends when the participant is gone.
 
     POST /_synapse/client/livekit/jwt/delegate_delayed_leave HTTP/1.1
 
-    As `/get_token`, with `delay_id` and `delay_timeout`. An empty body is answered as if the path
-    did not exist.
+    {
+        "room_id": "!room:example.org",
+        "slot_id": "m.call#ROOM",
+        "openid_token": {"access_token": "…", "matrix_server_name": "example.org"},
+        "member": {
+            "id": "member",
+            "claimed_user_id": "@user:example.org",
+            "claimed_device_id": "ABCDEFG"
+        },
+        "delay_id": "syd_…",
+        "delay_timeout": 3600000
+    }
     """
 
+    @raises_matrix_errors("delegate_delayed_leave")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        if is_body_empty(request):
-            # A client probes whether it can delegate, without saying whose user it is. After any
-            # other answer users of other servers, who cannot, would schedule their own leave an
-            # hour ahead. Users of this homeserver learn it from MSC4195's endpoint.
+        if _is_empty(request):
+            # With an empty body a client probes whether it can delegate, and does not say who its
+            # user is. Any other answer would make users of other homeservers, who cannot delegate,
+            # schedule their leaves an hour ahead. Users of this homeserver learn it from MSC4195's
+            # endpoint.
             raise UnrecognizedRequestError(code=404)
-        return await self._delegate_leave(request)
-
-    @counts_refusals("delegate_delayed_leave")
-    async def _delegate_leave(self, request: SynapseRequest) -> tuple[int, JsonDict]:
-        body = GetTokenRequest.from_json(read_json_object(request), must_delegate=True)
-        assert body.delay_id is not None
-        # Ahead of the look-up: delayed events of other servers' users are there.
-        if not self._homeserver.is_own_name(body.openid_token.matrix_server_name):
-            raise SynapseError(403, "This is for users of this homeserver only", Codes.FORBIDDEN)
-        user_id = await self._verify(request, body.openid_token, body.claimed_user_id)
-        await self._check(user_id, body.room_id)
-        device_id = body.claimed_device_id
+        body = read_body(request, DelegateDelayedLeaveBody)
+        user_id = await self._verify(request, body, body.member.claimed_user_id)
+        device_id = body.member.claimed_device_id
         # The client may have joined with a token of either endpoint.
-        identities = [
-            device_member_identity(user_id, device_id, body.member_id),
+        identities = (
+            device_member_identity(user_id, device_id, body.member.id),
             device_identity(user_id, device_id),
-        ]
-        if not await self._delegate(user_id, body.room_id, body.slot_id, identities, body.delay_id):
+        )
+        member = CallMember(user_id, body.room_id, body.slot_id, identities)
+        await self._services.admit(member)
+        if not await self._delegate(member, body.delay_id):
             raise no_such_delayed_event()
         return 200, {}
 
+    def _delegation_by_remote_user(self) -> SynapseError:
+        text = "Only users of this homeserver can delegate a leave"
+        return SynapseError(403, text, Codes.FORBIDDEN)
+
+
+def _is_empty(request: SynapseRequest) -> bool:
+    """Whether a request has no body."""
+    assert request.content is not None
+    is_empty = not request.content.read(1)
+    request.content.seek(0)
+    return is_empty
+
 
 class HealthResource(Endpoint):
-    """Whether the module serves. Says nothing of the SFU, without which restricted users do fine.
+    """Answers 200 while the module serves.
+
+    LiveKit's state does not matter here, because restricted users get tokens without LiveKit.
 
     GET /_synapse/client/livekit/jwt/healthz HTTP/1.1
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LiveKit's webhooks: verified, bounded, and turned into what the rest of the module works with."""
+"""LiveKit's webhooks: verified, bounded, and turned into the module's own types."""
 
 import hashlib
 import logging
@@ -27,15 +27,15 @@ from synapse_lk_jwt.webhooks import Webhook, WebhookHandler
 
 logger = logging.getLogger(__name__)
 
-# A webhook of a client in the field has a few KB. A larger one is hashed piece by piece, and only
-# its beginning is read.
+# Webhooks usually have a few KB. A larger one is hashed piece by piece, and only its beginning is
+# read.
 MAX_READ_BYTES = 256 * 1024
 PIECE_BYTES = 4 * 1024 * 1024
 
-# Stands for all events that this module has no use for.
+# Stands for all events that LiveKit does not document, and for those of other participants.
 OTHER_EVENT = "other"
 
-# LiveKit puts varying blanks between the parts. Our LiveKit rooms have names of 43 letters.
+# The number of blanks between the parts varies. The names of our LiveKit rooms have 43 letters.
 _BEGINNING = re.compile(
     rb'\{\s*"event"\s*:\s*"(?P<event>\w{1,64})"\s*,\s*"room"\s*:\s*\{\s*"sid"\s*:\s*"\w{0,64}"'
     rb'\s*,\s*"name"\s*:\s*"(?P<room>[A-Za-z0-9+/]{43})"'
@@ -43,7 +43,7 @@ _BEGINNING = re.compile(
 
 
 class SfuWebhookResource(Endpoint):
-    """LiveKit tells who has come and gone.
+    """Receives the events of LiveKit's rooms and participants.
 
     POST /_synapse/client/livekit/jwt/sfu_webhook HTTP/1.1
     Authorization: …
@@ -64,8 +64,8 @@ class SfuWebhookResource(Endpoint):
         self._sealer = sealer
         self._webhooks = webhooks
         self._processes = processes
-        # Why webhooks were refused since the last one was taken.
-        self._refused: set[str] = set()
+        # Why webhooks were rejected since the last one that was accepted, for the log.
+        self._reasons: set[str] = set()
 
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         rejected = metrics.webhooks_rejected
@@ -74,44 +74,56 @@ class SfuWebhookResource(Endpoint):
             body, is_whole = await self._read(request, signed)
         except InvalidSignature as e:
             rejected.labels(e.cause).inc()
-            claims = unverified_claims(authorization(request))
-            if self._signer.has_key(claims.get("iss")) and isinstance(claims.get("sha256"), str):
-                # It may be LiveKit's. That is no proof: anyone can write so.
-                self._processes.note_rejected()
-            if str(e) not in self._refused:
-                self._refused.add(str(e))
-                logger.warning(
-                    "Rejected a request to the webhook endpoint that is not signed with livekit_key"
-                    " and livekit_secret: %s. Anyone can send one. If webhooks do not arrive: %s",
-                    e,
-                    self._homeserver.check_command,
-                )
-            raise SynapseError(401, "The webhook is not signed", Codes.UNAUTHORIZED) from None
+            self._report(e, authorization(request))
+            text = "The signature of the webhook is not valid"
+            raise SynapseError(401, text, Codes.UNAUTHORIZED) from None
         try:
             webhook = read_webhook(body, self._sealer) if is_whole else read_beginning(body)
         except ValueError:
-            # It is LiveKit's, but nothing that this version knows.
             rejected.labels("unreadable").inc()
-            logger.warning("A webhook of LiveKit cannot be read")
+            logger.warning(
+                "Ignored a webhook of LiveKit that cannot be read. If LiveKit is newer than"
+                " synapse-lk-jwt, upgrade synapse-lk-jwt"
+            )
             return 200, {}
-        self._refused.clear()
+        self._reasons.clear()
         self._processes.note_webhook(webhook.livekit_room)
         try:
             await self._webhooks.on_webhook(webhook)
         except (self._homeserver.database.error, OSError) as e:
-            # LiveKit tries again, also after the 500 that a programming error gives.
+            # LiveKit sends the webhook again, as after the 500 that a programming error causes.
             rejected.labels("not_stored").inc()
-            logger.error("A webhook of LiveKit cannot be noted: %s: %s", type(e).__name__, e)
-            raise SynapseError(503, "The webhook cannot be noted", Codes.UNKNOWN) from None
+            logger.error(
+                "Could not store a webhook of LiveKit in the database: %s: %s. LiveKit sends it"
+                " again",
+                type(e).__name__,
+                e,
+            )
+            raise SynapseError(503, "The webhook could not be stored", Codes.UNKNOWN) from None
         name = webhook.event if webhook.event in metrics.WEBHOOK_EVENTS else OTHER_EVENT
         metrics.webhooks.labels(name).inc()
         return 200, {}
 
-    async def _read(self, request: SynapseRequest, signed: str) -> tuple[bytes, bool]:
-        """The body, or its beginning if it is large, and whether that is all of it.
+    def _report(self, error: InvalidSignature, token: str) -> None:
+        """Logs a rejected webhook, once for each reason until the next accepted one."""
+        claims = unverified_claims(token)
+        if self._signer.has_key(claims.get("iss")) and isinstance(claims.get("sha256"), str):
+            # It may be LiveKit's. These claims are no proof, because anyone can write them.
+            self._processes.note_rejected()
+        if str(error) not in self._reasons:
+            self._reasons.add(str(error))
+            logger.warning(
+                "Rejected a request to the webhook endpoint that is not signed with livekit_key"
+                " and livekit_secret: %s. Anyone can send one. If webhooks do not arrive: %s",
+                error,
+                self._homeserver.check_command,
+            )
 
-        Synapse's own limit for a request is 50 MB, or 13 MB with another `max_upload_size`. To hash
-        as much at once would hold up all other requests.
+    async def _read(self, request: SynapseRequest, signed: str) -> tuple[bytes, bool]:
+        """Returns the body, or its beginning if it is large, and whether that is all of it.
+
+        Synapse accepts requests of 50 MB, or of 13 MB with another `max_upload_size`. Hashing that
+        much at once would delay all other requests.
 
         Raises:
             InvalidSignature: if LiveKit has signed another body.
@@ -129,14 +141,14 @@ class SfuWebhookResource(Endpoint):
 
 
 def read_webhook(body: bytes, sealer: OwnerSealer) -> Webhook:
-    """What a webhook says.
+    """Reads a webhook.
 
     Args:
-        body: all of it.
+        body: the whole body.
         sealer: opens the owner of the participant.
 
     Raises:
-        ValueError: if it is no webhook that this version knows.
+        ValueError: if the body is no webhook.
     """
     try:
         event = Parse(body, WebhookEvent(), ignore_unknown_fields=True)
@@ -154,15 +166,15 @@ def read_webhook(body: bytes, sealer: OwnerSealer) -> Webhook:
 
 
 def read_beginning(body: bytes) -> Webhook:
-    """The event and the room of a webhook that is too large to be parsed.
+    """Reads the event and the room of a webhook that is too large to be parsed.
 
-    LiveKit puts all tracks of a participant into a webhook, and a track's name can have megabytes.
+    A webhook holds all tracks of a participant, and the name of a track can have megabytes.
 
     Args:
-        body: the beginning of it. LiveKit puts event and room first.
+        body: the beginning of the body. LiveKit writes the event and the room first.
 
     Raises:
-        ValueError: if it is not about a call of ours.
+        ValueError: if the webhook is not about one of our calls.
     """
     match = _BEGINNING.match(body)
     if match is None:

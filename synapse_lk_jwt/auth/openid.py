@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An OpenID token is turned into the user whose it is.
+"""Finds the user that an OpenID token belongs to.
 
-Tokens of this homeserver are looked up in its own database. Tokens of others are shown to the
-homeserver that made them, which is a stranger: its answer is bounded, and it speaks for its own
-users only (Matrix federation API, `GET /_matrix/federation/v1/openid/userinfo`).
+Tokens of this homeserver are in its own database. For a token of another homeserver, this one asks
+the homeserver that the client names. That server may be hostile: its answer is bounded in time and
+in size, and it is believed for its own users only (Matrix federation API,
+`GET /_matrix/federation/v1/openid/userinfo`).
 """
-
-import logging
-
-import attr
 
 from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.homeserver import Homeserver
@@ -16,81 +13,68 @@ from synapse_lk_jwt.compat.http import NETWORK_ERRORS, read_body, within
 from synapse_lk_jwt.identifiers import is_user_id
 from synapse_lk_jwt.untrusted import parse_json
 
-logger = logging.getLogger(__name__)
-
 LOOK_UP_TIMEOUT_SEC = 10
 
-# A user ID is 255 bytes at most; the rest is for keys that other implementations add.
+# A user ID has at most 255 bytes. Other implementations may add keys of their own.
 MAX_ANSWER_BYTES = 16 * 1024
 
 
 class InvalidToken(Exception):
-    """The token proves nothing. The text says why, for the log alone."""
+    """The token proves no user. The text says why, for the log alone.
 
-    def __init__(self, cause: metrics.OpenIdCause, text: str) -> None:
+    Attributes:
+        cause: `unknown`, `inactive_user`, `other_user`, `unreachable`, `refused` or `bad_answer`.
+    """
+
+    def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
         self.cause = cause
 
 
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class OpenIdToken:
-    """What a client got from its homeserver's `openid/request_token`.
-
-    Attributes:
-        access_token: the secret.
-        matrix_server_name: the homeserver that made it.
-    """
-
-    access_token: str = attr.ib(repr=False)
-    matrix_server_name: str
-
-
-async def verify(homeserver: Homeserver, token: OpenIdToken) -> str:
-    """Finds out who a token stands for.
-
-    Returns:
-        The user ID; of this homeserver if the token names it, else of the server that it names.
+async def user_of_local_token(homeserver: Homeserver, token: str) -> str:
+    """The local user that a token of this homeserver belongs to; one database read.
 
     Raises:
-        InvalidToken: if the token is unknown, expired or another server's, if the user must not
-            use this homeserver any more, or if the other server gave no proper answer.
+        InvalidToken: if the token is unknown or expired, or the user is not active any more.
     """
-    is_local = homeserver.is_own_name(token.matrix_server_name)
-    look_up, where = (_look_up, "local") if is_local else (_ask, "remote")
-    with metrics.timing(metrics.openid_lookup_seconds.labels(where), homeserver.reactor):
-        return await look_up(homeserver, token)
-
-
-async def _look_up(homeserver: Homeserver, token: OpenIdToken) -> str:
-    user_id = await homeserver.users.of_openid_token(token.access_token)
-    if user_id is None:
-        raise InvalidToken("unknown", "unknown or expired")
-    if not await homeserver.users.is_active(user_id):
-        raise InvalidToken(
-            "inactive_user", f"{user_id} is deactivated, locked, suspended, erased or expired"
-        )
+    with metrics.timing(metrics.openid_lookup_seconds.labels("local"), homeserver.reactor):
+        user_id = await homeserver.users.of_openid_token(token)
+        if user_id is None:
+            raise InvalidToken("unknown", "unknown or expired")
+        if not await homeserver.users.is_active(user_id):
+            text = f"{user_id} is deactivated, locked, suspended, erased or expired"
+            raise InvalidToken("inactive_user", text)
     return user_id
 
 
-async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
-    server = token.matrix_server_name
+async def user_of_remote_token(homeserver: Homeserver, server: str, token: str) -> str:
+    """The user that a token of another homeserver belongs to, according to that homeserver.
+
+    Raises:
+        InvalidToken: if the other homeserver rejects the token, does not answer within ten seconds,
+            or does not name one of its own users.
+    """
 
     async def ask() -> tuple[int, bytes]:
         response = await homeserver.federation.request(
             "GET",
             server,
             "/_matrix/federation/v1/openid/userinfo",
-            {"access_token": token.access_token},
+            {"access_token": token},
         )
         return response.code, await read_body(response, MAX_ANSWER_BYTES)
 
-    try:
-        status, body = await within(LOOK_UP_TIMEOUT_SEC, homeserver.clock, ask)
-    except NETWORK_ERRORS as e:
-        # The text of such an error may hold the URL and with it the token.
-        raise InvalidToken(
-            "unreachable", f"{server} could not be asked ({type(e).__name__})"
-        ) from None
+    with metrics.timing(metrics.openid_lookup_seconds.labels("remote"), homeserver.reactor):
+        try:
+            status, body = await within(LOOK_UP_TIMEOUT_SEC, homeserver.clock, ask)
+        except NETWORK_ERRORS as e:
+            # The text of such an error can hold the URL, and the URL holds the token.
+            text = f"the request to {server} failed ({type(e).__name__})"
+            raise InvalidToken("unreachable", text) from None
+    return _user_in_answer(server, status, body)
+
+
+def _user_in_answer(server: str, status: int, body: bytes) -> str:
     if status in (401, 403):
         raise InvalidToken("refused", f"{server} answered {status}")
     if status != 200:
@@ -101,5 +85,5 @@ async def _ask(homeserver: Homeserver, token: OpenIdToken) -> str:
         raise InvalidToken("bad_answer", f"{server} did not answer with JSON") from None
     user_id = answer.get("sub") if isinstance(answer, dict) else None
     if not is_user_id(user_id, of_server=server):
-        raise InvalidToken("bad_answer", f"{server} did not answer with a user of its own")
+        raise InvalidToken("bad_answer", f"{server} did not name a user of its own")
     return user_id

@@ -13,6 +13,7 @@ from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.check.sfu import Sfu
 from synapse_lk_jwt.discovery import MSC4143, Advertise, livekit_transports
 from synapse_lk_jwt.livekit.proxies import is_redirect
+from synapse_lk_jwt.msc4195 import GET_TOKEN, client_path
 
 PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
 CORS = "Access-Control-Allow-Origin"
@@ -22,7 +23,6 @@ MAX_REDIRECTS = 3
 VERSIONS = "/_matrix/client/versions"
 TRANSPORTS = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
 STABLE_TRANSPORTS = "/_matrix/client/v1/rtc/transports"
-GET_TOKEN = "/_matrix/client/v1/rtc/livekit/get_token"  # noqa: S105
 
 
 class Public:
@@ -119,7 +119,7 @@ class Public:
                 await self._served("rtc/transports", "GET", *self._transport_paths()),
             ]
         if state["not_served"] is None:
-            findings.append(await self._served("MSC4195", "POST", GET_TOKEN))
+            findings.append(await self._served("MSC4195", "POST", client_path(GET_TOKEN)))
         return findings
 
     def _transport_paths(self) -> tuple[str, ...]:

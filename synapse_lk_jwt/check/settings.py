@@ -8,9 +8,9 @@ from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, PUBLIC_BASEURL, Setup
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.compat.self_test import describe, missing_in_installed_synapse
-from synapse_lk_jwt.config import HOMESERVER_PREFIX
 from synapse_lk_jwt.discovery import Advertise, destination, livekit_transports, transports
 from synapse_lk_jwt.identifiers import is_server_name, path_prefixes_overlap
+from synapse_lk_jwt.msc4195 import PATH_PREFIX
 
 # Element Call's own guide for homeservers has these: events a second, and at once.
 RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}
@@ -177,7 +177,7 @@ def _discovery(setup: Setup) -> Iterator[Finding]:
 def _routes(setup: Setup) -> Iterator[Finding]:
     is_free = True
     for file, prefix in setup.claims.items():
-        if path_prefixes_overlap(HOMESERVER_PREFIX, prefix):
+        if path_prefixes_overlap(PATH_PREFIX, prefix):
             is_free = False
             yield wrong(
                 "routes",

@@ -26,7 +26,8 @@ from synapse_lk_jwt.delegation.presence import (
 from synapse_lk_jwt.delegation.sender import CLOCK_MS, LeaveSender, SendLeave
 from synapse_lk_jwt.delegation.state_machine import Action, Phase, Signal, transition, trigger
 from synapse_lk_jwt.delegation.tables import BATCH, DelegationTable, Leave, Record, Tracked
-from synapse_lk_jwt.livekit.client import RoomService, SfuError
+from synapse_lk_jwt.livekit.client import RoomService
+from synapse_lk_jwt.livekit.errors import SfuError
 from synapse_lk_jwt.livekit.participants import Listing
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.work import WorkByKey

@@ -14,7 +14,8 @@ from synapse_lk_jwt.auth.room_access import RoomAccess, RoomAccessRule
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.enforcement.owners import ParticipantOwners
 from synapse_lk_jwt.enforcement.recheck_list import RecheckList
-from synapse_lk_jwt.livekit.client import RoomService, SfuError
+from synapse_lk_jwt.livekit.client import RoomService
+from synapse_lk_jwt.livekit.errors import SfuError
 from synapse_lk_jwt.livekit.participants import Listing
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer, Reason
 from synapse_lk_jwt.enforcement.recheck_list import RecheckList
 from synapse_lk_jwt.enforcement.removals import RoomRemovals
-from synapse_lk_jwt.livekit.client import SfuError
+from synapse_lk_jwt.livekit.errors import SfuError
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.work import WorkByKey
 

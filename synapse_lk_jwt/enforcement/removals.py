@@ -12,9 +12,10 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.delegation.tables import DelegationTable
 from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer, Reason, Removal
 from synapse_lk_jwt.enforcement.recheck_list import RecheckList
-from synapse_lk_jwt.livekit.client import RoomService, SfuError
+from synapse_lk_jwt.livekit.errors import SfuError
 from synapse_lk_jwt.livekit.naming import device_identity
 from synapse_lk_jwt.livekit.participants import CallParticipant, is_shared
+from synapse_lk_jwt.livekit.room_cache import RoomCache
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.work import NotDone, WorkByKey
 
@@ -55,7 +56,7 @@ class RoomRemovals:
         homeserver: Homeserver,
         calls: CallTable,
         delegations: DelegationTable,
-        rooms: RoomService,
+        rooms: RoomCache,
         access: RoomAccessRule,
         enforcer: ParticipantEnforcer,
         rechecks: RecheckList,
@@ -65,7 +66,7 @@ class RoomRemovals:
             homeserver: the members of Matrix rooms and the devices of local users.
             calls: the calls of a Matrix room.
             delegations: the identities that users may have.
-            rooms: the SFU.
+            rooms: ends calls.
             access: the rule that decides who may stay.
             enforcer: checks and removes the participants of one call.
             rechecks: the rooms in which a removed user may join again with an older token.
@@ -210,7 +211,7 @@ class RoomRemovals:
             identities = await self._known_identities(livekit_room, user_id)
             removals = [Removal(identity, user_id, why, reason) for identity in identities]
             await self._enforcer.remove(livekit_room, room_id, removals)
-        listing = await self._rooms.list_participants(livekit_room)
+        listing = await self._enforcer.list_participants(livekit_room)
         await self._enforcer.remove_too_long(livekit_room, room_id, listing)
         if not listing.is_complete and not listing.too_long:
             await self._end_unlistable_call(livekit_room, room_id, listing.participants)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to LiveKit that many ask at the same time, and that need one request."""
+"""Requests to LiveKit that many callers need at the same time."""
 
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class SharedQuestions(Generic[K, T]):
-    """Asks each question once at a time, and shares its answer or its failure.
+    """Makes one request for a question at a time, and shares its answer or its failure.
 
-    An answer that was asked for before a call is too old for that call, as the call may follow from
-    something that has just happened. Such a call waits, and is then answered by the next request.
-    So however many calls there are, two requests answer them all, and a failure fails them all.
+    A request that began before a call is too old for that call, because the caller may react to
+    something that has just happened. Such a call waits, and the next request answers it. So two
+    requests answer any number of calls, and a failure fails all of them.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class SharedQuestions(Generic[K, T]):
         self._number = 0
 
     async def ask(self, key: K, question: Callable[[], Awaitable[T]]) -> T:
-        """An answer to a question that is asked from now on.
+        """Returns an answer to a question, from a request that begins after this call.
 
         Args:
-            key: what tells it from other questions.
+            key: identifies the question.
             question: makes the request.
 
         Raises:
@@ -51,7 +51,7 @@ class SharedQuestions(Generic[K, T]):
             try:
                 return await question()
             finally:
-                # Ahead of those that wait for this: they must not find it in flight.
+                # This must precede the callbacks of waiting calls, which start the next request.
                 self._in_flight.pop(key, None)
 
         deferred = run_in_background(ask)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads protobuf answers of LiveKit as a stream, and copies only the fields that are needed.
 
-A participant controls the size of most of what ListParticipants says about them: track names and
-metadata can have megabytes. Reading the whole answer would let one participant decide whether the
-others can be listed. So these fields are skipped unread, and an answer of any size needs little
-memory. The encoding: https://protobuf.dev/programming-guides/encoding/
+A participant controls the size of most of its entry in ListParticipants: track names and metadata
+can have megabytes. If answers were read as a whole, one participant could prevent the listing of
+the others. So the reader skips these fields, and an answer of any size needs little memory.
+The encoding: https://protobuf.dev/programming-guides/encoding/
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 # The first field of ListRoomsResponse and ListParticipantsResponse holds the items.
 ITEMS_FIELD = 1
 
-# An item up to this size is copied whole: that is faster than choosing among its fields.
+# An item up to this size is copied whole, which is faster than a choice among its fields.
 SMALL_ITEM_BYTES = 4096
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -24,7 +24,7 @@ class Unreadable(Exception):
 
 
 def _varint(data: bytes | bytearray, start: int) -> tuple[int, int] | None:
-    """The number at a position and where it ends; None if more bytes are needed."""
+    """The number at a position, and its end; None if more bytes are needed."""
     value = shift = 0
     for position in range(start, min(len(data), start + _MAX_VARINT_BYTES)):
         value |= (data[position] & 0x7F) << shift
@@ -70,7 +70,7 @@ class FieldReader:
         self._left = 0
         self._is_copying = False
         self.too_long: set[int] = set()
-        """The listed fields that were skipped because they exceed their limit."""
+        """The numbers of listed fields that were skipped because they exceed their limit."""
 
     def write(self, data: bytes) -> None:
         """Reads the next bytes.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """LiveKit access tokens, and the signatures of LiveKit's webhooks.
 
-The claims are livekit-api's. Its `AccessToken` class is left out because it reads the machine's
-clock, while all of this follows Synapse's.
+The claims are livekit-api's. This module does not use its `AccessToken` class, because that reads
+the machine's clock and not Synapse's.
 """
 
 import hmac
@@ -18,25 +18,28 @@ from jwt.utils import base64url_decode
 from livekit.api import VideoGrants
 from livekit.api.access_token import Claims
 
-from synapse_lk_jwt import metrics
 from synapse_lk_jwt.untrusted import parse_json
 
-# Long enough for the one request that it is made for, and for clocks that are a little apart.
+# Long enough for one request, and for a small difference between the clocks.
 API_TOKEN_LIFETIME_SEC = 60
 
-# How far LiveKit's clock may be from ours; livekit-api's own receiver allows as much.
+# The largest difference between LiveKit's clock and ours; livekit-api allows the same.
 LEEWAY_SEC = 60
 
 # The claim `roomPreset` with a room configuration that no LiveKit has. LiveKit resolves the name
-# only where it would create the room, and fails there; into a room that exists it lets the holder.
-# Its own `auto_create: false` is no substitute: `/whip/v1` creates rooms regardless of it.
+# only when it creates a room, and fails then; the holder can join a room that exists. LiveKit's own
+# `auto_create: false` is no substitute, because `/whip/v1` creates rooms regardless of it.
 MUST_NOT_CREATE = "synapse_lk_jwt.must_not_create"
 
 
 class InvalidSignature(Exception):
-    """A webhook is not LiveKit's. The text says why, for the log alone."""
+    """LiveKit has not signed a webhook. The text says why, for the log alone.
 
-    def __init__(self, cause: metrics.WebhookCause, text: str) -> None:
+    Attributes:
+        cause: `bad_signature`, `wrong_time` or `wrong_body`.
+    """
+
+    def __init__(self, cause: str, text: str) -> None:
         super().__init__(text)
         self.cause = cause
 
@@ -56,7 +59,7 @@ class TokenSigner:
     secret: str = attr.ib(repr=False)
     time_msec: Callable[[], int]
     other_pairs: Mapping[str, str] = attr.ib(factory=dict, repr=False)
-    # PyJWT looks a plain secret over each time, and for longer than it takes to sign.
+    # PyJWT inspects a plain secret at each call, which takes longer than the signature.
     _jwk: jwt.PyJWK = attr.ib(init=False, repr=False, eq=False)
 
     @_jwk.default
@@ -89,8 +92,8 @@ class TokenSigner:
             may_create_room: whether LiveKit may create the room when the participant connects.
             can_publish: whether the participant may publish, data included.
             can_update_own_metadata: whether it may change its name, metadata and attributes.
-            attributes: what LiveKit tells with everything that it tells of the participant.
-            lifetime_ms: milliseconds until the token cannot be used any more.
+            attributes: LiveKit returns them wherever it describes the participant.
+            lifetime_ms: milliseconds until the token expires.
         """
         video = {**_video_claim(can_publish, can_update_own_metadata), "room": livekit_room}
         claims: dict[str, Any] = {"video": video, "attributes": attributes}
@@ -103,7 +106,7 @@ class TokenSigner:
         return self._sign(Claims(video=grants).asdict(), API_TOKEN_LIFETIME_SEC, identity="")
 
     def verify_webhook(self, authorization: str) -> str:
-        """Checks that LiveKit has signed a webhook, and lately.
+        """Checks that LiveKit has signed a webhook, within the last minutes.
 
         The rules are livekit-api's `WebhookReceiver`, which reads the machine's clock
         (https://docs.livekit.io/home/server/webhooks/).
@@ -112,10 +115,10 @@ class TokenSigner:
             authorization: the header of that name, a JWT.
 
         Returns:
-            What LiveKit has signed of the body, for `verify_webhook_body`.
+            The hash of the body that LiveKit has signed, for `verify_webhook_body`.
 
         Raises:
-            InvalidSignature: unless it is LiveKit's.
+            InvalidSignature: if LiveKit has not signed it, or too long ago.
         """
         key, secret = self.key, self.secret
         named = unverified_claims(authorization).get("iss")
@@ -144,7 +147,7 @@ class TokenSigner:
         except TypeError:
             is_current = False
         if not is_current:
-            raise InvalidSignature("wrong_time", "it is too old, or the clocks are apart")
+            raise InvalidSignature("wrong_time", "it is too old, or the clocks differ")
         return str(claims.get("sha256", ""))
 
     def _sign(self, claims: dict[str, Any], lifetime_sec: int, identity: str) -> str:
@@ -154,7 +157,7 @@ class TokenSigner:
 
 
 def unverified_claims(token: str) -> Mapping[str, Any]:
-    """What a JWT claims, empty if it is none. That is no proof of anything."""
+    """The claims of a JWT, which prove nothing; empty if this is no JWT."""
     try:
         claims = parse_json(base64url_decode(token.split(".")[1]))
     except (ValueError, IndexError):
@@ -166,19 +169,19 @@ def verify_webhook_body(signed: str, sha256: bytes) -> None:
     """Checks that a webhook has the body that LiveKit has signed.
 
     Args:
-        signed: what `TokenSigner.verify_webhook` returned.
-        sha256: the hash of the body as it came.
+        signed: the hash that `TokenSigner.verify_webhook` returned.
+        sha256: the hash of the body that was received.
 
     Raises:
-        InvalidSignature: if it is for another body.
+        InvalidSignature: if LiveKit has signed another body.
     """
     if not hmac.compare_digest(signed.encode("utf-8", "replace"), b64encode(sha256)):
-        raise InvalidSignature("wrong_body", "it is for another body")
+        raise InvalidSignature("wrong_body", "LiveKit signed another body")
 
 
 @lru_cache
 def _video_claim(can_publish: bool, can_update_own_metadata: bool) -> Mapping[str, Any]:
-    """What all tokens of a kind have in common; livekit-api takes longer for it than to sign."""
+    """The claim `video` without the room. livekit-api needs longer for it than for a signature."""
     grants = VideoGrants(
         room_join=True,
         room_create=False,
@@ -193,7 +196,7 @@ def _video_claim(can_publish: bool, can_update_own_metadata: bool) -> Mapping[st
 
 
 def rejected_option(body: bytes) -> str | None:
-    """Which option LiveKit's answer 401 is about, by its text.
+    """The option that LiveKit's answer 401 is about, by its text.
 
     LiveKit 1.13.6 changed `invalid token` to `invalid authorization token`.
 

@@ -20,7 +20,7 @@ from twisted.python.failure import Failure
 from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 
-from synapse_lk_jwt.auth.openid import InvalidToken, OpenIdToken, verify
+from synapse_lk_jwt.auth.openid import InvalidToken, user_of_remote_token
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.http import read_body, within
 from synapse_lk_jwt.remote_tokens import RemoteSfus
@@ -98,6 +98,9 @@ class LogContextTests(ModuleTestCase):
             assert current_context() is SENTINEL_CONTEXT
         return results
 
+    async def look_up(self) -> str:
+        return await user_of_remote_token(self.homeserver, self.OTHER_SERVER_NAME, "token")
+
     def test_federation_request_and_its_body_keep_the_log_context(self) -> None:
         async def ask() -> bytes:
             response = await self.homeserver.federation.request("GET", "other.example.com", "/x")
@@ -114,8 +117,7 @@ class LogContextTests(ModuleTestCase):
         assert self.seen == ["POST-1"] * 3
 
     def test_openid_look_up_keeps_the_log_context(self) -> None:
-        token = OpenIdToken("token", self.OTHER_SERVER_NAME)
-        results = self.run_in_context(lambda: verify(self.homeserver, token))
+        results = self.run_in_context(self.look_up)
         response = Response(200, json.dumps({"sub": self.rita}).encode())
         self.agent.answer(response)
         response.finish()
@@ -123,8 +125,7 @@ class LogContextTests(ModuleTestCase):
         assert [*self.agent.asked_in, response.read_in, *self.seen] == ["POST-1"] * 3
 
     def test_openid_look_up_that_times_out_keeps_the_log_context(self) -> None:
-        token = OpenIdToken("token", self.OTHER_SERVER_NAME)
-        (*results,) = self.run_in_context(lambda: verify(self.homeserver, token))
+        (*results,) = self.run_in_context(self.look_up)
         assert results == []
         self.reactor.advance(11)
         assert self.seen == ["POST-1"]

@@ -16,8 +16,7 @@ from synapse_lk_jwt.compat.module_database import ModuleDatabase
 from synapse_lk_jwt.delegation.tables import DelegationTable
 from synapse_lk_jwt.enforcement.participants import ParticipantEnforcer
 from synapse_lk_jwt.enforcement.removals import CONCURRENT_CALLS
-from synapse_lk_jwt.livekit import client as livekit_client
-from synapse_lk_jwt.livekit import tables
+from synapse_lk_jwt.livekit import listings, tables
 from synapse_lk_jwt.livekit.naming import hash_of_identity, livekit_room_name
 from synapse_lk_jwt.livekit.participants import Listing
 from tests.harness.base import SLOT, claims, protobuf
@@ -80,7 +79,7 @@ class LargeListingTests(AttackTestCase):
         for number in range(5):
             self.connect("rita", f"#{number}")
         self.connect("bob on one device")
-        with patch.object(livekit_client, "MAX_PARTICIPANTS", 3):
+        with patch.object(listings, "MAX_PARTICIPANTS", 3):
             self.join_remotely(self.rita, "ban")
             self.pump()
         assert self.identities() == [f"{self.bob}:DEVICE"]
@@ -90,7 +89,7 @@ class LargeListingTests(AttackTestCase):
             self.connect("alice", f"#{number}")
         self.connect("rita")
         with (
-            patch.object(livekit_client, "MAX_PARTICIPANTS", 3),
+            patch.object(listings, "MAX_PARTICIPANTS", 3),
             self.assertLogs("synapse_lk_jwt.enforcement.removals", "WARNING") as logs,
         ):
             self.join_remotely(self.rita, "ban")
@@ -106,7 +105,7 @@ class LargeListingTests(AttackTestCase):
         (bob,) = (p for p in self.sfu.people[self.room].values() if p.identity[0] == "@")
         self.sfu.people[self.room].pop(f"{self.bob}:DEVICE")
         self.sfu.people[self.room][bob.identity] = bob
-        with patch.object(livekit_client, "MAX_PARTICIPANTS", 3):
+        with patch.object(listings, "MAX_PARTICIPANTS", 3):
             self.join_remotely(self.bob, "ban")
             self.pump()
         assert bob.identity not in self.identities()

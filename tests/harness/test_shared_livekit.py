@@ -8,7 +8,7 @@ from unittest.mock import patch
 from livekit.protocol.models import ParticipantInfo
 from parameterized import parameterized
 
-from synapse_lk_jwt.livekit import client as livekit_client
+from synapse_lk_jwt.livekit import listings
 from synapse_lk_jwt.livekit.naming import hash_of_identity, livekit_room_name
 from synapse_lk_jwt.livekit.ownership import OwnerSealer, ParticipantOwner
 from tests.harness.base import SECRET, SLOT, claims
@@ -184,7 +184,7 @@ class SharedRoomTests(SharedTestCase):
             self.sfu.join(self.tokens["alice"], f"#{number}")
         self.mine("rita")
         with (
-            patch.object(livekit_client, "MAX_PARTICIPANTS", 3),
+            patch.object(listings, "MAX_PARTICIPANTS", 3),
             self.assertLogs("synapse_lk_jwt.enforcement.removals", logging.WARNING) as logs,
         ):
             self.join_remotely(self.rita, "ban")

@@ -131,7 +131,7 @@ def test_http_proxy_with_password_is_used_and_never_shown(setting: Setting) -> N
     setting.proxy.password = "admin:another"
     assert setting.ask().status == 503
     assert f"through the proxy {setting.proxy.url} cannot be used" in setting.log()
-    assert "the proxy wants a user and a password (407)" in setting.log()
+    assert "the proxy requires a user and a password (407)" in setting.log()
     finding = setting.check({"HTTP_PROXY": with_password}).the("wrong", "LiveKit")
     assert "(407) is not LiveKit" in finding.text
 
