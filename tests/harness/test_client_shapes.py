@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bodies, URLs and paths as clients, other servers and admins in the field write them."""
+"""Bodies, URLs and paths in the forms that clients, other servers and admins use."""
 
 import json
 from typing import Any, ClassVar
@@ -219,12 +219,13 @@ class DelegateTests(DelegationTestCase):
 
 
 class PeerTests(ModuleTestCase):
-    """Other homeservers with an authorization service of an earlier time."""
+    """Other homeservers with an older authorization service."""
 
     def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
         super().prepare(reactor, clock, hs)
         self.join_remotely(self.rita)
-        self.speaks = {"member"}
+        # The fields that the other server accepts.
+        self.accepts = {"member"}
         self.errcode = "M_NOT_JSON"
         self.others.answer = self.answer
 
@@ -233,7 +234,7 @@ class PeerTests(ModuleTestCase):
         if urlsplit(uri).path != UNSTABLE:
             return response(404, b'{"errcode": "M_UNRECOGNIZED", "error": ""}')
         (_, _, content) = self.others.requests[-1]
-        if not {"member", "member_id"} & content.keys() <= self.speaks:
+        if not {"member", "member_id"} & content.keys() <= self.accepts:
             return response(400, json.dumps({"errcode": self.errcode, "error": ""}).encode())
         return response(200, json.dumps({"jwt": JWT}).encode())
 
@@ -242,7 +243,7 @@ class PeerTests(ModuleTestCase):
         return self.post_homeserver(body)
 
     def asked(self) -> list[tuple[str, Any]]:
-        """At which paths, and with which form of the member."""
+        """The paths of the requests, and the form of the member in each."""
         return [
             (urlsplit(uri).path, content.get("member", content.get("member_id")))
             for _, uri, content in self.others.requests
@@ -270,12 +271,12 @@ class PeerTests(ModuleTestCase):
         assert self.ask().code == 200
         assert self.asked() == [(UNSTABLE, {"id": "member"})]
         self.others.requests.clear()
-        self.speaks = {"member_id"}
+        self.accepts = {"member_id"}
         assert self.ask().code == 200
         assert self.asked() == [(UNSTABLE, {"id": "member"}), (UNSTABLE, "member")]
 
     def test_peer_that_rejects_both_forms_is_asked_three_times(self) -> None:
-        self.speaks = set()
+        self.accepts = set()
         self.assert_error(self.ask(), 502, Codes.UNKNOWN)
         assert len(self.others.requests) == 3
 

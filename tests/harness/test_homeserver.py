@@ -10,8 +10,8 @@ from typing import Any
 from unittest import SkipTest
 from unittest.mock import Mock, patch
 
-import synapse.federation.transport.server as federation_servlets
 import synapse.rest as client_servlets
+from parameterized import parameterized
 from synapse.api.errors import Codes
 from synapse.appservice import ApplicationService
 from synapse.crypto.context_factory import FederationPolicyForHTTPS
@@ -56,7 +56,7 @@ class RequestTests(ModuleTestCase):
         assert cancelled == ["CreateRoom"]
         self.assert_error(channel, 503, Codes.UNKNOWN)
 
-    def test_request_that_livekit_drops_unanswered_is_tried_again_and_then_503(self) -> None:
+    def test_request_that_livekit_drops_twice_is_rejected_with_503(self) -> None:
         asked: list[str] = []
 
         def request(method: bytes, uri: bytes, *more: Any, **others: Any) -> "Deferred[Any]":
@@ -72,59 +72,71 @@ class RequestTests(ModuleTestCase):
 
 
 class ClientTests(ModuleTestCase):
-    def test_a_token_for_the_own_sfu(self) -> None:
-        for prefix in PREFIXES:
-            channel = self.post_homeserver(self.homeserver_body(), prefix=prefix)
-            assert list(channel.json_body) == ["jwt"]
-            said = self.assert_token(channel)
-            assert said["sub"] == member_identity(self.alice, "member")
-            assert said["video"]["room"] == self.sfu.requests[0][1].name
-        body = self.homeserver_body(member={"id": "member", "claimed_device_id": "D"})
-        del body["member_id"]
-        assert self.assert_token(self.post_homeserver(body))["sub"] == said["sub"]
-        body = self.homeserver_body(server_name="test")
-        assert self.assert_token(self.post_homeserver(body))["sub"] == said["sub"]
+    @parameterized.expand(PREFIXES)
+    def test_client_get_token_for_the_own_sfu_issues_a_token_and_creates_the_room(
+        self, prefix: str
+    ) -> None:
+        channel = self.post_homeserver(self.homeserver_body(), prefix=prefix)
+        assert list(channel.json_body) == ["jwt"]
+        said = self.assert_token(channel)
+        assert said["sub"] == member_identity(self.alice, "member")
+        assert said["video"]["room"] == self.sfu.requests[0][1].name
 
-    def test_the_user_comes_first_then_the_body(self) -> None:
+    def test_client_get_token_that_names_this_server_issues_a_token(self) -> None:
+        body = self.homeserver_body(server_name="test")
+        said = self.assert_token(self.post_homeserver(body))
+        assert said["sub"] == member_identity(self.alice, "member")
+
+    def test_client_get_token_without_access_token_is_rejected_before_the_body_is_read(
+        self,
+    ) -> None:
         path = "/_matrix/client/v1/rtc/livekit/get_token"
         channel = self.make_request("POST", path, b"{")
         self.assert_error(channel, 401, Codes.MISSING_TOKEN)
         assert channel.headers.hasHeader("Access-Control-Allow-Origin")
-        self.assert_error(self.post_homeserver(b"{"), 400, Codes.NOT_JSON)
-        self.assert_error(self.post_homeserver(b"x" * 65_537), 413, Codes.TOO_LARGE)
-        wrong: dict[str, list[Any]] = {
-            "url": [None, 1, "", "x" * 2049, "\0"],
-            "room_id": [None, "", "room"],
-            "slot_id": [None, 1, ""],
-            "member_id": [None, 1, "", "x" * 513],
-            "server_name": [1, "a_b"],
-        }
-        for name, values in wrong.items():
-            for value in values:
-                channel = self.post_homeserver(self.homeserver_body(**{name: value}))
-                error = self.assert_error(channel, 400, Codes.BAD_JSON)
-                assert error.startswith(f"{name}: "), error
 
-    def test_membership_is_checked_ahead_of_the_url(self) -> None:
+    @parameterized.expand(
+        [
+            (b"{", 400, Codes.NOT_JSON),
+            (b"[]", 400, Codes.BAD_JSON),
+            (b"x" * 65_537, 413, Codes.TOO_LARGE),
+        ]
+    )
+    def test_client_get_token_with_a_body_that_is_no_object_is_rejected(
+        self, body: bytes, code: int, errcode: Codes
+    ) -> None:
+        self.assert_error(self.post_homeserver(body), code, errcode)
+
+    def test_client_get_token_with_wrong_field_names_it(self) -> None:
+        # tests/unit/test_fields.py has the cases.
+        channel = self.post_homeserver(self.homeserver_body(slot_id=1))
+        error = self.assert_error(channel, 400, Codes.BAD_JSON)
+        assert error == "slot_id: must be a string"
+
+    def test_client_get_token_for_an_unknown_room_is_rejected_as_for_a_room_of_others(
+        self,
+    ) -> None:
+        bob, token = self.register_user("bob", "password"), self.login("bob", "password")
         errors = {
             self.assert_error(
+                # Membership is checked before the URL.
                 self.post_homeserver(self.homeserver_body(url="wss://x", room_id=room_id)),
                 403,
                 Codes.FORBIDDEN,
             )
-            for room_id in ("!unknown:test", self.helper.create_room_as(
-                self.register_user("bob", "password"), tok=self.login("bob", "password")
-            ))
-        }  # fmt: skip
+            for room_id in ("!unknown:test", self.helper.create_room_as(bob, tok=token))
+        }
         assert len(errors) == 1
+
+    def test_client_get_token_for_another_url_of_this_server_is_rejected(self) -> None:
         channel = self.post_homeserver(self.homeserver_body(url="wss://x", server_name="test"))
         self.assert_error(channel, 400, Codes.INVALID_PARAM)
         assert self.sfu.requests == []
 
-    def test_delegation_is_not_promised(self) -> None:
-        for prefix in PREFIXES:
-            path = f"/_matrix/client/{prefix}/rtc/livekit/delegate_delayed_leave"
-            self.assert_error(self.make_request("POST", path, {}), 404, Codes.UNRECOGNIZED)
+    @parameterized.expand(PREFIXES)
+    def test_client_delegate_while_delayed_events_are_off_is_404(self, prefix: str) -> None:
+        path = f"/_matrix/client/{prefix}/rtc/livekit/delegate_delayed_leave"
+        self.assert_error(self.make_request("POST", path, {}), 404, Codes.UNRECOGNIZED)
 
 
 class OtherServersTests(ModuleTestCase):
@@ -134,11 +146,13 @@ class OtherServersTests(ModuleTestCase):
         body = self.homeserver_body(server_name=self.OTHER_SERVER_NAME, url="wss://other", **more)
         return self.post_homeserver(body)
 
-    def test_the_other_server_must_be_in_the_room(self) -> None:
+    def test_remote_token_of_server_that_is_not_in_the_room_is_rejected_with_403(self) -> None:
         self.assert_error(self.ask(), 403, Codes.FORBIDDEN)
         assert self.others.requests == []
 
-    def test_other_server_in_capitals_is_the_one_in_the_room(self) -> None:
+    def test_remote_token_of_server_in_capitals_is_requested_from_the_server_in_the_room(
+        self,
+    ) -> None:
         self.join_remotely(self.rita)
         self.others.answer = lambda uri: response(200, json.dumps({"jwt": JWT}).encode())
         body = self.homeserver_body(
@@ -149,23 +163,29 @@ class OtherServersTests(ModuleTestCase):
         ((_, uri, _),) = self.others.requests
         assert uri.startswith(f"matrix-federation://{self.OTHER_SERVER_NAME}/")
 
-    def test_own_name_in_capitals_is_the_own_sfu(self) -> None:
+    def test_client_get_token_with_own_name_in_capitals_issues_a_token(self) -> None:
         body = self.homeserver_body(server_name="Test")
         assert self.assert_token(self.post_homeserver(body))["sub"] != ""
         assert self.others.requests == []
 
-    def test_odd_server_names_are_errors_of_the_client(self) -> None:
+    @parameterized.expand(
+        ["[::1]:8448", "127.1", "0x7f.1", "xn--a", "a-b.example", "OTHER", "0", "1" * 63]
+    )
+    def test_remote_token_of_server_with_an_odd_name_is_rejected_with_403(
+        self, server_name: str
+    ) -> None:
         self.join_remotely(self.rita)
-        for server_name in (
-            "[::1]:8448", "127.1", "0x7f.1", "xn--a", "a-b.example", "OTHER", "0", "1" * 63,
-        ):  # fmt: skip
-            body = self.homeserver_body(server_name=server_name, url="wss://other")
-            self.assert_error(self.post_homeserver(body), 403, Codes.FORBIDDEN)
-        for server_name in ("a_b", "a%b", "a..b", "-a", "a-", "1" * 64, "a.", "a\n", "\x85"):
-            channel = self.post_homeserver(self.homeserver_body(server_name=server_name))
-            self.assert_error(channel, 400, Codes.BAD_JSON)
+        body = self.homeserver_body(server_name=server_name, url="wss://other")
+        self.assert_error(self.post_homeserver(body), 403, Codes.FORBIDDEN)
 
-    def test_it_is_asked_with_what_was_checked(self) -> None:
+    @parameterized.expand(["a_b", "a%b", "a..b", "-a", "a-", "1" * 64, "a.", "a\n", "\x85"])
+    def test_remote_token_of_server_with_a_wrong_name_is_rejected_with_400(
+        self, server_name: str
+    ) -> None:
+        channel = self.post_homeserver(self.homeserver_body(server_name=server_name))
+        self.assert_error(channel, 400, Codes.BAD_JSON)
+
+    def test_remote_token_request_holds_only_checked_fields(self) -> None:
         self.join_remotely(self.rita)
         answer = json.dumps({"jwt": JWT, "extra": "key"}).encode()
         self.others.answer = lambda uri: response(200, answer)
@@ -187,7 +207,9 @@ class OtherServersTests(ModuleTestCase):
         ]
         assert self.sfu.requests == []
 
-    def test_a_server_that_knows_the_unstable_path_only(self) -> None:
+    def test_remote_token_of_server_with_one_path_is_requested_there_first_next_time(
+        self,
+    ) -> None:
         self.join_remotely(self.rita)
         unknown = response(404, b'{"errcode": "M_UNRECOGNIZED", "error": ""}')
         good = response(200, json.dumps({"jwt": JWT}).encode())
@@ -203,41 +225,53 @@ class OtherServersTests(ModuleTestCase):
         paths = [uri.partition("/_matrix/federation/")[2] for _, uri, _ in self.others.requests]
         assert paths[3:] == [unstable, stable, stable]
 
-    def test_what_it_refuses(self) -> None:
+    @parameterized.expand(
+        [
+            (403, "M_FORBIDDEN", 403, "M_FORBIDDEN"),
+            (400, "M_INVALID_PARAM", 400, "M_INVALID_PARAM"),
+            (400, "M_FORBIDDEN", 502, "M_UNKNOWN"),
+            (403, "M_OTHER", 502, "M_UNKNOWN"),
+            (404, "M_NOT_FOUND", 502, "M_UNKNOWN"),
+            (404, "M_UNRECOGNIZED", 502, "M_UNKNOWN"),
+            (429, "M_LIMIT_EXCEEDED", 502, "M_UNKNOWN"),
+            (500, "M_UNKNOWN", 502, "M_UNKNOWN"),
+        ]
+    )
+    def test_remote_token_that_the_server_rejects_is_an_error_of_the_contract(
+        self, code: int, errcode: str, our_code: int, our_errcode: str
+    ) -> None:
         self.join_remotely(self.rita)
-        for code, errcode, seen in (
-            (403, "M_FORBIDDEN", (403, "M_FORBIDDEN")),
-            (400, "M_INVALID_PARAM", (400, "M_INVALID_PARAM")),
-            (400, "M_FORBIDDEN", (502, "M_UNKNOWN")),
-            (403, "M_OTHER", (502, "M_UNKNOWN")),
-            (404, "M_NOT_FOUND", (502, "M_UNKNOWN")),
-            (404, "M_UNRECOGNIZED", (502, "M_UNKNOWN")),
-            (429, "M_LIMIT_EXCEEDED", (502, "M_UNKNOWN")),
-            (500, "M_UNKNOWN", (502, "M_UNKNOWN")),
-        ):
-            answer = json.dumps({"errcode": errcode, "error": "why", "extra": 1}).encode()
-            self.others.always(response(code, answer))
-            self.assert_error(self.ask(), *seen)
+        answer = json.dumps({"errcode": errcode, "error": "why", "extra": 1}).encode()
+        self.others.always(response(code, answer))
+        error = self.assert_error(self.ask(), our_code, our_errcode)
+        assert "why" not in error
 
-    def test_odd_answers(self) -> None:
+    @parameterized.expand(
+        [
+            (response(200, b"no"),),
+            (response(200, b"[]"),),
+            (response(200, b"{}"),),
+            (response(200, b'{"jwt": 1}'),),
+            (response(200, b'{"jwt": "token"}'),),
+            (response(200, b'{"jwt": "a.b.c\\n"}'),),
+            (response(200, b" " * 100_000),),
+            (response(302, json.dumps({"jwt": JWT}).encode()),),
+            (ConnectionLost(),),
+        ]
+    )
+    def test_remote_token_answer_without_a_token_is_502(self, answer: Any) -> None:
         self.join_remotely(self.rita)
-        for answer in (
-            response(200, b"no"), response(200, b"[]"), response(200, b"{}"),
-            response(200, b'{"jwt": 1}'), response(200, b'{"jwt": "token"}'),
-            response(200, b'{"jwt": "a.b.c\\n"}'), response(200, b" " * 100_000),
-            response(302, json.dumps({"jwt": JWT}).encode()), ConnectionLost(),
-        ):  # fmt: skip
-            self.others.always(answer)
-            self.assert_error(self.ask(), 502, Codes.UNKNOWN)
+        self.others.always(answer)
+        self.assert_error(self.ask(), 502, Codes.UNKNOWN)
 
-    def test_programming_error_is_a_500_and_a_traceback(self) -> None:
+    def test_remote_token_with_a_programming_error_is_a_500_and_a_traceback(self) -> None:
         self.join_remotely(self.rita)
         self.others.answer = lambda uri: TypeError("build_auth_headers takes another argument")
         with self.assertLogs(level=logging.ERROR) as logs:
             self.assert_error(self.ask(), 500, Codes.UNKNOWN)
         assert "TypeError: build_auth_headers" in "".join(logs.output)
 
-    def test_what_it_answers_is_escaped_and_short_in_the_log(self) -> None:
+    def test_remote_token_error_of_the_server_is_escaped_and_short_in_the_log(self) -> None:
         self.join_remotely(self.rita)
         errcode = "M_\n2026-01-01 CRITICAL INJECTED\x1b[31m" + "x" * 10_000
         answer = json.dumps({"errcode": errcode, "error": ""}).encode()
@@ -249,7 +283,7 @@ class OtherServersTests(ModuleTestCase):
         assert "\x1b" not in line
         assert len(line) < 500
 
-    def test_no_answer_in_time(self) -> None:
+    def test_remote_token_of_server_that_does_not_answer_in_time_is_502(self) -> None:
         self.join_remotely(self.rita)
         self.others.answer = lambda uri: Deferred()
         body = self.homeserver_body(server_name=self.OTHER_SERVER_NAME, url="wss://other")
@@ -270,33 +304,44 @@ class FederationTests(ModuleTestCase):
     def body(self, **more: Any) -> dict[str, Any]:
         return {**self.homeserver_body(**more), "user_id": self.rita}
 
-    def test_a_token_for_a_member(self) -> None:
+    @parameterized.expand(PREFIXES)
+    def test_federation_get_token_for_a_restricted_member_issues_a_token_and_no_room(
+        self, prefix: str
+    ) -> None:
         self.join_remotely(self.rita)
-        for prefix in PREFIXES:
-            channel = self.post_federation(self.body(), prefix)
-            assert list(channel.json_body) == ["jwt"]
-            said = self.assert_token(channel)
-            assert said["sub"] == member_identity(self.rita, "member")
-            assert said["roomPreset"] == MUST_NOT_CREATE
-        # The server is restricted.
+        channel = self.post_federation(self.body(), prefix)
+        assert list(channel.json_body) == ["jwt"]
+        said = self.assert_token(channel)
+        assert said["sub"] == member_identity(self.rita, "member")
+        assert said["roomPreset"] == MUST_NOT_CREATE
         assert self.sfu.requests == []
 
-    def test_it_must_be_signed(self) -> None:
+    def test_federation_get_token_without_signature_is_rejected_with_401(self) -> None:
         path = "/_matrix/federation/v1/rtc/livekit/get_token"
         assert self.make_request("POST", path, self.body()).code == 401
 
-    def test_who_is_refused(self) -> None:
+    def test_federation_get_token_for_a_user_who_is_not_joined_is_rejected_with_403(self) -> None:
         self.assert_error(self.post_federation(self.body()), 403, Codes.FORBIDDEN)
+
+    @parameterized.expand(
+        [
+            ({"user_id": "@alice:test"}, 403, Codes.FORBIDDEN),
+            ({"user_id": "@rita:elsewhere.org"}, 403, Codes.FORBIDDEN),
+            ({"room_id": "!elsewhere:other.example.com"}, 403, Codes.FORBIDDEN),
+            ({"url": "wss://x"}, 400, Codes.INVALID_PARAM),
+            ({"user_id": 1}, 400, Codes.BAD_JSON),
+        ]
+    )
+    def test_federation_get_token_with_a_wrong_field_is_rejected(
+        self, more: dict[str, Any], code: int, errcode: Codes
+    ) -> None:
         self.join_remotely(self.rita)
-        for more in (
-            {"user_id": self.alice},
-            {"user_id": "@rita:elsewhere.org"},
-            {"room_id": "!elsewhere:other.example.com"},
-        ):
-            channel = self.post_federation({**self.body(), **more})
-            self.assert_error(channel, 403, Codes.FORBIDDEN)
-        self.assert_error(self.post_federation(self.body(url="wss://x")), 400, Codes.INVALID_PARAM)
-        self.assert_error(self.post_federation({**self.body(), "user_id": 1}), 400, Codes.BAD_JSON)
+        self.assert_error(self.post_federation({**self.body(), **more}), code, errcode)
+
+    def test_federation_get_token_for_a_server_that_the_acl_denies_is_rejected_with_403(
+        self,
+    ) -> None:
+        self.join_remotely(self.rita)
         self.helper.send_state(
             self.room_id,
             "m.room.server_acl",
@@ -309,7 +354,7 @@ class FederationTests(ModuleTestCase):
 class FullAccessTests(ModuleTestCase):
     module_config = {"full_access_homeservers": "*"}
 
-    def test_servers_on_the_list_start_calls(self) -> None:
+    def test_federation_get_token_for_server_with_full_access_creates_the_room(self) -> None:
         self.join_remotely(self.rita)
         channel = self.post_federation(self.homeserver_body(user_id=self.rita))
         assert "roomPreset" not in self.assert_token(channel)
@@ -317,15 +362,9 @@ class FullAccessTests(ModuleTestCase):
 
 
 class HookTests(ModuleTestCase):
-    """What the homeserver endpoints stand on."""
+    """The hooks of Synapse that the homeserver endpoints need."""
 
-    def test_synapse_has_registries_of_servlets(self) -> None:
-        assert isinstance(client_servlets.SERVLET_GROUPS, dict)
-        assert isinstance(federation_servlets.SERVLET_GROUPS, dict)
-        assert "synapse_lk_jwt" in client_servlets.SERVLET_GROUPS
-        assert "synapse_lk_jwt" in federation_servlets.SERVLET_GROUPS
-
-    def test_connections_to_other_homeservers_do_not_persist(self) -> None:
+    def test_connection_to_other_homeserver_does_not_persist(self) -> None:
         agent: Any = bounded_client(self.hs).agent
         own: Any = MatrixFederationHttpClient(self.hs, FederationPolicyForHTTPS(self.hs.config))
         federation = agent._agent
@@ -335,7 +374,7 @@ class HookTests(ModuleTestCase):
         # Synapse's own connections stay as they are.
         assert own.agent._agent._pool.persistent
 
-    def test_connection_to_other_homeserver_is_aborted_in_the_end(self) -> None:
+    def test_connection_to_other_homeserver_that_lasts_too_long_is_aborted(self) -> None:
         policy = BoundedTls(self.hs)
         for creator in (policy.get_options(b"a.org"), policy.creatorForNetloc(b"a.org", 443)):
             tls_protocol = Mock()
@@ -345,7 +384,7 @@ class HookTests(ModuleTestCase):
             self.reactor.advance(1)
             tls_protocol.transport.abortConnection.assert_called_once_with()
 
-    def test_connection_to_other_homeserver_is_aborted_when_too_much_is_received(self) -> None:
+    def test_connection_to_other_homeserver_that_sends_too_much_is_aborted(self) -> None:
         tls_protocol = Mock()
         receive = tls_protocol.dataReceived
         creator: Any = BoundedTls(self.hs).get_options(b"a.org")
@@ -358,7 +397,7 @@ class HookTests(ModuleTestCase):
         assert receive.call_count == MAX_CONNECTION_BYTES // 1024
         tls_protocol.transport.abortConnection.assert_called_once_with()
 
-    def test_two_homeservers_in_one_process(self) -> None:
+    def test_two_homeservers_in_one_process_serve_their_own_endpoints(self) -> None:
         config = super().default_config()
         config["server_name"] = "second"
         config["modules"][0]["config"]["livekit_url"] = "wss://second.example.com"
@@ -376,7 +415,9 @@ class HookTests(ModuleTestCase):
         }
         assert registered == {"test": [URL], "second": ["wss://second.example.com"], "third": []}
 
-    def test_an_application_service_that_claims_the_paths(self) -> None:
+    def test_application_service_that_claims_the_paths_replaces_the_endpoints(
+        self,
+    ) -> None:
         if "proxy_prefix" not in inspect.signature(ApplicationService.__init__).parameters:
             raise SkipTest("this Synapse knows no MSC4512")
         registration: dict[str, Any] = {
@@ -406,7 +447,9 @@ class HookTests(ModuleTestCase):
         assert P in second._module_web_resources
         assert second.config.matrix_rtc.transports == [SERVICE]
 
-    def test_a_synapse_without_them(self) -> None:
+    def test_synapse_without_registries_of_servlets_serves_no_endpoints(
+        self,
+    ) -> None:
         with (
             patch.object(client_servlets, "SERVLET_GROUPS", create=True),
             self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What LiveKit gets wrong, forgets, or cannot deliver."""
+"""Faults of LiveKit: wrong events, lost rooms and lost webhooks."""
 
 import json
 from typing import Any
@@ -35,7 +35,7 @@ class FinishedInErrorTests(FollowingTestCase):
 
 
 class VanishedRoomTests(DelegationTestCase):
-    """A room is remembered for ten seconds, and gone before that."""
+    """A room that is deleted while the module remembers it."""
 
     def test_room_deleted_by_another_tool_next_token_creates_it(self) -> None:
         self.token()
@@ -57,7 +57,7 @@ class VanishedRoomTests(DelegationTestCase):
 
 
 class RefusedWebhookTests(DelegationTestCase):
-    """For 30 s LiveKit delivers no webhook, and then drops those that waited."""
+    """LiveKit delivers no webhook for 30 s, and then drops those in its queue."""
 
     def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
         super().prepare(reactor, clock, hs)

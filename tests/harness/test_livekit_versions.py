@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What older and newer LiveKits say and send in other words."""
+"""Older and newer versions of LiveKit, whose messages differ."""
 
 import json
 import logging
@@ -184,7 +184,7 @@ class OtherKindsTests(FollowingTestCase):
 
     @parameterized.expand([(Kind.INGRESS,), (Kind.EGRESS,), (Kind.SIP,), (Kind.AGENT,), (99,)])
     def test_participant_of_another_kind_stays_in_the_call(self, kind: Any) -> None:
-        # As if it were of a user who is not in the room, and with more than any client's identity.
+        # One has the identity of a user who is not in the room, one a longer identity than clients.
         stranger = self.let_in(kind, "@stranger:test:DEVICE")
         long = self.let_in(kind, "EG_" + "x" * 1_000)
         for participant in (stranger, long):

@@ -6,7 +6,7 @@ from synapse_lk_jwt.livekit.questions import SharedQuestions
 
 
 class Server:
-    """Answers when it is told to."""
+    """Answers when the test fires the request's Deferred."""
 
     def __init__(self) -> None:
         self.requests: list[Deferred[str]] = []
@@ -17,7 +17,7 @@ class Server:
 
 
 class Asking:
-    """One call of `ask`, and what became of it."""
+    """One call of `ask`, and its result."""
 
     def __init__(self, questions: SharedQuestions[str, str], server: Server, key: str = "") -> None:
         self.results: list[object] = []
@@ -29,7 +29,7 @@ def server() -> Server:
     return Server()
 
 
-def test_shared_questions_calls_ahead_of_the_answer_share_the_next_request(server: Server) -> None:
+def test_shared_questions_calls_before_the_answer_share_the_next_request(server: Server) -> None:
     questions: SharedQuestions[str, str] = SharedQuestions()
     first = Asking(questions, server)
     later = [Asking(questions, server) for _ in range(100)]
