@@ -87,7 +87,7 @@ def _matrix_error(error: Exception) -> Exception:
     """The Matrix error for an error of the module. Other errors are returned as they are.
 
     503 and not 502 for the SFU: a CDN in front of Synapse replaces a 502 by a page of its own
-    without CORS headers, and a browser reports that as a network failure. MSC4195 asks for 502 when
+    without CORS headers, and a browser reports that as a network failure. MSC4195 requires 502 when
     another homeserver fails.
     """
     if isinstance(error, NotInRoom):

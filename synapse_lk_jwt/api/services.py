@@ -35,11 +35,11 @@ class Services:
         """Counts a request of a verified user, then checks that the user may be in the call.
 
         Args:
-            member: who asks for which call.
+            member: the user and the call.
             strict: whether MSC4195's rule applies, which no option turns off.
 
         Raises:
-            LimitExceededError: 429, if the user has asked too often.
+            LimitExceededError: 429, if the user has sent too many requests.
             NotInRoom: if the user may not be in a call of that Matrix room.
         """
         await self.limits.ask_for_token(member.user_id, member.room_id)

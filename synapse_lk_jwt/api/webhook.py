@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 MAX_READ_BYTES = 256 * 1024
 PIECE_BYTES = 4 * 1024 * 1024
 
-# Stands for all events that LiveKit does not document, and for those of other participants.
+# The name of all events that LiveKit does not document, and of those of other participants.
 OTHER_EVENT = "other"
 
 # The number of blanks between the parts varies. The names of our LiveKit rooms have 43 letters.
@@ -108,7 +108,7 @@ class SfuWebhookResource(Endpoint):
         """Logs a rejected webhook, once for each reason until the next accepted one."""
         claims = unverified_claims(token)
         if self._signer.has_key(claims.get("iss")) and isinstance(claims.get("sha256"), str):
-            # It may be LiveKit's. These claims are no proof, because anyone can write them.
+            # It may be LiveKit's. These claims are no proof, because any client can write them.
             self._processes.note_rejected()
         if str(error) not in self._reasons:
             self._reasons.add(str(error))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the user that an OpenID token belongs to.
 
-Tokens of this homeserver are in its own database. For a token of another homeserver, this one asks
-the homeserver that the client names. That server may be hostile: its answer is bounded in time and
-in size, and it is believed for its own users only (Matrix federation API,
-`GET /_matrix/federation/v1/openid/userinfo`).
+Tokens of this homeserver are in its own database. A token of another homeserver is sent to the
+homeserver that the client names (Matrix federation API,
+`GET /_matrix/federation/v1/openid/userinfo`). That server may be hostile: its answer is bounded in
+time and in size, and it is trusted for its own users only.
 """
 
 from synapse_lk_jwt import metrics

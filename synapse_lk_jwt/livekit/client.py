@@ -44,7 +44,7 @@ class RoomService:
 
     Every method raises SfuError if LiveKit refuses, or does not answer in time: within ten seconds
     unless it says otherwise. Requests about the same room or participant are shared, as
-    `SharedQuestions` describes: when a large call ends, everything in it is asked for at once.
+    `SharedQuestions` describes: when a large call ends, many callers need the same answer at once.
     """
 
     def __init__(self, homeserver: Homeserver, twirp: TwirpClient, sealer: OwnerSealer) -> None:
@@ -168,7 +168,7 @@ class RoomService:
             if await self._exists(livekit_room):
                 raise
             return None
-        # The answer is about the identity in the request, whatever identity it names.
+        # The identity in the answer is not trusted, because the request already names it.
         info.identity = identity
         return call_participant(info, livekit_room, self._sealer)
 

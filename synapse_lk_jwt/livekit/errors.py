@@ -98,7 +98,7 @@ def error_of_answer(status: int, content_type: str, body: bytes, token: str) -> 
             f"it rejected {option} ({status}). Compare keys: in LiveKit's configuration"
         )
     try:
-        # Twirp's errors are JSON, whatever the format of the request was.
+        # Twirp's errors are JSON, also for requests in protobuf.
         error = json.loads(body)
         code, message = str(error["code"])[:40], str(error.get("msg", ""))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -4,7 +4,7 @@
 import attr
 from twisted.internet.interfaces import IReactorTime
 
-# A failure that comes and goes is logged once in this time.
+# A failure that keeps returning is logged once in this time.
 LOG_AGAIN_SEC = 60
 MAX_FAILURES = 100
 

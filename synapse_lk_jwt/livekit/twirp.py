@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to LiveKit's RoomService: how they are signed, sent, repeated, limited and logged.
+"""Requests to LiveKit's RoomService: how they are sent, repeated, limited and logged.
 
 LiveKit's server API is Twirp, which is protobuf over HTTP POST
 (https://twitchtv.github.io/twirp/docs/spec_v7.html). livekit-api has a client for it, but on
@@ -32,6 +32,7 @@ from synapse_lk_jwt.livekit.errors import (
 )
 from synapse_lk_jwt.livekit.failure_log import FailureLog
 from synapse_lk_jwt.livekit.proxies import is_redirect
+from synapse_lk_jwt.livekit.requests import RoomServiceRequest, room_service_request
 from synapse_lk_jwt.livekit.stream import Unreadable
 from synapse_lk_jwt.livekit.tokens import TokenSigner
 
@@ -39,9 +40,6 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
-
-# The path of RoomService's methods below LiveKit's URL.
-ROOM_SERVICE = "/twirp/livekit.RoomService"
 
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 1024 * 1024
@@ -98,10 +96,10 @@ class TwirpClient:
         Raises:
             SfuError: if LiveKit refuses, or does not answer in time.
         """
-        token = self._signer.api_token(grants)
+        signed_request = room_service_request(self._api_url, method, request, grants, self._signer)
 
         async def post() -> T:
-            return await self._post(method, request.SerializeToString(), token, read)
+            return await self._post(signed_request, read)
 
         duration = metrics.sfu_request_seconds.labels(method)
         try:
@@ -146,7 +144,7 @@ class TwirpClient:
         """Sends a request, and once more if the connection breaks before the time is over.
 
         Raises:
-            SfuError: whatever the failure is.
+            SfuError: for every failure of LiveKit or of the network.
         """
         reactor = self._homeserver.reactor
         deadline = reactor.seconds() + timeout_sec
@@ -177,21 +175,18 @@ class TwirpClient:
             raise Unreachable(f"the connection broke: {type(e).__name__}: {e}") from None
 
     async def _post(
-        self, method: str, body: bytes, token: str, read: Callable[[IResponse], Awaitable[T]]
+        self, request: RoomServiceRequest, read: Callable[[IResponse], Awaitable[T]]
     ) -> T:
         """Sends a request once.
 
         Raises:
             SfuError: if the answer is no success.
         """
-        path = f"{ROOM_SERVICE}/{method}"
-        headers = {
-            "Authorization": [f"Bearer {token}"],
-            "Content-Type": ["application/protobuf"],
-        }
+        path = request.url.removeprefix(self._api_url)
+        headers = Headers({name: [value] for name, value in request.headers.items()})
         try:
             response = await self._homeserver.http.request(
-                "POST", self._api_url + path, body, Headers(headers)
+                "POST", request.url, request.body, headers
             )
         except ResponseFailed as e:
             # Synapse's client does not follow the redirect of a POST, and raises this instead.
@@ -203,7 +198,7 @@ class TwirpClient:
         content_type = (response.headers.getRawHeaders("Content-Type") or [""])[0]
         if response.code != 200 or not content_type.startswith("application/protobuf"):
             answer = await read_body(response, MAX_ANSWER_BYTES)
-            raise error_of_answer(response.code, content_type, answer, token)
+            raise error_of_answer(response.code, content_type, answer, request.token)
         try:
             return await read(response)
         except (DecodeError, Unreadable):

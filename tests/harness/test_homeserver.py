@@ -189,7 +189,7 @@ class OtherServersTests(ModuleTestCase):
         self.join_remotely(self.rita)
         answer = json.dumps({"jwt": JWT, "extra": "key"}).encode()
         self.others.answer = lambda uri: response(200, answer)
-        channel = self.ask(secret="nobody signs this")
+        channel = self.ask(secret="not signed")
         assert (channel.code, channel.json_body) == (200, {"jwt": JWT})
         assert self.others.requests == [
             (

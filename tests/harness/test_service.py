@@ -344,7 +344,7 @@ class MembershipTests(ModuleTestCase):
             openid_token=self.remote_token(self.rita), delay_id="id", delay_timeout=1
         )
         self.assert_error(self.post("/sfu/get", body), 400, Codes.BAD_JSON)
-        # The user's server need not be asked for that.
+        # The rejection needs no request to the user's server.
         assert self.others.requests == []
 
 
