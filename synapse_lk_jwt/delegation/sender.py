@@ -19,7 +19,9 @@ logger = logging.getLogger(__name__)
 # How often overdue delegations are read. Another process may send a leave as soon as that reads it.
 CLOCK_MS = 1_000
 
-# How many leaves of one room are sent at a time.
+# How many leaves of one room are sent at a time. Synapse stores events of a room that wait together
+# in one batch: 100 leaves took twice the CPU time with 2 at a time, and three quarters with 50. But
+# a message of a user in that room waits for all leaves that were sent before it.
 CONCURRENT_SENDS = 10
 
 
