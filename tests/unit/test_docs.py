@@ -17,8 +17,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("
 CONFIGURATION = (ROOT / "docs/configuration.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text()
 
-# Names that resemble an option and are others' words.
-OTHER_NAMES = {"livekit_service_url"}
+# Names of other projects and of examples that resemble an option.
+OTHER_NAMES = {"livekit_service_url", "my_livekit_secret"}
 # A shorter fragment, such as "at", is in every file.
 LONGEST_FRAGMENT_AT_LEAST = 8
 
