@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from testbed import service
 from testbed.http import Answer, WrongAnswer
+from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import MEMBER
-
-if TYPE_CHECKING:
-    from tests.chaos.hosts import Host
-    from tests.chaos.play import Play
+from tests.chaos.hosts import Host
 
 T = TypeVar("T")
 
@@ -71,10 +69,38 @@ class Membership:
     delegated: float | None = None
 
 
+class Run(Protocol):
+    """What a user needs of the run that it takes part in; `play.py` has it.
+
+    Attributes:
+        seed: makes the user's decisions repeatable.
+        over: set when no user starts another call.
+        closing: set when all users leave.
+        livekit: the LiveKit server.
+        moderator: kicks and bans.
+        urls: the processes of the homeserver.
+    """
+
+    seed: int
+    over: threading.Event
+    closing: threading.Event
+    livekit: LiveKit
+    moderator: User
+    urls: list[str]
+
+    def note(self, who: str, what: str) -> None: ...
+
+    def journal(self, who: str, what: str) -> None: ...
+
+    def replace(self, user: SimulatedUser) -> None: ...
+
+    def has_lost_membership(self, user: SimulatedUser, number: int) -> bool: ...
+
+
 class SimulatedUser:
     """One device of one user, in one room."""
 
-    def __init__(self, play: Play, name: str, account: User, room_id: str, host: Host) -> None:
+    def __init__(self, play: Run, name: str, account: User, room_id: str, host: Host) -> None:
         self.name = name
         self.account = account
         self.room_id = room_id
