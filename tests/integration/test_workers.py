@@ -94,33 +94,35 @@ FIELDS: dict[str, list[tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("endpoint", FIELDS)
+@pytest.mark.parametrize(
+    ("endpoint", "path"),
+    [(endpoint, path) for endpoint, paths in FIELDS.items() for path in paths],
+)
 @pytest.mark.parametrize("poison", ["!a\0", "!a\ud800", "@a\0:x.org", "\udfff"])
 def test_strings_that_postgresql_cannot_store_are_rejected(
-    poison: str, endpoint: str, process: str, cluster: Cluster, carol: User
+    poison: str, endpoint: str, path: tuple[str, ...], process: str, cluster: Cluster, carol: User
 ) -> None:
     room_id = "!room:example.org"
     url = cluster.urls[process]
-    for path in FIELDS[endpoint]:
-        body: dict[str, Any]
-        token = {"access_token": "t", "matrix_server_name": cluster.synapse.server_name}
-        delay = {"delay_id": "d", "delay_timeout": 1000}
-        if endpoint == "/sfu/get":
-            body = service.sfu_get_body(carol, room_id, openid_token=token, **delay)
-        elif endpoint == "/get_token":
-            body = service.get_token_body(carol, room_id, openid_token=token, **delay)
-        else:
-            body = service.homeserver_body(carol, room_id, "wss://sfu.example.org")
-        holder = body
-        for name in path[:-1]:
-            holder = holder[name]
-        holder[path[-1]] = poison
-        if endpoint == "homeserver":
-            answer = service.homeserver_get_token(carol.at(url), body)
-        else:
-            answer = service.post(url, endpoint, body)
-        assert (answer.status, answer.json["errcode"]) == (400, "M_BAD_JSON"), answer
-        assert path[-1] in answer.json["error"]
+    body: dict[str, Any]
+    token = {"access_token": "t", "matrix_server_name": cluster.synapse.server_name}
+    delay = {"delay_id": "d", "delay_timeout": 1000}
+    if endpoint == "/sfu/get":
+        body = service.sfu_get_body(carol, room_id, openid_token=token, **delay)
+    elif endpoint == "/get_token":
+        body = service.get_token_body(carol, room_id, openid_token=token, **delay)
+    else:
+        body = service.homeserver_body(carol, room_id, "wss://sfu.example.org")
+    holder = body
+    for name in path[:-1]:
+        holder = holder[name]
+    holder[path[-1]] = poison
+    if endpoint == "homeserver":
+        answer = service.homeserver_get_token(carol.at(url), body)
+    else:
+        answer = service.post(url, endpoint, body)
+    assert (answer.status, answer.json["errcode"]) == (400, "M_BAD_JSON"), answer
+    assert path[-1] in answer.json["error"]
 
 
 @pytest.fixture(scope="module")
@@ -169,18 +171,21 @@ def test_delegation_requested_many_times_at_once_keeps_one_delayed_event(cluster
     assert len(dave.delayed()) == 1
 
 
-def test_webhook_with_name_that_postgresql_cannot_store_delays_no_others(cluster: Cluster) -> None:
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize(
+    "event", ["participant_joined", "participant_left", "participant_connection_aborted"]
+)
+def test_webhook_with_name_that_postgresql_cannot_store_is_accepted(
+    event: str, process: str, cluster: Cluster
+) -> None:
     livekit = cluster.livekit
-    for event in ("participant_joined", "participant_left", "participant_connection_aborted"):
-        body = json.dumps(
-            {"event": event, "room": {"name": "r"}, "participant": {"identity": "\0"}}
-        )
-        digest = b64encode(hashlib.sha256(body.encode()).digest()).decode()
-        signed = api.AccessToken(livekit.key, livekit.secret).with_sha256(digest).to_jwt()
-        for url in cluster.urls.values():
-            path = f"{url}{service.PREFIX}/sfu_webhook"
-            answer = http("POST", path, body.encode(), {"Authorization": signed})
-            assert answer.status == 200, answer
+    body = json.dumps({"event": event, "room": {"name": "r"}, "participant": {"identity": "\0"}})
+    digest = b64encode(hashlib.sha256(body.encode()).digest()).decode()
+    signed = api.AccessToken(livekit.key, livekit.secret).with_sha256(digest).to_jwt()
+    path = f"{cluster.urls[process]}{service.PREFIX}/sfu_webhook"
+    answer = http("POST", path, body.encode(), {"Authorization": signed})
+    # LiveKit sends its webhooks one by one, and would repeat a rejected one before the others.
+    assert answer.status == 200, answer
 
 
 def test_cluster_log_after_all_tests_has_no_traceback(cluster: Cluster) -> None:
