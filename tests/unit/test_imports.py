@@ -47,9 +47,9 @@ LAYERS = {
     "compat": ("compat", "metrics"),
     "services": ("config", "work"),
     "auth": ("auth", "livekit", "remote_tokens"),
-    "issuing": ("enforcement.owners", "issuer", "process_registry", "store"),
+    "issuing": ("enforcement.owners", "issuer", "process_registry"),
     "features": ("delegation", "enforcement"),
-    "monitor": ("monitor", "poll_schedule", "webhooks"),
+    "monitor": ("lost_rooms", "monitor", "poll_schedule", "webhooks"),
     "api": ("api",),
     "module": ("module", "", "__main__"),
 }
