@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m synapse_lk_jwt check -c homeserver.yaml`."""
+"""The command line: `synapse-lk-jwt check -c homeserver.yaml`, or with `python -m`."""
 
 import sys
 

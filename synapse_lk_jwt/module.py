@@ -2,7 +2,7 @@
 """The Synapse module: parses its configuration, constructs its parts, and starts them."""
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from synapse_lk_jwt.api.service import ServiceResource
 from synapse_lk_jwt.api.services import Services
 from synapse_lk_jwt.auth.access import Access
 from synapse_lk_jwt.auth.room_access import RoomAccessRule
-from synapse_lk_jwt.check.setup import from_synapse
 from synapse_lk_jwt.check.start import StartChecks
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.module_database import ModuleDatabase, unsupported_schema
@@ -87,15 +86,15 @@ class LiveKitJwtModule:
             return
         homeserver = Homeserver(api, missing.keys())
         # Reads Synapse's configuration before the module adds entries to it.
-        start_checks = _start_checks(homeserver, config)
+        start_checks = StartChecks(homeserver, config)
         parts = _construct(homeserver, config)
         not_served = _serve_homeserver_endpoints(parts.services, missing.keys())
-        _serve_service_endpoints(config, parts, not_served)
+        _serve_service_endpoints(config, parts, not_served, start_checks.report)
         service_url = config.service_url_at(api.public_baseurl)
         _advertise(homeserver, config, service_url, has_msc4195=not_served is None)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        for part in (*parts.startable, *start_checks):
+        for part in (*parts.startable, start_checks):
             part.start()
         logger.info("Serving LiveKit access tokens at %s", service_url)
 
@@ -119,19 +118,6 @@ def _log_missing(missing: dict[Feature, list[str]]) -> None:
             " return to an older Synapse",
             describe(feature, hooks),
         )
-
-
-def _start_checks(homeserver: Homeserver, config: LiveKitJwtConfig) -> Iterable[StartChecks]:
-    """The checks that run once Synapse is up; none if this Synapse's configuration is unknown."""
-    try:
-        return [StartChecks(homeserver, from_synapse(homeserver.config, config))]
-    except Exception as e:
-        # The checks read many private settings of Synapse, and no feature depends on them.
-        logger.warning(
-            "Skipped the checks at start: they cannot read the configuration of this Synapse (%s)",
-            type(e).__name__,
-        )
-        return []
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
@@ -235,11 +221,14 @@ def _issuer(
 
 
 def _serve_service_endpoints(
-    config: LiveKitJwtConfig, parts: _Parts, not_served: str | None
+    config: LiveKitJwtConfig,
+    parts: _Parts,
+    not_served: str | None,
+    settings: Mapping[str, Any],
 ) -> None:
     """Serves the endpoints below the path prefix, `/_synapse/client/livekit/jwt` by default."""
     homeserver = parts.services.homeserver
-    check = CheckResource(parts.services, parts.processes, parts.calls, not_served)
+    check = CheckResource(parts.services, parts.processes, parts.calls, not_served, settings)
     service = ServiceResource(parts.services, parts.webhooks, parts.processes, check)
     if not homeserver.servlets.register_web_resource(config.path_prefix, service):
         logger.error(

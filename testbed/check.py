@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m synapse_lk_jwt check`, run on a real homeserver, and what it reports."""
+"""Runs `synapse-lk-jwt check` on a real homeserver, and reads its report."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import yaml
 from synapse_lk_jwt.check.command import main
 from testbed.synapse import Synapse
 
-# What begins so is a token: of LiveKit or another JWT, or of a user of Synapse.
+# The beginning of a JWT, and of an access token of Synapse.
 _TOKEN = re.compile(r"eyJ[\w-]{8}|syt_")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report, with the attributes that it has in the package."""
+    """A line of the report, with the attributes of `report.Finding`."""
 
     verdict: str
     check: str
@@ -37,7 +37,7 @@ class Finding:
 
     @property
     def pasted(self) -> dict[str, Any]:
-        """What the lines are in a file of YAML."""
+        """The lines as a mapping of YAML."""
         content = yaml.safe_load("\n".join(self.lines))
         assert isinstance(content, dict), self
         return content
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of the command gave."""
+    """The result of a run of the command."""
 
     status: int
     findings: Sequence[Finding]
@@ -66,21 +66,30 @@ class Report:
 
     @property
     def bad(self) -> dict[str, str]:
-        """What is not well: the verdict of each check; the worst one where there are several."""
-        order = {"ok": 0, "warning": 1, "wrong": 2}
-        ranked = sorted(self.findings, key=lambda finding: order[finding.verdict])
-        return {f.check: f.verdict for f in ranked if f.verdict != "ok"}
+        """The worst verdict of each check that found something.
+
+        Tests change the files of a homeserver that keeps running with other settings. So
+        `settings` is left out.
+        """
+        found = [f for f in self.findings if f.verdict in ("warning", "wrong")]
+        found.sort(key=lambda finding: finding.verdict == "wrong")
+        return {f.check: f.verdict for f in found if f.check != "settings"}
+
+    @property
+    def skipped(self) -> set[str]:
+        """The checks that were skipped."""
+        return {f.check for f in self.findings if f.verdict == "skipped"}
 
 
 class Checker:
-    """Runs the command, and sees to it that no secret is in anything that it says."""
+    """Runs the command, and fails if its output holds a secret."""
 
     def __init__(
         self, synapse: Synapse, options: Sequence[str] = (), env: Mapping[str, str] | None = None
     ) -> None:
         """
         Args:
-            synapse: whose configuration is checked; it need not run.
+            synapse: the homeserver whose configuration is checked; it need not run.
             options: command line options of each run.
             env: environment variables of each run beside the usual ones.
         """
@@ -97,9 +106,9 @@ class Checker:
         """Write a changed copy of `homeserver.json` beside it, and return its name.
 
         Args:
-            config: top-level keys; None takes one away.
-            module: keys of the module's block; None takes one away.
-            name: of the copy.
+            config: top-level options; None removes one.
+            module: options of the module's block; None removes one.
+            name: the name of the copy.
         """
         content = json.loads((self.directory / "homeserver.json").read_text())
         if module:
@@ -159,7 +168,7 @@ class Checker:
         done = subprocess.run(
             [*wrapper, *self.command(names, "--json", *options)],
             cwd=self.directory,
-            env={**os.environ, **self._env, **(env or {})},
+            env=self.environment(env),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -168,11 +177,15 @@ class Checker:
         )
         return self._report(done.returncode, done.stdout, done.stderr)
 
+    def environment(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """The environment of a run in a process of its own, with further variables."""
+        return {**os.environ, **self._env, **(env or {})}
+
     def command(self, names: Sequence[str] = ("homeserver.json",), *options: str) -> list[str]:
         """The command line."""
         return [sys.executable, "-m", "synapse_lk_jwt", *self._arguments(names, *options)]
 
-    def say_no_secret(self, text: str) -> None:
+    def assert_no_secret(self, text: str) -> None:
         """Fail if a text holds a token, or a secret of any of the configurations."""
         assert not _TOKEN.search(text), text
         for file in self.directory.glob("*.json"):
@@ -184,7 +197,7 @@ class Checker:
         return ["check", *files, *self._options, *options]
 
     def _report(self, status: int, out: str, errors: str) -> Report:
-        self.say_no_secret(out + errors)
+        self.assert_no_secret(out + errors)
         assert "Traceback" not in errors, errors
         findings = [Finding(**finding) for finding in json.loads(out)] if out else []
         return Report(status, findings, errors)
@@ -211,10 +224,11 @@ def _change(mapping: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _secrets(content: Any, is_secret: bool = False) -> Iterator[str]:
-    """The values of keys that are called after secrets, at any depth."""
+    """The values of options that are named after secrets, at any depth."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield from _secrets(value, is_secret or "secret" in key)
+            is_named = "secret" in key and not key.endswith("_path")
+            yield from _secrets(value, is_secret or is_named)
     elif isinstance(content, list):
         for value in content:
             yield from _secrets(value, is_secret)

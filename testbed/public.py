@@ -60,6 +60,7 @@ def stage(directory: Path, name: str, livekit: LiveKit, **module: Any) -> Public
         **module,
     )
     synapse.extra_config["public_baseurl"] = nginx.url("matrix")
+    synapse.extra_config["experimental_features"] = {"msc4222_enabled": True}
     livekit.webhook_urls.append(f"{synapse.client_url}{PREFIX}/sfu_webhook")
     options = ["--connect-to", f"127.0.0.1:443:127.0.0.1:{nginx.port('matrix')}"]
     # The certificate is self-signed.

@@ -331,6 +331,8 @@ def _listener(port: int, resources: list[str], tls: bool = False) -> dict[str, A
         "type": "http",
         "tls": tls,
         "bind_addresses": ["127.0.0.1"],
+        # TLS ends at a proxy, where there is any.
+        "x_forwarded": not tls,
         "resources": [{"names": resources, "compress": False}],
     }
 

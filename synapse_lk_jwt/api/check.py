@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a running Synapse tells the check command, and nobody else."""
+"""What a running Synapse reports to the check command."""
 
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 import attr
 from synapse.api.errors import ResourceLimitError, UnrecognizedRequestError
@@ -19,7 +21,7 @@ from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.process_registry import ProcessRegistry
 
-# No homeserver has made this one: an answer to it tells that the homeserver can be asked.
+# No homeserver issued this OpenID token: one that rejects it can be asked.
 UNKNOWN = "synapse-lk-jwt-check"
 
 
@@ -32,14 +34,15 @@ class CheckBody:
 
 
 class CheckResource(Endpoint):
-    """How this process sees itself, the others, and one user's way into a call.
+    """How this process sees itself, the others, and one user's path into a call.
 
     POST /_synapse/client/livekit/jwt/check HTTP/1.1
     Authorization: …
 
     {"user_id": "@user:example.org", "room_id": "!room:example.org"}
 
-    Both fields may be left out. To whoever does not hold LiveKit's API secret it does not exist.
+    Both fields may be left out. Without a signature made from LiveKit's API secret the answer is
+    that of a path that does not exist.
     """
 
     def __init__(
@@ -48,22 +51,32 @@ class CheckResource(Endpoint):
         processes: ProcessRegistry,
         calls: CallTable,
         not_served: str | None,
+        settings: Mapping[str, Any],
     ) -> None:
+        """
+        Args:
+            services: what all endpoints share.
+            processes: the processes that have loaded the module.
+            calls: the calls that were noted, with their LiveKit rooms.
+            not_served: why MSC4195's endpoints are not served; None if they are.
+            settings: what this process was started with, see `check/start.py`.
+        """
         super().__init__(services.homeserver)
         self._issuer = services.issuer
         self._livekit_proxy = services.livekit_proxy
         self._processes = processes
         self._calls = calls
         self._not_served = not_served
+        self._settings = settings
 
     async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
         assert request.content is not None
-        # The signature is for the whole body. One that is too large has another.
+        # The signature covers the whole body, so one that is cut off has another.
         body = request.content.read(MAX_BODY_BYTES)
         request.content.seek(0)
         now_ms = self._homeserver.clock.time_msec()
         if not is_signed(self._issuer.signer.secret, authorization(request), body, now_ms):
-            # As for any path that there is not.
+            # As for any path that does not exist.
             raise UnrecognizedRequestError(code=404)
         return await super()._async_render(request)
 
@@ -75,11 +88,12 @@ class CheckResource(Endpoint):
             "instance": homeserver.instance_name,
             "is_background": homeserver.runs_background_tasks,
             "versions": {name: version(name) for name in ("synapse-lk-jwt", "matrix-synapse")},
-            "now_ms": homeserver.clock.time_msec(),
+            "now_ts": homeserver.clock.time_msec(),
             "processes": [attr.asdict(p) for p in await self._processes.present()],
             "transports": homeserver.discovery.transports,
             "not_served": self._not_served,
             "livekit_proxy": self._livekit_proxy,
+            **self._settings,
         }
         if body.user_id is not None:
             if body.room_id is None:
@@ -108,7 +122,7 @@ class CheckResource(Endpoint):
             try:
                 await openid.user_of_remote_token(homeserver, server, UNKNOWN)
             except InvalidToken as e:
-                # To refuse what it has not made is how it should be.
+                # A homeserver must reject a token that it did not issue.
                 cannot_ask = None if e.cause == "refused" else str(e)
         return {
             "is_mine": is_mine,

@@ -1,38 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m synapse_lk_jwt check`: what is wrong with a set-up, and what to write instead."""
+"""Finds out what is wrong with the set-up of the module, and prints what to write instead."""
 
 import argparse
-import asyncio
 import logging
 import os
+import platform
 import re
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 
-from synapse_lk_jwt.check import settings
-from synapse_lk_jwt.check.person import Person
-from synapse_lk_jwt.check.probe import HttpProbe, NoAnswer
-from synapse_lk_jwt.check.public import Public
-from synapse_lk_jwt.check.report import Finding, as_json, as_text, is_all_well, warning
-from synapse_lk_jwt.check.running import NoModuleThere, Running, check_webhooks
-from synapse_lk_jwt.check.setup import CannotRun, NoModule, Setup, read
-from synapse_lk_jwt.check.sfu import ACCESS_RULE, Sfu
+import attr
+
+from synapse_lk_jwt.check import livekit_file, settings
+from synapse_lk_jwt.check.files import CannotRun, DoesNotStart, read
+from synapse_lk_jwt.check.livekit import ACCESS_RULE, LiveKitChecks
+from synapse_lk_jwt.check.livekit_requests import LiveKit
+from synapse_lk_jwt.check.probe import NoAnswer, Probe
+from synapse_lk_jwt.check.processes import NoModuleThere, ProcessChecks, Running
+from synapse_lk_jwt.check.public import CHECKS, Public
+from synapse_lk_jwt.check.report import (
+    Finding,
+    Verdict,
+    as_json,
+    as_text,
+    has_problem,
+    is_all_well,
+    skipped,
+)
+from synapse_lk_jwt.check.setup import Setup
+from synapse_lk_jwt.check.user_check import UserCheck
+from synapse_lk_jwt.check.webhooks import RoomChecks
+from synapse_lk_jwt.check.well_known import WellKnown
 from synapse_lk_jwt.identifiers import is_room_id, is_user_id
 
 _HOST = r"(\[[^\]]+\]|[^:\[\]]+)"
 
-ALL_WELL, TO_BE_FIXED, COULD_NOT_RUN = range(3)
+ALL_WELL, HAS_PROBLEMS, COULD_NOT_RUN = range(3)
 
 _EPILOG = (
-    "Exit status: 0 if all is well, 1 if something must be fixed, 2 if it could not run. Nothing is"
-    " changed; for a second there is a LiveKit room of no call, for which LiveKit sends webhooks."
+    "Exit status: 0 without a problem, 1 with at least one, 2 if nothing could be checked. The"
+    " command changes nothing. For a second it creates a LiveKit room that belongs to no call, for"
+    " which LiveKit sends webhooks."
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m synapse_lk_jwt", description=__doc__)
+    options = _parse(arguments)
+    # What Synapse logs while it reads its configuration is no part of the report.
+    logging.disable(logging.CRITICAL)
+    try:
+        findings = Command(options).findings()
+    except CannotRun as e:
+        print(f"Cannot check: {e}", file=sys.stderr)
+        return COULD_NOT_RUN
+    print(_report(findings, options))
+    return ALL_WELL if is_all_well(findings) else HAS_PROBLEMS
+
+
+class Command:
+    """One run of the checks."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+
+    def findings(self) -> list[Finding]:
+        """All findings, in the order in which they are printed.
+
+        Raises:
+            CannotRun: if nothing can be checked.
+        """
+        options = self._options
+        try:
+            setup = read(options.config_path)
+        except DoesNotStart as e:
+            return [e.finding]
+        if options.user_id is not None:
+            return self._trace(setup)
+        findings = self._check(setup)
+        file = self._livekit_file()
+        return file.advise(findings) if file else findings
+
+    def _check(self, setup: Setup) -> list[Finding]:
+        outside, inside = self._probe(), self._probe(verifies=False)
+        well_known = WellKnown(outside, setup)
+        if not setup.has_public_baseurl:
+            setup = attr.evolve(setup, base_url=well_known.base_url())
+        findings = list(settings.check(setup))
+
+        to_livekit = self._probe_to_livekit(setup)
+        livekit = LiveKit(setup, _now_ms)
+        if has_problem(findings, "placeholders"):
+            checks = ("LiveKit", "auto_create", ACCESS_RULE)
+            findings += skipped(checks, "the configuration has placeholders")
+        else:
+            findings += to_livekit.run(LiveKitChecks(setup, livekit, _now_ms).check())
+
+        running = Running(inside, setup, _now_ms)
+        processes = ProcessChecks(running)
+        findings += processes.check()
+
+        public = Public(outside, setup, running, livekit)
+        if has_problem(findings, "LiveKit", "clocks", "placeholders"):
+            findings += skipped(("livekit_url", "webhooks"), "LiveKit cannot be used")
+        else:
+            rooms = RoomChecks(livekit, to_livekit, running, processes.url, public)
+            findings += rooms.check()
+
+        if processes.state is None:
+            return findings + skipped((*CHECKS, ".well-known"), "Synapse is not answering")
+        findings += public.check(processes.state)
+        if not setup.has_public_baseurl and setup.module.service_url is None:
+            return findings + skipped((".well-known",), "public_baseurl is not set")
+        if has_problem(findings, ".well-known"):
+            cause = "homeserver.yaml names another service, see above"
+            return findings + skipped((".well-known",), cause)
+        has_these_settings = Verdict.OK in {f.verdict for f in findings if f.check == "settings"}
+        finding = well_known.check(inside, processes.url, has_these_settings=has_these_settings)
+        return [*findings, finding]
+
+    def _trace(self, setup: Setup) -> list[Finding]:
+        """The path of one user into a call."""
+        running = Running(self._probe(verifies=False), setup, _now_ms)
+        if running.url is None:
+            raise CannotRun("this configuration has no listener at which Synapse could be asked")
+        user_id, room_id = self._options.user_id, self._options.room
+        try:
+            state = running.ask_process(running.url, user_id=user_id, room_id=room_id)
+        except (NoAnswer, NoModuleThere) as e:
+            raise CannotRun(
+                f"Synapse at {running.url} must be asked about the user and does not answer: {e}."
+                " Run 'check' without --as to see why"
+            ) from None
+        livekit, probe = LiveKit(setup, _now_ms), self._probe_to_livekit(setup)
+        return UserCheck(user_id, room_id, setup, livekit, probe, state).trace()
+
+    def _probe(self, *, verifies: bool = True) -> Probe:
+        """Connects directly. Listeners of Synapse have certificates for a public name, if any."""
+        return Probe(dict(self._options.connect_to), verifies=verifies)
+
+    def _probe_to_livekit(self, setup: Setup) -> Probe:
+        """Connects as Synapse does, which may be through a forward proxy."""
+        return Probe(dict(self._options.connect_to), proxy=setup.livekit_proxy)
+
+    def _livekit_file(self) -> livekit_file.LiveKitFile | None:
+        if self._options.livekit_config is None:
+            return livekit_file.find()
+        try:
+            return livekit_file.read(self._options.livekit_config)
+        except livekit_file.Unreadable as e:
+            raise CannotRun(str(e)) from None
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="synapse-lk-jwt", description=__doc__)
+    parser.add_argument("--version", action="version", version=_version())
     check = parser.add_subparsers(required=True, metavar="check").add_parser(
         "check", help="find out what is wrong", description=__doc__, epilog=_EPILOG
     )
@@ -42,90 +166,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         required=True,
         metavar="PATH",
-        help="Synapse's configuration, a file or a directory, as often as for Synapse itself",
+        help="Synapse's configuration, a file or a directory; repeat as for Synapse",
     )
-    check.add_argument("--json", action="store_true", help="for machines")
     check.add_argument(
-        "--as", dest="user_id", metavar="@USER:SERVER", help="only this user's way into a call"
+        "-q", "--quiet", action="store_true", help="print warnings, problems and the summary only"
+    )
+    check.add_argument("--json", action="store_true", help="machine-readable output")
+    check.add_argument(
+        "--as", dest="user_id", metavar="@USER:SERVER", help="trace one user's path into a call"
     )
     check.add_argument("--room", metavar="!ROOM", help="the Matrix room, with --as")
+    check.add_argument(
+        "--livekit-config",
+        metavar="PATH",
+        help="LiveKit's configuration (livekit.yaml), so that the report does not repeat what is in"
+        f" it; default: {', '.join(livekit_file.USUAL_PATHS)}",
+    )
     check.add_argument(
         "--connect-to",
         action="append",
         default=[],
         type=_connect_to,
         metavar="HOST:PORT:ADDRESS:PORT",
-        help="connect to another address for a public name, where this machine has to take another"
-        " way than clients do",
+        help="connect to this address instead of a public name, as curl does; for a machine that"
+        " cannot use the public address itself",
     )
     options = parser.parse_args(arguments)
+    _check_user_options(check, options)
+    return options
+
+
+def _check_user_options(check: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the command if --as and --room are wrong."""
     if (options.user_id is None) != (options.room is None):
         check.error("--as and --room belong together")
     if options.user_id is not None and not is_user_id(options.user_id):
-        check.error("--as takes a user ID such as @alice:example.com")
+        check.error("--as needs a user ID such as @alice:example.com")
     if options.room is not None and not is_room_id(options.room):
-        check.error("--room takes a room ID, which begins with '!' (put it in quotes)")
-    # What Synapse logs while it reads its configuration is no part of the report.
-    logging.disable(logging.CRITICAL)
-    try:
-        findings = asyncio.run(_findings(options))
-    except CannotRun as e:
-        print(f"Cannot check: {e}", file=sys.stderr)
-        return COULD_NOT_RUN
-    print(_report(findings, options.json))
-    return ALL_WELL if is_all_well(findings) else TO_BE_FIXED
+        check.error("--room needs a room ID, which begins with '!' (put it in quotes)")
 
 
-async def _findings(options: argparse.Namespace) -> list[Finding]:
-    try:
-        setup = read(options.config_path)
-    except NoModule as e:
-        return [e.finding]
-    probe = HttpProbe(dict(options.connect_to))
-    # Synapse's way to LiveKit, which is not that of clients.
-    internal = HttpProbe(dict(options.connect_to), proxy=setup.livekit_proxy)
-    sfu = Sfu(internal, setup.module, _now_ms, setup.livekit_proxy)
-    # Listeners are asked by address, while their certificates, if any, are for a public name.
-    running = Running(HttpProbe(dict(options.connect_to), verifies=False), setup, _now_ms)
-    if options.user_id is not None:
-        return await _way(options.user_id, options.room, setup, sfu, running)
-    findings = list(settings.check(setup))
-    of_sfu = await sfu.check(setup.block)
-    of_running, state = await running.check()
-    findings += of_sfu + of_running
-    if state is None:
-        return findings
-    public = Public(probe, setup, running, Sfu(probe, setup.module, _now_ms))
-    if is_all_well(f for f in of_sfu if f.check != ACCESS_RULE):
-        findings += await check_webhooks(sfu, running, state, public.visit)
-    else:
-        text = "and livekit_url cannot be told before LiveKit can be used"
-        findings.append(warning("webhooks", text))
-    return findings + await public.check_homeserver(state)
+def _version() -> str:
+    return (
+        f"synapse-lk-jwt {version('synapse-lk-jwt')}, Synapse {version('matrix-synapse')}, Python"
+        f" {platform.python_version()}"
+    )
 
 
-async def _way(
-    user_id: str, room_id: str, setup: Setup, sfu: Sfu, running: Running
-) -> list[Finding]:
-    if running.url is None:
-        raise CannotRun("this configuration has no listener to ask the running Synapse at")
-    try:
-        state = await running.ask_process(running.url, user_id=user_id, room_id=room_id)
-    except (NoAnswer, NoModuleThere) as e:
-        raise CannotRun(
-            f"the running Synapse must be asked, and does not answer as it should at"
-            f" {running.url}: {e}"
-        ) from None
-    return await Person(user_id, room_id, setup, sfu, state).way()
-
-
-def _report(findings: Sequence[Finding], is_for_machines: bool) -> str:
-    if is_for_machines:
+def _report(findings: Sequence[Finding], options: argparse.Namespace) -> str:
+    if options.json:
         return as_json(findings)
     # A terminal of another character set shows question marks.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    return as_text(findings, coloured=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return as_text(findings, coloured=coloured, quiet=options.quiet)
 
 
 def _connect_to(text: str) -> tuple[tuple[str, int], tuple[str, int]]:

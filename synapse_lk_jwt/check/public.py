@@ -1,93 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What clients see from outside: public names, the reverse proxy, TLS, CORS."""
+"""Checks of what clients see: public names, the reverse proxy, TLS, CORS, WebSockets."""
 
-from urllib.parse import urljoin, urlsplit
+from collections.abc import Callable
+from urllib.parse import unquote, urlsplit
 
 import attr
-from synapse.util.stringutils import parse_server_name
 
-from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe
-from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
-from synapse_lk_jwt.check.running import MODULES, NoModuleThere, Running, State
-from synapse_lk_jwt.check.setup import FOCI, PUBLIC_BASEURL, Setup
-from synapse_lk_jwt.check.sfu import Sfu
-from synapse_lk_jwt.discovery import MSC4143, Advertise, livekit_transports
-from synapse_lk_jwt.livekit.proxies import is_redirect
+from synapse_lk_jwt.check.answers import CORS_LINES, PROXY, cors_problem, describe
+from synapse_lk_jwt.check.livekit_requests import LiveKit
+from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe, Request
+from synapse_lk_jwt.check.processes import MODULES, NoModuleThere, Running, State
+from synapse_lk_jwt.check.report import Finding, Verdict, ok, skipped, warning, wrong
+from synapse_lk_jwt.check.setup import Setup
+from synapse_lk_jwt.discovery import MSC4143, Advertise
+from synapse_lk_jwt.livekit.proxies import is_down_behind_proxy, is_redirect
 from synapse_lk_jwt.msc4195 import GET_TOKEN, client_path
 
-PROXY = "the reverse proxy's configuration (nginx; others in docs/reverse-proxy.md)"
-CORS = "Access-Control-Allow-Origin"
 ORIGIN = "https://call.example.com"
-MAX_REDIRECTS = 3
 
 VERSIONS = "/_matrix/client/versions"
 TRANSPORTS = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
 STABLE_TRANSPORTS = "/_matrix/client/v1/rtc/transports"
 
+# The checks of `check`, in their order.
+CHECKS = ("service", "preflight", "/versions", "/rtc/transports", "MSC4195")
+
+_PROCESS = "the configuration that this process is started with; then restart it"
+
 
 class Public:
     """The homeserver and LiveKit as clients reach them."""
 
-    def __init__(self, probe: Probe, setup: Setup, running: Running, sfu: Sfu) -> None:
+    def __init__(self, probe: Probe, setup: Setup, running: Running, livekit: LiveKit) -> None:
+        """
+        Args:
+            probe: sends requests as clients do.
+            setup: the homeserver's configuration.
+            running: the running homeserver.
+            livekit: signs the token of a client.
+        """
         self._probe = probe
         self._setup = setup
-        # Here certificates count.
+        self._synapse_url = running.url
+        # Inside, certificates may be for another name. For clients they must be valid.
         self._running = attr.evolve(running, probe=probe)
-        self._sfu = sfu
+        self._livekit = livekit
+        # Why nothing at the host of the service can be checked.
+        self._is_down: str | None = None
 
-    async def check_homeserver(self, state: State) -> list[Finding]:
-        """All findings about the homeserver.
+    def check(self, state: State) -> list[Finding]:
+        """All findings about the homeserver's public URLs.
+
+        A check is skipped if another one has found a problem that decides it.
 
         Args:
-            state: what it says of itself inside the network.
+            state: what the homeserver says about itself inside the network.
         """
-        return [
-            await self._service(),
-            await self._preflight(),
-            *await self._matrix(state),
-            await self._well_known(),
-        ]
+        if not self._setup.has_public_baseurl and self._setup.module.service_url is None:
+            return skipped(CHECKS, "public_baseurl is not set")
+        service = self._service()
+        findings = [service]
+        if service.verdict is Verdict.WRONG:
+            cause = self._is_down or "the service has a problem"
+            findings += skipped(("preflight",), cause)
+        else:
+            findings.append(self._preflight())
+        return findings + self._matrix(state)
 
     # The service at the advertised URL
 
-    async def _service(self) -> Finding:
+    def _service(self) -> Finding:
         url = self._setup.service_url
         try:
-            health = await self._probe.request("GET", f"{url}/healthz")
+            health = self._probe.send(Request("GET", f"{url}/healthz"))
         except NoAnswer as e:
+            self._is_down = f"{urlsplit(url).netloc} cannot be reached"
             return self._not_reached(f"{url} cannot be reached: {e}")
         if health.status != 200 or health.json != {}:
-            return self._not_reached(
-                f"{url}/healthz is answered {_describe(health)}, not by the module"
-            )
-        problem = _cors_problem(health)
+            return self._not_the_module(health)
+        problem = cors_problem(health)
         if problem is not None:
-            return wrong("service", f"{url} {problem}", PROXY, *_CORS_LINES)
+            return wrong("service", f"{url} {problem}", PROXY, *CORS_LINES)
         try:
-            state = await self._running.ask(url)
+            state = self._running.ask(url)
         except (NoAnswer, NoModuleThere) as e:
             text = f"{url} is answered by a service that is not this homeserver's ({e})"
             return self._not_reached(text)
         if state["server_name"] != self._setup.server_name:
-            return self._not_reached(f"{url} is of another homeserver, {state['server_name']}")
+            self._is_down = f"{url} leads to another homeserver"
+            text = f"{url} leads to another homeserver, {state['server_name']}"
+            return self._not_reached(text)
         return ok("service", f"is reached at {url}")
 
-    def _not_reached(self, text: str) -> Finding:
-        if not self._setup.has_public_baseurl and self._setup.module.service_url is None:
-            return wrong("service", text, self._setup.file("public_baseurl"), PUBLIC_BASEURL)
-        return wrong("service", text, PROXY, *self._proxy_lines(self._setup.module.path_prefix))
+    def _not_the_module(self, health: Answer) -> Finding:
+        url = self._setup.service_url
+        text = f"{url}/healthz is answered {describe(health)}, not by the module"
+        content = health.json
+        if isinstance(content, dict) and content.get("errcode") == "M_UNRECOGNIZED":
+            # Synapse itself says this.
+            text = f"{text}: the process that the proxy forwards to has not loaded it"
+            return wrong("service", text, _PROCESS, *MODULES)
+        if is_down_behind_proxy(health.status, is_twirp=False):
+            self._is_down = f"the proxy at {urlsplit(url).netloc} answers {health.status}"
+        return self._not_reached(text)
 
-    def _proxy_lines(self, path: str) -> tuple[str, ...]:
+    def _not_reached(self, text: str) -> Finding:
+        service_url, prefix = self._setup.service_url, self._setup.module.path_prefix
+        return wrong("service", text, PROXY, *self._proxy_lines(urlsplit(service_url).path, prefix))
+
+    def _proxy_lines(self, path: str, prefix: str) -> tuple[str, ...]:
+        """Nginx's lines that forward a public path to a path of Synapse."""
+        url = self._synapse_url or "http://127.0.0.1:8008"
+        is_socket = "%2F" in url
+        if is_socket:
+            url = f"http://unix:{unquote(url[len('http://') :])}"
+        if path != prefix:
+            # nginx replaces the one path by the other if both end with a slash.
+            path, url = f"{path}/", f"{url}{':' * is_socket}{prefix}/"
         return (
             f"location {path} {{",
-            f"    proxy_pass {self._running.proxied_url};",
+            f"    proxy_pass {url};",
             "    proxy_set_header X-Forwarded-For $remote_addr;",
             "    proxy_set_header X-Forwarded-Proto $scheme;",
             "    proxy_set_header Host $host;",
             "}",
         )
 
-    async def _preflight(self) -> Finding:
+    def _preflight(self) -> Finding:
         url = f"{self._setup.service_url}/sfu/get"
         headers = {
             "Origin": ORIGIN,
@@ -95,31 +134,44 @@ class Public:
             "Access-Control-Request-Headers": "content-type",
         }
         try:
-            answer = await self._probe.request("OPTIONS", url, headers)
+            answer = self._probe.send(Request("OPTIONS", url, headers))
         except NoAnswer as e:
-            return warning("preflight", f"of {url} cannot be told: {e}")
-        problem = _cors_problem(answer, ORIGIN)
+            return warning("preflight", f"of {url} cannot be checked: {e}")
+        problem = cors_problem(answer, ORIGIN)
         allowed = ",".join(answer.all("Access-Control-Allow-Headers")).lower()
         if answer.status >= 300:
-            problem = f"is answered {_describe(answer)}"
+            problem = f"is answered {describe(answer)}"
         elif problem is None and "content-type" not in allowed and "*" not in allowed:
             problem = "is answered without Access-Control-Allow-Headers: Content-Type"
         if problem is not None:
-            text = f"a browser's OPTIONS {url} {problem}: it does not go on"
-            return wrong("preflight", text, PROXY, *_CORS_LINES)
-        return ok("preflight", "is answered as browsers want it")
+            text = f"a browser's OPTIONS {url} {problem}, so browsers do not send the request"
+            return wrong("preflight", text, PROXY, *CORS_LINES)
+        return ok("preflight", "of browsers (OPTIONS) is answered")
 
-    async def _matrix(self, state: State) -> list[Finding]:
-        """The paths below `/_matrix`, which may be served by another process."""
-        findings = []
+    # The paths below `/_matrix`, which another process may serve
+
+    def _matrix(self, state: State) -> list[Finding]:
+        checks: dict[str, Callable[[], Finding]] = {}
         # What the running Synapse does not serve is reported by another check.
         if state["transports"]:
-            findings += [
-                await self._versions(),
-                await self._served("rtc/transports", "GET", *self._transport_paths()),
-            ]
+            checks["/versions"] = self._versions
+            checks["/rtc/transports"] = lambda: self._served(
+                "/rtc/transports", "GET", *self._transport_paths()
+            )
         if state["not_served"] is None:
-            findings.append(await self._served("MSC4195", "POST", client_path(GET_TOKEN)))
+            checks["MSC4195"] = lambda: self._served("MSC4195", "POST", client_path(GET_TOKEN))
+        setup = self._setup
+        is_same_host = urlsplit(setup.service_url).netloc == urlsplit(setup.public_baseurl).netloc
+        if not setup.has_public_baseurl:
+            return skipped(checks, "public_baseurl is not set")
+        if self._is_down is not None and is_same_host:
+            return skipped(checks, self._is_down)
+        findings: list[Finding] = []
+        for check in checks.values():
+            if findings and findings[-1].verdict is not Verdict.OK:
+                cause = f"{findings[-1].check} has a problem, which may be the same one"
+                return findings + skipped(list(checks)[len(findings) :], cause)
+            findings.append(check())
         return findings
 
     def _transport_paths(self) -> tuple[str, ...]:
@@ -128,137 +180,63 @@ class Public:
             return (TRANSPORTS,)
         return (TRANSPORTS, STABLE_TRANSPORTS)
 
-    async def _versions(self) -> Finding:
+    def _versions(self) -> Finding:
         """Whether clients learn that they may ask for `rtc/transports`."""
         url = f"{self._setup.public_baseurl}{VERSIONS}"
         try:
-            answer = await self._probe.request("GET", url)
+            answer = self._probe.send(Request("GET", url))
         except NoAnswer as e:
             return warning("/versions", f"at {url} cannot be checked: {e}")
         content = answer.json
         features = content.get("unstable_features") if isinstance(content, dict) else None
         if answer.status != 200 or not isinstance(features, dict):
-            return wrong(
-                "/versions",
-                f"{url} is answered {_describe(answer)}, not by Synapse",
-                PROXY,
-                *self._proxy_lines("/_matrix"),
-            )
+            return self._not_synapse("/versions", url, answer)
         if features.get(MSC4143) is True:
             return ok("/versions", f"names {MSC4143}, at {url}")
         return wrong(
             "/versions",
             f"{url} does not name {MSC4143}, and new clients ask for rtc/transports only where it"
-            " does: the process that the proxy asks there has not loaded the module, advertise is"
-            " off, or a cache has kept an answer for up to an hour",
-            "the configuration that this process is started with; then restart it",
+            " does. Either the process that the proxy forwards to has not loaded the module, or"
+            " advertise is off, or a cache kept an answer for up to an hour",
+            _PROCESS,
             *MODULES,
         )
 
-    async def _served(self, check: str, method: str, *paths: str) -> Finding:
-        """Whether paths that take an access token are there."""
+    def _served(self, check: str, method: str, *paths: str) -> Finding:
+        """Whether paths that need an access token are there."""
         for path in paths:
             url = f"{self._setup.public_baseurl}{path}"
             try:
-                answer = await self._probe.request(method, url)
+                answer = self._probe.send(Request(method, url))
             except NoAnswer as e:
                 return warning(check, f"at {url} cannot be checked: {e}")
             if answer.status == 404 and isinstance(answer.json, dict):
-                return wrong(
-                    check,
-                    f"is not served at {url}: the process that the proxy asks there has not"
-                    " loaded the module",
-                    "the configuration that this process is started with; then restart it",
-                    *MODULES,
+                text = (
+                    f"is not served at {url}: the process that the proxy forwards to has not loaded"
+                    " the module"
                 )
+                return wrong(check, text, _PROCESS, *MODULES)
             if answer.status != 401 or not isinstance(answer.json, dict):
-                return wrong(
-                    check,
-                    f"{url} is answered {_describe(answer)}, not by Synapse",
-                    PROXY,
-                    *self._proxy_lines("/_matrix"),
-                )
+                return self._not_synapse(check, url, answer)
         return ok(check, f"is served at {self._setup.public_baseurl}")
 
-    # .well-known/matrix/client
-
-    async def _well_known(self) -> Finding:
-        setup = self._setup
-        if setup.module.advertise is Advertise.MSC4195:
-            return ok(".well-known", "is not needed: advertise is msc4195, which it cannot name")
-        host, _ = parse_server_name(setup.server_name)
-        url = f"https://{host}/.well-known/matrix/client"
-        try:
-            answer = await self._get(url)
-        except NoAnswer as e:
-            return self._no_well_known(f"{url} cannot be read: {e}")
-        content = answer.json
-        if answer.status != 200 or not isinstance(content, dict):
-            return self._no_well_known(f"{url} is answered {_describe(answer)}")
-        problem = _cors_problem(answer)
-        if problem is not None:
-            return self._no_well_known(f"{url} {problem}")
-        named = [
-            str(focus["livekit_service_url"]).rstrip("/")
-            for focus in livekit_transports(content.get(FOCI))
-            if focus.get("livekit_service_url")
-        ]
-        if not named:
-            return self._no_well_known(f"{url} does not have {FOCI}")
-        if setup.service_url not in named:
-            text = f"{url} names {' and '.join(named)}, and not {setup.service_url}"
-            return self._no_well_known(text)
-        homeserver = content.get("m.homeserver")
-        base_url = homeserver.get("base_url") if isinstance(homeserver, dict) else None
-        if str(base_url).rstrip("/") != setup.public_baseurl:
-            return warning(
-                ".well-known",
-                f"{url} sends clients to {base_url}, while public_baseurl is"
-                f" {setup.public_baseurl}/",
-                *self._well_known_lines(),
-            )
-        return ok(".well-known", f"names the service, at {url}")
-
-    async def _get(self, url: str) -> Answer:
-        for _ in range(MAX_REDIRECTS):
-            answer = await self._probe.request("GET", url)
-            if answer.status not in (301, 302, 303, 307, 308):
-                break
-            url = urljoin(url, answer.get("Location"))
-        return answer
-
-    def _no_well_known(self, text: str) -> Finding:
-        return wrong(
-            ".well-known", f"{text}: older clients find no calls", *self._well_known_lines()
-        )
-
-    def _well_known_lines(self) -> tuple[str, ...]:
-        """The file to change, and what to write into it."""
-        setup = self._setup
-        host, _ = parse_server_name(setup.server_name)
-        foci = f'[{{"type":"livekit","livekit_service_url":"{setup.service_url}"}}]'
-        return (
-            f"the configuration of the web server of {host} (nginx)",
-            "location = /.well-known/matrix/client {",
-            "    default_type application/json;",
-            f"    add_header {CORS} *;",
-            f'    return 200 \'{{"m.homeserver":{{"base_url":"{setup.public_baseurl}/"}},'
-            f'"{FOCI}":{foci}}}\';',
-            "}",
-        )
+    def _not_synapse(self, check: str, url: str, answer: Answer) -> Finding:
+        text = f"{url} is answered {describe(answer)}, not by Synapse"
+        return wrong(check, text, PROXY, *self._proxy_lines("/_matrix", "/_matrix"))
 
     # LiveKit
 
-    async def visit(self, livekit_room: str) -> Finding:
-        """Opens a WebSocket to a room that is there, as a client does."""
+    def check_livekit_url(self, livekit_room: str) -> Finding:
+        """Opens a WebSocket to a room that exists, as a client does."""
         url = self._setup.module.livekit_url
         try:
             api_url = url.rstrip("/").replace("ws", "http", 1)
-            answer = await self._sfu.connect(api_url, self._sfu.token_for(livekit_room))
+            token = self._livekit.token_for(livekit_room)
+            answer = self._probe.send(self._livekit.connect(api_url, token))
         except NoAnswer as e:
             return self._no_websocket(f"{url} cannot be reached: {e}")
         if answer.status == 101:
-            return ok("livekit_url", f"{url} takes WebSockets")
+            return ok("livekit_url", f"{url} accepts WebSockets")
         location = answer.get("Location")
         if is_redirect(answer.status) and location.startswith("https:") and url.startswith("ws:"):
             return wrong(
@@ -267,62 +245,36 @@ class Public:
                 self._setup.block,
                 f"livekit_url: {url.replace('ws', 'wss', 1)}",
             )
-        # The room has just been made.
+        # The room was created just before.
         is_room_missing = answer.status == 404 and b"room" in answer.body and not answer.is_html
         if answer.status == 401 or is_room_missing:
-            cause = "does not know the room" if is_room_missing else "refuses the key"
+            cause = "does not know the room" if is_room_missing else "rejects the API key"
             return wrong(
                 "livekit_url",
-                f"at {url} is another LiveKit than at {self._setup.module.livekit_internal_url}:"
-                f" it {cause}",
+                f"{url} is another LiveKit than {self._livekit.url}: it {cause}",
                 self._setup.block,
-                "livekit_url: wss://sfu.example.com    # of the same LiveKit",
+                "livekit_url: wss://sfu.example.com    # the public URL of the same LiveKit",
             )
-        return self._no_websocket(
-            f"{url} is answered {_describe(answer)} and not as a WebSocket: clients get a token and"
-            " do not connect"
-        )
+        text = f"{url} is answered {describe(answer)} and not as a WebSocket"
+        return self._no_websocket(f"{text}. Clients get a token and do not connect")
 
     def _no_websocket(self, text: str) -> Finding:
-        module = self._setup.module
-        url, path = module.livekit_internal_url, "/rtc"
-        if urlsplit(url).netloc == urlsplit(module.livekit_url).netloc:
-            # Which is this proxy itself: Synapse needs LiveKit's API there.
-            url, path = "http://127.0.0.1:7880", "/"
+        public = urlsplit(self._setup.module.livekit_url)
+        upstream, path = self._livekit.url, "/rtc"
+        if urlsplit(upstream).netloc == public.netloc:
+            # That is this proxy itself, and Synapse needs LiveKit's API there as well.
+            upstream, path = "http://127.0.0.1:7880", "/"
+        if public.path:
+            upstream += path
         return wrong(
             "livekit_url",
             text,
             "the configuration of the proxy in front of LiveKit (nginx)",
-            f"location {path} {{",
-            f"    proxy_pass {url};",
+            f"location {public.path}{path} {{",
+            f"    proxy_pass {upstream};",
             "    proxy_http_version 1.1;",
             "    proxy_set_header Upgrade $http_upgrade;",
             '    proxy_set_header Connection "upgrade";',
             "    proxy_read_timeout 1h;",
             "}",
         )
-
-
-_CORS_LINES = (
-    f"# remove every 'add_header {CORS} …' for the paths of Synapse,",
-    "# which sends it itself, and let OPTIONS through to it",
-)
-
-
-def _describe(answer: Answer) -> str:
-    """What an answer looks like, without quoting it."""
-    if answer.is_html:
-        return f"with a web page ({answer.status})"
-    content = answer.json
-    if isinstance(content, dict) and isinstance(content.get("errcode"), str):
-        return f"with {answer.status} {content['errcode'][:40]}"
-    return f"with {answer.status}"
-
-
-def _cors_problem(answer: Answer, origin: str = "*") -> str | None:
-    values = answer.all(CORS)
-    if not values:
-        return f"comes without {CORS}: a browser takes it for a dead network"
-    if values not in (["*"], [origin]):
-        return f"comes with {CORS}: {', '.join(values)} instead of one *: browsers refuse it"
-    return None

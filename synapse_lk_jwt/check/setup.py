@@ -1,22 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the checks need to know of Synapse's configuration: the only file that looks into it."""
+"""What the checks need to know of Synapse's configuration."""
 
-import contextlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
 import attr
 import yaml
-from synapse.module_api.errors import ConfigError
 
-from synapse_lk_jwt.check.report import Finding, wrong
-from synapse_lk_jwt.compat.config import HomeServerConfig, find_config_files, read_config_files
 from synapse_lk_jwt.compat.delayed_events import has_delayed_events
 from synapse_lk_jwt.compat.forward_proxy import ForwardProxy, forward_proxy
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
-from synapse_lk_jwt.config import LiveKitJwtConfig, parse_config
+from synapse_lk_jwt.config import LiveKitJwtConfig
 from synapse_lk_jwt.discovery import destination, livekit_transports, transports
 from synapse_lk_jwt.identifiers import is_same_url
 
@@ -24,59 +19,56 @@ MODULE = "synapse_lk_jwt.LiveKitJwtModule"
 FOCI = "org.matrix.msc4143.rtc_foci"
 MAIN = "master"
 
-PUBLIC_BASEURL = "public_baseurl: https://matrix.example.com/    # where clients reach Synapse"
-
-_BLOCK = (
-    "modules:",
-    f"  - module: {MODULE}",
-    "    config:",
-    "      livekit_url: wss://sfu.example.com",
-    "      livekit_key: APIxxxx",
-    "      livekit_secret_path: /etc/matrix-synapse/livekit_secret",
-)
-
-
-class CannotRun(Exception):
-    """There is nothing to check. The text says why."""
-
-
-class NoModule(Exception):
-    """The module is not in the configuration, or refuses its own.
-
-    Attributes:
-        finding: what to write.
-    """
-
-    def __init__(self, finding: Finding) -> None:
-        super().__init__(finding.text)
-        self.finding = finding
-
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Listener:
-    """Where a process can be asked over HTTP.
+    """Where a process answers HTTP requests.
 
     Attributes:
         url: its address from this machine.
         resources: what Synapse serves there.
+        x_forwarded: whether Synapse reads the client's address from `X-Forwarded-For`.
     """
 
     url: str
     resources: tuple[str, ...]
+    x_forwarded: bool = True
+
+
+@attr.s(auto_attribs=True, frozen=True, slots=True)
+class Credentials:
+    """Where the API key and secret of LiveKit were read from.
+
+    Attributes:
+        secret_option: the option that gave the secret, such as `livekit_secret_path`; the name of
+            an environment variable if it was one.
+        files: all files that hold the key or the secret.
+    """
+
+    secret_option: str = "livekit_secret"  # noqa: S105
+    files: tuple[str, ...] = ()
+
+    @property
+    def from_environment(self) -> bool:
+        """Whether the secret came from an environment variable."""
+        return self.secret_option.isupper()
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
 class Setup:
-    """A homeserver as its configuration has it.
+    """A homeserver as its configuration describes it.
 
     Attributes:
         module: the module's own configuration.
         files: Synapse's configuration files.
-        file_of: the file that has a top-level key, of those that are in any.
+        file_of: the file of each top-level option that is in one.
         server_name: the homeserver's name.
         public_baseurl: where clients reach it, without a slash at the end.
-        has_public_baseurl: whether that was set, or made up from the server name.
+        has_public_baseurl: whether that is set; Synapse derives it from the server name otherwise.
         has_delayed_events: whether users may schedule delayed events.
+        max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if there are
+            no delayed events.
+        has_msc4222: whether `state_after` in /sync (MSC4222) is on.
         rc_message: the rate limit of messages.
         rc_delayed_event_mgmt: the rate limit of restarting, sending and cancelling delayed events.
         transports: `rtc/transports` without what the module adds.
@@ -85,10 +77,14 @@ class Setup:
         background: the name of the process that runs background tasks.
         listeners: of the process that this configuration is for.
         workers: where other processes listen for replication, by name.
-        whitelist: servers that federation is restricted to, None if to none.
+        whitelist: servers that federation is restricted to, None if it is not restricted.
         claims: files of application services and the path prefixes (MSC4512) that they claim.
         times_loaded: how often the module is listed.
-        livekit_proxy: the forward proxy on Synapse's way to LiveKit, None if there is none.
+        duplicate_options: top-level options that a file has more than once, by the file; and
+            `modules`, if several files have it.
+        credentials: where LiveKit's API key and secret were read from.
+        livekit_proxy: the forward proxy between Synapse and LiveKit, None if there is none.
+        base_url: `m.homeserver` of the public `.well-known/matrix/client`, if it was fetched.
     """
 
     module: LiveKitJwtConfig
@@ -98,6 +94,8 @@ class Setup:
     public_baseurl: str
     has_public_baseurl: bool
     has_delayed_events: bool
+    max_event_delay_ms: int | None
+    has_msc4222: bool
     rc_message: RatelimitSettings
     rc_delayed_event_mgmt: RatelimitSettings
     transports: Sequence[Any]
@@ -109,11 +107,14 @@ class Setup:
     whitelist: frozenset[str] | None
     claims: Mapping[str, str]
     times_loaded: int
+    duplicate_options: Mapping[str, Sequence[str]] = attr.ib(factory=dict)
+    credentials: Credentials = attr.ib(factory=Credentials)
     livekit_proxy: ForwardProxy | None = None
+    base_url: str | None = None
 
     @property
     def service_url(self) -> str:
-        """Where clients are told that the service endpoints are."""
+        """The URL of the service endpoints that clients discover."""
         return self.module.service_url_at(self.public_baseurl)
 
     def announced(self, *, has_msc4195: bool = True) -> list[Mapping[str, Any]]:
@@ -134,95 +135,86 @@ class Setup:
         places = [destination(entry).rstrip("/") for entry in entries]
         return any(is_same_url(place, url) for place in places for url in own)
 
-    def file(self, key: str) -> str:
-        """The file to write a top-level key to."""
-        return self.file_of.get(key, self.files[0])
+    def file(self, option: str) -> str:
+        """The file to write a top-level option to."""
+        return self.file_of.get(option, self.files[0])
 
     @property
     def block(self) -> str:
-        """Where to write a key of the module."""
+        """Where to write an option of the module."""
         return f"{self.file('modules')}, below 'config:' of the module"
 
+    @property
+    def public_baseurl_line(self) -> str:
+        """The line that sets `public_baseurl`, to the URL that clients use already if known."""
+        if self.base_url is not None:
+            return f"public_baseurl: {self.base_url}"
+        return "public_baseurl: https://matrix.example.com/    # where clients reach Synapse"
 
-def read(paths: Sequence[str]) -> Setup:
-    """Reads Synapse's configuration as Synapse does.
+    def settings(self) -> dict[str, str]:
+        """The options that decide about calls, as text, without secrets.
 
-    Args:
-        paths: files, and directories of `.yaml` files; later ones win.
-
-    Raises:
-        CannotRun: if Synapse could not start with it, for reasons of its own.
-        NoModule: if the module is missing, or its configuration is wrong.
-    """
-    try:
-        # Synapse prints which files it ignores, and that is no part of the report.
-        with contextlib.redirect_stdout(sys.stderr):
-            files = find_config_files(list(paths))
-            file_of = {key: name for name in files for key in _keys(name)}
-            raw = read_config_files(files)
-            module = _read_module(raw, file_of.get("modules", files[0]))
-            arguments = [part for name in files for part in ("-c", name)]
-            config = HomeServerConfig.load_config("check", arguments)
-            setup = from_synapse(config, module, raw, file_of)
-    except (CannotRun, NoModule):
-        raise
-    except ConfigError as e:
-        # The text can quote the value, and that may be a secret.
-        if e.path:
-            raise CannotRun(
-                f"Synapse does not start with {'.'.join(map(str, e.path))}; what it prints when it"
-                " is started says more"
-            ) from None
-        raise CannotRun(e.msg) from None
-    except PermissionError as e:
-        raise CannotRun(
-            f"{e.filename!r} cannot be read: run this as the user that Synapse runs as"
-        ) from None
-    except OSError as e:
-        raise CannotRun(f"{e.filename!r} cannot be read ({e.strerror})") from None
-    except Exception as e:
-        # Synapse looks at some values without expecting anything wrong. The error may quote one.
-        raise CannotRun(
-            f"Synapse does not start with this configuration ({type(e).__name__}); what it prints"
-            " when it is started says more"
-        ) from None
-    # As they were named on the command line: Synapse makes their paths absolute.
-    return attr.evolve(setup, files=tuple(files))
+        The running Synapse and the command both compute this, so that the command sees which
+        options were changed since Synapse was started.
+        """
+        module = self.module
+        return {
+            "livekit_url": module.livekit_url,
+            "livekit_internal_url": module.livekit_internal_url,
+            "livekit_key": module.livekit_key,
+            "livekit_key_file": " ".join(sorted(module.other_livekit_pairs)),
+            "full_access_homeservers": " ".join(module.full_access_homeservers.entries),
+            "remote_can_publish": " ".join(module.remote_can_publish.entries),
+            "require_room_membership": str(module.require_room_membership).lower(),
+            "rooms_elsewhere": "believe" if module.believe_rooms_elsewhere else "refuse",
+            "token_lifetime": _duration(module.token_lifetime_ms),
+            "can_update_own_metadata": str(module.can_update_own_metadata).lower(),
+            "path_prefix": module.path_prefix,
+            "service_url": module.service_url or "",
+            "advertise": module.advertise.value,
+            "sanity_check_interval": _duration(module.sanity_check_interval_ms),
+            "rc_token": _rate(module.rc_token),
+            "rc_openid": _rate(module.rc_openid),
+            "public_baseurl": f"{self.public_baseurl}/" if self.has_public_baseurl else "",
+            "max_event_delay_duration": _duration(self.max_event_delay_ms or 0),
+            "msc4222_enabled": str(self.has_msc4222).lower(),
+            "rc_message": _rate(self.rc_message),
+            "rc_delayed_event_mgmt": _rate(self.rc_delayed_event_mgmt),
+            "matrix_rtc": " ".join(map(destination, livekit_transports(list(self.transports)))),
+            "extra_well_known_client_content": " ".join(
+                map(destination, livekit_transports(self.foci))
+            ),
+            "federation_domain_whitelist": " ".join(sorted(self.whitelist or ())),
+        }
 
 
-def from_synapse(
-    config: Any,
-    module: LiveKitJwtConfig,
-    raw: Mapping[str, Any] | None = None,
-    file_of: Mapping[str, str] | None = None,
-) -> Setup:
-    """What is in Synapse's own configuration object.
+def from_synapse(config: Any, module: LiveKitJwtConfig) -> Setup:
+    """Reads Synapse's own configuration object.
 
     Args:
         config: the `HomeServerConfig`.
         module: the module's part.
-        raw: the files, as one mapping; not to be had in a running Synapse.
-        file_of: the file that has a top-level key.
     """
-    raw = raw or {}
     server, worker = config.server, config.worker
     listeners = worker.worker_listeners if worker.worker_app else server.listeners
     whitelist = config.federation.federation_domain_whitelist
     return Setup(
         module=module,
         files=tuple(config.config_files) or ("homeserver.yaml",),
-        file_of=file_of or {},
+        file_of={},
         server_name=server.server_name,
         public_baseurl=server.public_baseurl.rstrip("/"),
-        # Synapse serves `.well-known` if, and only if, it was told where it is.
+        # Synapse serves `.well-known` if, and only if, public_baseurl is set.
         has_public_baseurl=server.serve_client_wellknown,
         has_delayed_events=has_delayed_events(config),
+        max_event_delay_ms=_max_event_delay_ms(config),
+        has_msc4222=bool(getattr(config.experimental, "msc4222_enabled", True)),
         rc_message=config.ratelimiting.rc_message,
         rc_delayed_event_mgmt=config.ratelimiting.rc_delayed_event_mgmt,
         transports=list(config.matrix_rtc.transports),
-        foci=server.extra_well_known_client_content.get(FOCI),
+        foci=_foci(server.extra_well_known_client_content),
         instance=worker.instance_name,
-        background=raw.get("run_background_tasks_on") or MAIN,
+        background=MAIN,
         listeners=tuple(filter(None, map(_listener, listeners))),
         # Synapse gives the main process its name in workers only.
         workers={
@@ -231,56 +223,41 @@ def from_synapse(
         },
         whitelist=None if whitelist is None else frozenset(whitelist),
         claims=_claims(config),
-        times_loaded=len(_blocks(raw)),
+        times_loaded=1,
         livekit_proxy=forward_proxy(config, module.livekit_internal_url),
     )
 
 
-def _keys(name: str) -> list[str]:
-    """The top-level keys of a file."""
-    try:
-        with open(name) as file:
-            content = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        # The error can quote what is there, and that may be a secret.
-        mark = getattr(e, "problem_mark", None)
-        where = f": see line {mark.line + 1}" if mark else ""
-        raise CannotRun(f"{name!r} is not YAML{where}") from None
-    return list(content) if isinstance(content, dict) else []
+def _max_event_delay_ms(config: Any) -> int | None:
+    """The longest delay of a delayed event in milliseconds, None if there are none."""
+    server = config.server
+    # Synapse 1.140 has the second one only.
+    duration = getattr(server, "max_event_delay_duration", None)
+    if duration is not None:
+        return int(duration.as_millis()) or None
+    return getattr(server, "max_event_delay_ms", None)
 
 
-def _blocks(raw: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    modules = raw.get("modules")
-    return [
-        block
-        for block in (modules if isinstance(modules, list) else [])
-        if isinstance(block, dict) and str(block.get("module", "")).startswith("synapse_lk_jwt.")
-    ]
+def _foci(content: Mapping[str, Any]) -> Any:
+    """The entries in homeserver.yaml; None if the option is not there.
 
-
-def _read_module(raw: Mapping[str, Any], file: str) -> LiveKitJwtConfig:
-    blocks = _blocks(raw)
-    if not blocks:
-        text = "is not in the configuration, so that Synapse does not load it"
-        raise NoModule(wrong("module", text, file, *_BLOCK))
-    try:
-        return parse_config(blocks[0].get("config") or {})
-    except ConfigError as e:
-        hint = "" if blocks[0].get("config") else " (the environment of this command counts)"
-        text = f"Synapse does not start with this configuration{hint}: {e.msg}"
-        raise NoModule(wrong("module", text, file)) from None
+    Synapse serves an empty option as null, which names no LiveKit.
+    """
+    entries = content.get(FOCI)
+    return "" if entries is None and FOCI in content else entries
 
 
 def _listener(listener: Any) -> Listener | None:
     if listener.type != "http" or listener.http_options is None:
         return None
-    names = [name for resource in listener.http_options.resources for name in resource.names]
+    options = listener.http_options
+    names = tuple(name for resource in options.resources for name in resource.names)
     if hasattr(listener, "path"):
-        return Listener(_socket_url(listener.path), tuple(names))
+        return Listener(_socket_url(listener.path), names, options.x_forwarded)
     host = (listener.bind_addresses or ["127.0.0.1"])[0]
     host = {"::": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104
     scheme = "https" if listener.tls else "http"
-    return Listener(_url(scheme, host, listener.port), tuple(names))
+    return Listener(_url(scheme, host, listener.port), names, options.x_forwarded)
 
 
 def _location(at: Any) -> str:
@@ -299,7 +276,7 @@ def _socket_url(path: str) -> str:
 
 def _claims(config: Any) -> dict[str, str]:
     claims: dict[str, str] = {}
-    # Older Synapses do not know it.
+    # Older Synapses do not have it.
     if not getattr(config.experimental, "msc4512_enabled", False):
         return claims
     for name in config.appservice.app_service_config_files:
@@ -308,3 +285,11 @@ def _claims(config: Any) -> dict[str, str]:
         if prefix:
             claims[name] = prefix
     return claims
+
+
+def _duration(ms: int) -> str:
+    return f"{ms / 1000:g}s"
+
+
+def _rate(limit: RatelimitSettings) -> str:
+    return f"{limit.per_second:g} per second, burst {limit.burst_count:g}"

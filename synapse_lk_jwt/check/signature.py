@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a running Synapse knows that it is asked by somebody who may read its configuration.
+"""Signs a request of the check command, so that Synapse answers only those who know the secret.
 
 The key is derived from LiveKit's API secret and is not that secret: participants hold tokens that
-are signed with it, and nothing of LiveKit's must pass for a question of the check command.
+are signed with it, and none of these must pass for a request of the check command.
 """
 
 from hashlib import sha256
@@ -11,7 +11,7 @@ import jwt
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-# How long a question may be under way, and how far the command's clock may be from Synapse's.
+# How old a request may be, and how far the command's clock may be from Synapse's.
 TOLERATED_SEC = 120
 
 
@@ -26,11 +26,11 @@ def _digest(body: bytes) -> str:
 
 
 def sign(secret: str, body: bytes, now_ms: int) -> str:
-    """The `Authorization` header of a question.
+    """The `Authorization` header of a request.
 
     Args:
         secret: LiveKit's API secret.
-        body: the body that the header is good for.
+        body: the body that the header covers.
         now_ms: milliseconds since the epoch.
     """
     claims = {"iat": now_ms // 1000, "sha256": _digest(body)}
@@ -38,13 +38,13 @@ def sign(secret: str, body: bytes, now_ms: int) -> str:
 
 
 def is_signed(secret: str, authorization: str, body: bytes, now_ms: int) -> bool:
-    """Whether the header of that name was made with `sign` for this body, and a moment ago."""
+    """Whether `sign` made this header for this body within the tolerated time."""
     try:
         claims = jwt.decode(
             authorization.removeprefix("Bearer "),
             _key(secret),
             algorithms=["HS256"],
-            # PyJWT reads the machine's clock, and Synapse has one of its own.
+            # PyJWT reads the machine's clock, which is not Synapse's in its test harness.
             options={"require": ["iat"], "verify_iat": False},
         )
     except (jwt.InvalidTokenError, ValueError):

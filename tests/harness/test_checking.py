@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the check command asks a running homeserver, and webhooks that never come."""
+"""Requests of the check command, the checks at start, and webhooks that never arrive."""
 
 import json
 import logging
@@ -11,11 +11,12 @@ import jwt
 from livekit.api import VideoGrants
 from parameterized import parameterized
 
-from synapse_lk_jwt.check.probe import NoAnswer
-from synapse_lk_jwt.check.report import ok, warning
-from synapse_lk_jwt.check.sfu import Sfu
+from synapse_lk_jwt.check.livekit import LiveKitChecks
+from synapse_lk_jwt.check.livekit_requests import LiveKit
+from synapse_lk_jwt.check.probe import NoAnswer, Steps
+from synapse_lk_jwt.check.report import Finding, ok, warning
 from synapse_lk_jwt.check.signature import sign
-from synapse_lk_jwt.check.start import LOOK_AGAIN_MS
+from synapse_lk_jwt.check.start import CHECK_AGAIN_MS
 from synapse_lk_jwt.livekit.tokens import TokenSigner
 from synapse_lk_jwt.process_registry import ProcessTable
 from tests.harness.base import SECRET, P
@@ -38,37 +39,37 @@ class CheckTests(DelegationTestCase):
         headers = [] if authorization is None else [("Authorization", authorization)]
         return self.make_request(method, P + path, body, shorthand=False, custom_headers=headers)
 
-    def test_whoever_may_read_the_configuration_is_told(self) -> None:
+    def test_check_with_a_signature_reports_the_state(self) -> None:
         channel = self.ask(sign(SECRET, b"{}", self.now_ms()))
         assert channel.code == 200, channel.result
-        said = channel.json_body
-        assert (said["server_name"], said["instance"], said["is_background"]) == (
-            "test",
-            "master",
-            True,
-        )
-        assert 0 <= self.now_ms() - said["now_ms"] <= 1000
-        assert said["not_served"] is None
-        assert SECRET not in json.dumps(said)
+        state = channel.json_body
+        assert state["server_name"] == "test"
+        assert state["instance"] == "master"
+        assert state["is_background"] is True
+        assert 0 <= self.now_ms() - state["now_ts"] <= 1000
+        assert state["not_served"] is None
+        assert state["settings"]["livekit_key"] == "APIkey"
+        assert state["settings"]["max_event_delay_duration"] == "86400s"
+        assert SECRET not in json.dumps(state)
         for apart_ms in (-119_000, 119_000):
             assert self.ask(sign(SECRET, b"{}", self.now_ms() + apart_ms)).code == 200
 
-    def test_signature_of_another_question_is_not_good(self) -> None:
+    def test_check_with_the_signature_of_another_request_is_404(self) -> None:
         body = json.dumps({"user_id": self.alice, "room_id": self.room_id}).encode()
         authorization = sign(SECRET, b"{}", self.now_ms())
         assert self.ask(authorization, body=body).code == 404
         assert self.ask(sign(SECRET, body, self.now_ms()), body=body).code == 200
-        # What is behind the largest body counts, too.
+        # The signature covers what is beyond the largest body.
         large = b" " * 65_536
         authorization = sign(SECRET, large, self.now_ms())
         assert self.ask(authorization, body=large).json_body["errcode"] == "M_NOT_JSON"
         assert self.ask(authorization, body=large + b"{}").code == 413
 
-    def test_signature_is_good_for_two_minutes(self) -> None:
+    def test_check_with_a_signature_older_than_two_minutes_is_404(self) -> None:
         for apart_ms in (-122_000, 122_000):
             assert self.ask(sign(SECRET, b"{}", self.now_ms() + apart_ms)).code == 404
 
-    def test_for_everybody_else_it_does_not_exist(self) -> None:
+    def test_check_without_a_signature_answers_like_an_unknown_path(self) -> None:
         signer = TokenSigner("APIkey", SECRET, self.now_ms)
         api_token = signer.api_token(VideoGrants(room_list=True, room_admin=True))
         unsigned = jwt.encode({"exp": self.now_ms() // 1000}, "", algorithm="none")
@@ -80,7 +81,7 @@ class CheckTests(DelegationTestCase):
             "Bearer \xff",
             b"Bearer \xff",
             f"Bearer {SECRET}",
-            # A participant's, an application's, a user's.
+            # Tokens of a participant, of the API, of a user.
             f"Bearer {self.token()}",
             f"Bearer {api_token}",
             f"Bearer {self.alices_token}",
@@ -99,29 +100,30 @@ class CheckTests(DelegationTestCase):
                 assert names[0] == names[1]
         assert channel.headers.hasHeader("Access-Control-Allow-Origin")
 
-    def test_a_user_and_a_room_must_be_that(self) -> None:
-        for body in (b"", b"[]", b'{"user_id": 1}', b'{"user_id": "@a:b", "room_id": "#a"}'):
-            channel = self.ask(sign(SECRET, body, self.now_ms()), body=body)
-            assert channel.code == 400, body
+    @parameterized.expand(
+        [(b"",), (b"[]",), (b'{"user_id": 1}',), (b'{"user_id": "@a:b", "room_id": "#a"}',)]
+    )
+    def test_check_with_an_invalid_body_is_400(self, body: bytes) -> None:
+        assert self.ask(sign(SECRET, body, self.now_ms()), body=body).code == 400
 
-    def test_what_decides_about_a_user_is_told(self) -> None:
+    def test_check_of_a_user_reports_what_decides_about_a_token(self) -> None:
         def ask() -> Any:
             body = json.dumps({"user_id": self.alice, "room_id": self.room_id}).encode()
             return self.ask(sign(SECRET, body, self.now_ms()), body=body).json_body["user"]
 
-        said = ask()
+        user = ask()
         decides = ("is_active", "auth_blocked", "standing", "is_blocked", "is_allowed")
-        assert [said[name] for name in decides] == [True, None, "normal", False, True]
+        assert [user[name] for name in decides] == [True, None, "normal", False, True]
         self.get_success(self.hs.get_datastores().main.block_room(self.room_id, self.alice))
-        said = ask()
-        assert [said[name] for name in decides] == [True, None, "normal", True, False]
+        user = ask()
+        assert [user[name] for name in decides] == [True, None, "normal", True, False]
         self.hs.config.server.hs_disabled = True
         self.hs.get_auth_blocking()._hs_disabled = True
         assert ask()["auth_blocked"] == self.hs.config.server.hs_disabled_message
 
 
 class RejectedWebhookTests(DelegationTestCase):
-    """What a request with a wrong signature makes the check command think."""
+    """Requests with a wrong signature, which the check command reports."""
 
     def reject(self, **more: Any) -> None:
         now = int(self.reactor.seconds())
@@ -164,47 +166,58 @@ class RejectedWebhookTests(DelegationTestCase):
         assert note.call_count <= seconds + 2
 
 
-class RunningTests(DelegationTestCase):
-    def test_what_stays_as_it_is_is_told_once(self) -> None:
-        # The first look, soon after the start.
+class StartCheckTests(DelegationTestCase):
+    def test_finding_that_stays_is_logged_once(self) -> None:
+        # The first check, soon after the start.
         self.advance_by(2)
-        looks = [
+        results: list[list[Finding] | NoAnswer] = [
             [warning("clocks", "are 7 s apart")],
             [warning("clocks", "are 8 s apart")],
             [ok("auto_create", "is off")],
-            NoAnswer("LiveKit is away"),
+            NoAnswer("LiveKit does not answer"),
             [warning("clocks", "are 9 s apart")],
         ]
         with (
-            patch.object(Sfu, "check_rooms", side_effect=looks) as look,
+            patch.object(
+                LiveKitChecks, "check_rooms", side_effect=[no_requests(r) for r in results]
+            ) as check,
             self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs,
         ):
-            for _ in looks:
-                self.reactor.advance(LOOK_AGAIN_MS / 1000)
+            for _ in results:
+                self.reactor.advance(CHECK_AGAIN_MS / 1000)
                 self.pump()
-        assert look.call_count == len(looks)
-        told = [line for line in logs.output if "clocks" in line]
-        assert ["7 s apart" in told[0], "9 s apart" in told[1]] == [True] * len(told)
+        assert check.call_count == len(results)
+        first, second = (line for line in logs.output if "clocks" in line)
+        assert "7 s apart" in first
+        assert "9 s apart" in second
 
     def test_access_rule_once_found_enforced_is_not_tried_again(self) -> None:
-        # The first look, soon after the start.
+        # The first check, soon after the start.
         self.advance_by(2)
-        with patch.object(Sfu, "_access_rule") as tried:
+        with patch.object(LiveKit, "publish") as tried:
             for _ in range(3):
-                self.reactor.advance(LOOK_AGAIN_MS / 1000)
+                self.reactor.advance(CHECK_AGAIN_MS / 1000)
                 self.pump()
         tried.assert_not_called()
 
 
+def no_requests(result: list[Finding] | NoAnswer) -> Steps[list[Finding]]:
+    """A check that needs no request."""
+    if isinstance(result, NoAnswer):
+        raise result
+    return result
+    yield
+
+
 class WebhookTests(DelegationTestCase):
     def join(self) -> Any:
-        """Somebody comes, as LiveKit has it, and nobody is told."""
+        """A participant joins, and no webhook is sent."""
         participant = self.sfu.join(self.token())
         participant.joined_at = int(self.reactor.seconds())
         return participant
 
-    def test_webhooks_that_never_come_are_told_once(self) -> None:
-        # The harness begins in 1970, and a webhook of that time is none.
+    def test_webhooks_that_never_arrive_are_logged_once(self) -> None:
+        # The harness begins in 1970, and time 0 stands for no webhook.
         self.advance_by(100)
         self.join()
         with self.assertLogs("synapse_lk_jwt", logging.INFO) as logs:
@@ -218,7 +231,7 @@ class WebhookTests(DelegationTestCase):
         assert " -m synapse_lk_jwt check" in line
         assert line.endswith("'")
 
-    def test_webhooks_that_come_are_not_missed(self) -> None:
+    def test_webhooks_that_arrive_are_not_logged(self) -> None:
         self.advance_by(100)
         participant = self.join()
         with self.assertLogs("synapse_lk_jwt", logging.INFO) as logs:

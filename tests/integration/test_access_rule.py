@@ -14,7 +14,7 @@ import pytest
 from livekit import api
 from livekit.protocol.rtc import JoinRequest, SignalResponse, WrappedJoinRequest
 
-from synapse_lk_jwt.check.sfu import WHIP_OFFER
+from synapse_lk_jwt.check.livekit_requests import WHIP_OFFER
 from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE, TokenSigner
 from testbed import service
 from testbed.call import CallRejected, Participant

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of Synapse's configuration, on the files of a homeserver that runs."""
+"""Checks of Synapse's configuration, on the files of a running homeserver."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ import pytest
 
 from testbed.check import Report
 from testbed.process import wait_until
-from testbed.public import Public
+from testbed.public import Public, stage
 from testbed.service import PREFIX
+from testbed.sets import running
 from testbed.synapse import Synapse
 
 FOCI = "org.matrix.msc4143.rtc_foci"
@@ -17,16 +18,16 @@ OLD = "https://old.example.com/livekit/jwt"
 OTHER = {"type": "livekit", "livekit_service_url": OLD}
 
 
-def mended(
+def check_and_fix(
     public: Public,
     check: str,
     config: dict[str, Any] | None = None,
     module: dict[str, Any] | None = None,
 ) -> Report:
-    """Find a fault, paste the lines of all that is said of it, and see that it is gone.
+    """Find a problem, write the printed lines into the files, and find none any more.
 
     Returns:
-        What was reported before.
+        The first report.
     """
     config, module = dict(config or {}), dict(module or {})
     before = public.check.run(config=config, module=module)
@@ -42,22 +43,24 @@ def mended(
     return before
 
 
-def test_no_delayed_events(public: Public) -> None:
-    report = mended(public, "delayed events", {"max_event_delay_duration": None})
-    assert "stays in the call as a ghost" in report.the("wrong", "delayed events").text
+def test_delayed_events_off_is_wrong(public: Public) -> None:
+    report = check_and_fix(public, "delayed events", {"max_event_delay_duration": None})
+    assert "stays listed in the call" in report.the("wrong", "delayed events").text
     assert report.status == 1
 
 
-def test_rate_limits_as_synapse_has_them(public: Public) -> None:
-    report = mended(public, "rate limits", {"rc_message": None, "rc_delayed_event_mgmt": None})
+def test_default_rate_limits_are_a_warning(public: Public) -> None:
+    report = check_and_fix(
+        public, "rate limits", {"rc_message": None, "rc_delayed_event_mgmt": None}
+    )
     message, delayed = report.all("warning", "rate limits")
-    assert message.text.startswith("rc_message lets a client do 0.2 a second and 10 at once")
-    assert delayed.text.startswith("rc_delayed_event_mgmt lets a client do 1 a second and 5 at")
+    assert message.text.startswith("rc_message of 0.2/s, burst 10, is too low")
+    assert delayed.text.startswith("rc_delayed_event_mgmt of 1/s, burst 5, is too low")
     assert report.status == 0
 
 
-def test_nothing_is_advertised(public: Public) -> None:
-    report = mended(public, "rtc/transports", module={"advertise": False})
+def test_empty_transports_are_wrong(public: Public) -> None:
+    report = check_and_fix(public, "rtc/transports", module={"advertise": False})
     assert "is empty: advertise is off" in report.the("wrong", "rtc/transports").text
     assert report.status == 1
 
@@ -65,7 +68,7 @@ def test_nothing_is_advertised(public: Public) -> None:
 @pytest.mark.parametrize(
     ("transports", "text"),
     [
-        ([OTHER], f"names {OLD}, which was set by hand"),
+        ([OTHER], f"names {OLD}, which matrix_rtc in homeserver.yaml sets"),
         (
             [{"type": "livekit", "url": "wss://old.example.com"}],
             "names wss://old.example.com, which",
@@ -74,11 +77,13 @@ def test_nothing_is_advertised(public: Public) -> None:
             [{"type": "m.livekit", "url": "wss://old.example.com"}],
             "names wss://old.example.com, wh",
         ),
-        ([{"type": "m.livekit"}], "names no service, which was set by hand"),
+        ([{"type": "m.livekit"}], "names no service, which matrix_rtc"),
     ],
 )
-def test_another_service_is_advertised(transports: list[Any], text: str, public: Public) -> None:
-    report = mended(public, "rtc/transports", {"matrix_rtc": {"transports": transports}})
+def test_transports_of_another_service_are_wrong(
+    transports: list[Any], text: str, public: Public
+) -> None:
+    report = check_and_fix(public, "rtc/transports", {"matrix_rtc": {"transports": transports}})
     assert text in report.the("wrong", "rtc/transports").text
     assert report.status == 1
 
@@ -86,7 +91,7 @@ def test_another_service_is_advertised(transports: list[Any], text: str, public:
 def test_check_of_entry_by_hand_that_mixes_both_kinds_warns(public: Public) -> None:
     url = public.nginx.url("livekit").replace("https:", "wss:")
     entry = {"type": "livekit", "livekit_service_url": public.service_url, "url": url}
-    report = mended(public, "rtc/transports", {"matrix_rtc": {"transports": [entry]}})
+    report = check_and_fix(public, "rtc/transports", {"matrix_rtc": {"transports": [entry]}})
     text = report.the("warning", "rtc/transports").text
     assert "with url beside livekit_service_url" in text
     assert report.status == 0
@@ -109,67 +114,106 @@ def test_check_before_restart_with_another_advertise_asks_for_a_restart(
     advertise: str, public: Public
 ) -> None:
     report = public.check.run(module={"advertise": advertise})
-    assert report.bad == {"rtc/transports": "warning"}, str(report)
-    text = report.the("warning", "rtc/transports").text
-    assert text == f"names {public.service_url}, as the running Synapse has it: restart it"
+    assert report.bad == {}, str(report)
+    finding = report.the("warning", "settings")
+    assert f"advertise is 'service', in the files '{advertise}'" in finding.text
+    assert finding.lines[0].startswith("systemctl restart matrix-synapse")
+
+
+def test_running_settings_that_differ_from_the_files_are_named(
+    public: Public, tmp_path: Path
+) -> None:
+    second = stage(tmp_path, "r", public.livekit)
+    second.synapse.extra_config |= {"max_event_delay_duration": None}
+    second.synapse.module_config = {
+        **(second.synapse.module_config or {}),
+        "full_access_homeservers": ["*"],
+    }
+    with running(second.synapse, second.nginx):
+        config: dict[str, Any] = {"max_event_delay_duration": "24h"}
+        module: dict[str, Any] = {"full_access_homeservers": []}
+        report = second.check.run(config=config, module=module)
+        # What the files say is well, and what runs has no delayed events.
+        assert report.the("ok", "delayed events")
+        finding = report.the("wrong", "settings")
+        assert "the main process runs with other settings than are in these files" in finding.text
+        assert "max_event_delay_duration is '0s', in the files '86400s'" in finding.text
+        assert "full_access_homeservers is '*', in the files empty" in finding.text
+        assert "With these, delayed events is wrong" in finding.text
+        assert report.status == 1
+        second.synapse.extra_config |= config
+        second.synapse.module_config = {**second.synapse.module_config, **module}
+        second.synapse.restart()
+        assert second.check.run().the("ok", "settings")
 
 
 @pytest.mark.parametrize("foci", [[OTHER], [{**OTHER, "livekit_service_url": 7}]])
-def test_well_known_content_that_is_old(foci: Any, public: Public) -> None:
+def test_well_known_content_of_another_service_is_wrong(foci: Any, public: Public) -> None:
     config = {"extra_well_known_client_content": {FOCI: foci}}
     report = public.check.run(config=config)
     finding = report.the("wrong", ".well-known")
-    assert "which was set by hand, and not this module" in finding.text
-    assert public.check.run(config=finding.pasted).bad == {}
+    assert "in homeserver.yaml names" in finding.text
+    assert ".well-known" in report.skipped
+    config = {"extra_well_known_client_content": finding.pasted}
+    assert public.check.run(config=config).bad == {}
 
 
-@pytest.mark.parametrize("foci", ["text", 7, {"a": 1}, [1, "text", None], []])
-def test_well_known_content_of_wrong_types(foci: Any, public: Public) -> None:
-    # What the running Synapse serves is right.
+@pytest.mark.parametrize("foci", [None, "text", 7, {"a": 1}, [1, "text", None], []])
+def test_well_known_content_of_wrong_types_is_found(foci: Any, public: Public) -> None:
+    # The running Synapse has the right content.
     for module in ({}, {"advertise": False}):
         config = {"extra_well_known_client_content": {FOCI: foci}}
         report = public.check.run(config=config, module=module)
         # The module adds itself to a list.
-        is_told = not isinstance(foci, list) or bool(module)
-        assert (".well-known" in report.bad) == is_told, str(report)
+        is_found = not isinstance(foci, list) or bool(module)
+        assert (".well-known" in report.bad) == is_found, str(report)
 
 
 @pytest.mark.parametrize(
     ("module", "verdict"), [({}, "wrong"), ({"service_url": "{service_url}"}, "warning")]
 )
-def test_no_public_baseurl(module: dict[str, str], verdict: str, public: Public) -> None:
+def test_public_baseurl_unset_is_found_and_public_checks_are_skipped(
+    module: dict[str, str], verdict: str, public: Public
+) -> None:
     module = {key: value.format(service_url=public.service_url) for key, value in module.items()}
     report = public.check.run(config={"public_baseurl": None}, module=module)
     finding = report.the(verdict, "public_baseurl")
     assert list(finding.pasted) == ["public_baseurl"]
     assert "serves no .well-known" in finding.text
-    assert report.bad["public_baseurl"] == verdict
+    # From the document that clients fetch.
+    assert finding.pasted == {"public_baseurl": f"{public.nginx.url('matrix')}/"}
+    assert report.bad == {"public_baseurl": verdict}, str(report)
+    skipped = {"/versions", "/rtc/transports", "MSC4195"}
+    if not module:
+        skipped |= {"service", "preflight", ".well-known"}
+    assert report.skipped == skipped
 
 
 # Who may start calls
 
 
 @pytest.mark.parametrize("entry", ["example.org:", "example.org:99999"])
-def test_entries_that_match_nobody(entry: str, public: Public) -> None:
+def test_entry_that_cannot_be_a_server_name_is_a_warning(entry: str, public: Public) -> None:
     servers = ["example.org", entry, "*.example.com", "example.??", "[::1]:8448"]
     report = public.check.run(module={"full_access_homeservers": servers})
     finding = report.the("warning", "full access")
-    assert finding.text.startswith(f"no server can be called {entry!r}:")
+    assert finding.text.startswith(f"{entry!r} cannot be a server name")
     assert list(finding.pasted) == ["full_access_homeservers"]
     assert report.bad == {"full access": "warning"}
     assert report.status == 0
 
 
-def test_ones_own_server_on_the_list(public: Public) -> None:
+def test_own_server_on_the_list_is_well(public: Public) -> None:
     own = public.synapse.server_name.upper()
-    report = mended(public, "full access", module={"full_access_homeservers": [own, "a.example"]})
-    finding = report.the("warning", "full access")
-    assert finding.text.startswith(f"{own!r} is this homeserver")
-    assert finding.pasted == {"full_access_homeservers": ["a.example"]}
+    report = public.check.run(module={"full_access_homeservers": [own, "a.example"]})
+    assert report.bad == {}, str(report)
+    assert (
+        report.the("ok", "full access").text == "your users and those of a.example may start calls"
+    )
 
 
 @pytest.mark.parametrize("servers", ["*", ["*"], ["**", "example.org"], None])
-def test_everybody_may_start_calls(servers: Any, public: Public) -> None:
+def test_full_access_for_every_homeserver_is_a_warning(servers: Any, public: Public) -> None:
     report = public.check.run(module={"full_access_homeservers": servers})
     assert "users of every homeserver can start calls" in report.the("warning", "module").text
     assert "every homeserver may start calls" in report.the("ok", "full access").text
@@ -180,21 +224,24 @@ def test_everybody_may_start_calls(servers: Any, public: Public) -> None:
 
 
 @pytest.mark.parametrize("whitelist", [[], ["elsewhere.example"]])
-def test_federation_that_is_restricted(whitelist: list[str], public: Public) -> None:
+def test_federation_whitelist_without_a_listed_server_is_wrong(
+    whitelist: list[str], public: Public
+) -> None:
     config = {"federation_domain_whitelist": whitelist}
     module = {"full_access_homeservers": ["example.org"]}
-    report = mended(public, "federation", config, module)
+    report = check_and_fix(public, "federation", config, module)
     finding = report.the("wrong", "federation")
-    assert "is restricted by federation_domain_whitelist: example.org's users" in finding.text
+    assert "federation_domain_whitelist excludes servers" in finding.text
+    assert "example.org" in finding.text
     config = {"federation_domain_whitelist": []}
     report = public.check.run(config=config, module={"full_access_homeservers": ["*"]})
     assert report.the("warning", "federation")
-    # Whom nobody has listed nobody misses.
+    # Without a listed server there is nothing to verify.
     assert public.check.run(config=config).bad == {}
 
 
 @pytest.mark.parametrize("names", [["client"], ["client", "openid"]])
-def test_no_listener_for_other_homeservers(names: list[str], public: Public) -> None:
+def test_federation_without_a_listener_is_wrong(names: list[str], public: Public) -> None:
     port = int(public.synapse.client_url.rpartition(":")[2])
     listener = {"port": port, "type": "http", "resources": [{"names": names}]}
     config = {"listeners": [listener]}
@@ -203,10 +250,10 @@ def test_no_listener_for_other_homeservers(names: list[str], public: Public) -> 
     finding = report.the("wrong", "federation")
     assert "no listener has federation" in finding.text
     assert ("and openid" in finding.text) == ("openid" not in names)
-    assert report.bad == {"federation": "wrong"}, str(report)
+    assert report.bad == {"federation": "wrong", "x_forwarded": "warning"}, str(report)
     (added,) = finding.pasted["listeners"]
     config = {"listeners": [listener, added]}
-    assert public.check.run(config=config, module=module).bad == {}
+    assert public.check.run(config=config, module=module).bad == {"x_forwarded": "warning"}
 
 
 # Listeners of all kinds
@@ -219,16 +266,17 @@ def test_no_listener_for_other_homeservers(names: list[str], public: Public) -> 
         {"bind_addresses": ["0.0.0.0"]},
         {"bind_addresses": ["127.0.0.1", "::1"]},
         {"bind_address": "127.0.0.1", "bind_addresses": []},
-        {"bind_addresses": None, "x_forwarded": True},
+        {"bind_addresses": None},
         {"resources": [{"names": ["client"]}, {"names": ["federation"]}]},
     ],
 )
-def test_addresses_of_listeners(changes: dict[str, Any], public: Public) -> None:
+def test_listener_of_each_kind_is_asked(changes: dict[str, Any], public: Public) -> None:
     port = int(public.synapse.client_url.rpartition(":")[2])
     listener = {
         "port": port,
         "type": "http",
         "bind_addresses": ["127.0.0.1"],
+        "x_forwarded": True,
         "resources": [{"names": ["client", "federation"]}],
         **changes,
     }
@@ -240,7 +288,9 @@ def test_addresses_of_listeners(changes: dict[str, Any], public: Public) -> None
 
 
 @pytest.mark.parametrize("listeners", [[], [{"port": 1, "type": "metrics"}]])
-def test_no_listener_at_all(listeners: list[Any], public: Public) -> None:
+def test_configuration_without_a_listener_is_a_warning(
+    listeners: list[Any], public: Public
+) -> None:
     report = public.check.run(config={"listeners": listeners})
     assert "has no listener" in report.the("warning", "processes").text
 
@@ -248,7 +298,7 @@ def test_no_listener_at_all(listeners: list[Any], public: Public) -> None:
 # In a Synapse that starts
 
 
-def test_a_neglected_homeserver_says_so_at_its_start(tmp_path: Path) -> None:
+def test_each_problem_is_logged_once_at_start(tmp_path: Path) -> None:
     config = {
         "livekit_url": "wss://127.0.0.1:1",
         "livekit_key": "APIkey",
@@ -266,31 +316,31 @@ def test_a_neglected_homeserver_says_so_at_its_start(tmp_path: Path) -> None:
     synapse.start()
     try:
         synapse.wait_ready()
-        told = (
+        texts = (
             "delayed events: are off",
-            "rate limits: rc_message lets",
+            "rate limits: rc_message of",
             "public_baseurl: is not set",
             "rtc/transports: is empty",
-            ".well-known: org.matrix.msc4143.rtc_foci names",
-            "full access: no server can be called 'example.org:99999'",
-            "federation: is restricted",
+            ".well-known: org.matrix.msc4143.rtc_foci in homeserver.yaml names",
+            "full access: 'example.org:99999' cannot be a server name",
+            "federation: federation_domain_whitelist excludes",
             "LiveKit at https://127.0.0.1:1 cannot be used",
         )
-        wait_until(lambda: all(text in synapse.log_text() for text in told), "all lines")
+        wait_until(lambda: all(text in synapse.log_text() for text in texts), "all lines")
     finally:
         synapse.stop()
     command = f"-m synapse_lk_jwt check -c {synapse.directory / 'homeserver.json'}'"
     lines = [line for line in synapse.log_text().splitlines() if command in line]
-    assert len(lines) == len(told), lines
-    for text in told:
+    assert len(lines) == len(texts), lines
+    for text in texts:
         (line,) = (line for line in lines if text in line)
         assert line.endswith(command), line
     assert "Traceback" not in synapse.log_text()
 
 
-def test_nothing_is_said_at_a_clean_start(public: Public) -> None:
+def test_clean_start_logs_no_problem(public: Public) -> None:
     log_of = public.synapse.log_text
-    wait_until(lambda: "/rtc/validate: 404" in log_of(), "look at LiveKit")
+    wait_until(lambda: "/rtc/validate: 404" in log_of(), "check of LiveKit")
     log = [line for line in public.synapse.log_text().splitlines() if " - synapse_lk_jwt" in line]
     assert [line for line in log if " - INFO - " not in line] == []
     assert f"Serving LiveKit access tokens at {public.nginx.url('matrix')}{PREFIX}" in log[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in the module's way in a Synapse, found at its start and by the check command."""
+"""Problems that both the log at start and the check command report."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from livekit import api
 
-from synapse_lk_jwt.check import running as running_checks
+from synapse_lk_jwt.check import webhooks
 from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
 from testbed.check import Checker
 from testbed.livekit import LiveKit
@@ -22,7 +22,7 @@ from testbed.sets import module_config, running
 from testbed.skips import missing_tool
 from testbed.synapse import MODULE, Synapse
 
-# Another module that serves something at our path.
+# Another module that serves our path.
 SQUATTER = f"""
 from twisted.web.resource import Resource
 
@@ -35,7 +35,7 @@ class Module:
         return config
 """
 
-# Another module that makes a Synapse which does without a registry of servlets.
+# Another module, which removes the registry of servlets from Synapse.
 OLD_SYNAPSE = """
 import builtins
 import synapse.rest
@@ -77,7 +77,7 @@ def synapse(livekit: LiveKit, tmp_path: Path) -> Iterator[Synapse]:
 
 
 def modules(synapse: Synapse, *blocks: str) -> None:
-    """Have a Synapse load some modules, this one by an empty name, and start it."""
+    """Starts a Synapse with some modules; an empty name stands for this one."""
     ours = {"module": MODULE, "config": synapse.module_config}
     synapse.extra_config["modules"] = [
         {"module": block, "config": {}} if block else ours for block in blocks
@@ -93,7 +93,7 @@ def line(synapse: Synapse, text: str) -> str:
     return found
 
 
-def test_another_module_serves_our_path(synapse: Synapse, tmp_path: Path) -> None:
+def test_path_of_another_module_is_reported(synapse: Synapse, tmp_path: Path) -> None:
     (tmp_path / "squatter.py").write_text(SQUATTER)
     modules(synapse, "squatter.Module", "")
     assert " - ERROR - " in line(synapse, f"Another module serves {PREFIX}")
@@ -104,8 +104,8 @@ def test_another_module_serves_our_path(synapse: Synapse, tmp_path: Path) -> Non
     assert report.status == 1
 
 
-def test_the_module_is_listed_twice(synapse: Synapse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running_checks, "WEBHOOK_SEC", 0)
+def test_module_listed_twice_is_reported(synapse: Synapse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "WEBHOOK_SEC", 0)
     modules(synapse, "", "")
     assert line(synapse, "or this one is listed twice")
     report = Checker(synapse).run()
@@ -115,10 +115,10 @@ def test_the_module_is_listed_twice(synapse: Synapse, monkeypatch: pytest.Monkey
     assert report.status == 1
 
 
-def test_an_application_service_claims_our_paths(
+def test_application_service_that_claims_the_paths_is_reported(
     synapse: Synapse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running_checks, "WEBHOOK_SEC", 0)
+    monkeypatch.setattr(webhooks, "WEBHOOK_SEC", 0)
     registration: dict[str, Any] = {
         "id": "livekit",
         "url": None,
@@ -140,14 +140,14 @@ def test_an_application_service_claims_our_paths(
     assert "an application service claims 'rtc/livekit' (MSC4512)" in in_files.text
     assert in_files.file == str(file)
     assert "MSC4195's homeserver endpoints are not served" in in_synapse.text
-    # It is not for want of the module.
+    # The module is loaded.
     assert not report.all("wrong", "MSC4195")
     assert "is-secret" not in str(report)
 
 
-def test_a_synapse_that_lacks_a_hook(synapse: Synapse, tmp_path: Path) -> None:
+def test_synapse_without_a_hook_is_reported(synapse: Synapse, tmp_path: Path) -> None:
     (tmp_path / "old_synapse.py").write_text(OLD_SYNAPSE)
-    # Without a LiveKit nobody waits for its webhooks.
+    # Without a LiveKit the check does not wait for its webhooks.
     synapse.module_config = {**(synapse.module_config or {}), "livekit_url": "ws://127.0.0.1:1"}
     modules(synapse, "old_synapse.Module", "")
     assert line(synapse, "this Synapse has no registry of servlets")
@@ -162,7 +162,9 @@ def test_a_synapse_that_lacks_a_hook(synapse: Synapse, tmp_path: Path) -> None:
 # LiveKit
 
 
-def test_livekit_makes_rooms_and_none_by_being_looked_at(synapse: Synapse, tmp_path: Path) -> None:
+def test_auto_create_is_logged_and_the_check_at_start_creates_no_room(
+    synapse: Synapse, tmp_path: Path
+) -> None:
     open_to_all = LiveKit(tmp_path, auto_create=True)
     open_to_all.webhook_urls = [f"{synapse.client_url}{PREFIX}/sfu_webhook"]
     synapse.module_config = module_config(open_to_all)
@@ -173,9 +175,9 @@ def test_livekit_makes_rooms_and_none_by_being_looked_at(synapse: Synapse, tmp_p
         assert " - WARNING - " in line(synapse, "auto_create: is on")
         assert "access rule" not in synapse.log_text()
         assert open_to_all.rooms() == []
-        # LiveKit tells of rooms at once, also of those that are gone.
+        # LiveKit sends webhooks at once, also for rooms that are gone.
         assert "sfu_webhook" not in synapse.log_text()
-        open_to_all.ask("CreateRoom", {"name": "told"}, api.VideoGrants(room_create=True))
+        open_to_all.ask("CreateRoom", {"name": "other"}, api.VideoGrants(room_create=True))
         wait_until(lambda: "sfu_webhook" in synapse.log_text(), "webhook")
         assert synapse.log_text().count('200 "POST /_synapse/client/livekit/jwt/sfu_webhook') == 1
 
@@ -213,7 +215,7 @@ def test_livekit_that_does_not_enforce_the_list_at_rtc_is_logged_at_start(
         assert old.rooms() == []
 
 
-def test_livekit_that_hangs_holds_up_nothing(synapse: Synapse, livekit: LiveKit) -> None:
+def test_livekit_that_hangs_does_not_delay_the_start(synapse: Synapse, livekit: LiveKit) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         synapse.module_config = module_config(livekit, livekit_internal_url=url)
@@ -222,7 +224,7 @@ def test_livekit_that_hangs_holds_up_nothing(synapse: Synapse, livekit: LiveKit)
         listener.settimeout(5)
         connection, _ = listener.accept()
         with connection:
-            # From here on somebody waits for an answer of LiveKit.
+            # From here on the check waits for an answer of LiveKit.
             assert synapse.register("alice").whoami().status == 200
             assert f"Serving LiveKit access tokens at {synapse.client_url}" in synapse.log_text()
             assert "cannot be used" not in synapse.log_text()

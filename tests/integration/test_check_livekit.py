@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of LiveKit: whether it is reached, knows the key, makes rooms, and tells of them."""
+"""Checks of LiveKit: its address, key and clock, the access rule, and webhooks."""
 
 import contextlib
 import shutil
@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from synapse_lk_jwt.check import command, probe
-from synapse_lk_jwt.check import running as running_checks
+from synapse_lk_jwt.check import command, probe, webhooks
 from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
 from testbed.check import Checker
 from testbed.livekit import LiveKit
@@ -36,13 +35,13 @@ class Other:
 
     def restart(self, extra_config: Mapping[str, Any]) -> None:
         self.livekit.extra_config = dict(extra_config)
-        # It would take its time to end.
+        # It waits for participants before it ends.
         self.livekit.process.kill()
         self.livekit.start()
         self.livekit.wait_ready()
 
     def named(self, **more: Any) -> dict[str, Any]:
-        """The module's keys that name it."""
+        """The module's options that name it."""
         url = self.nginx.url("other").replace("https:", "wss:")
         return {"livekit_url": url, "livekit_internal_url": self.livekit.api_url, **more}
 
@@ -67,14 +66,14 @@ def other(public: Public, tmp_path: Path) -> Iterator[Other]:
     [
         ("http://127.0.0.1:1", "the connection is refused"),
         ("http://livekit.invalid:7880", "its name cannot be resolved"),
-        ("https://127.0.0.1:{livekit}", "it does not speak TLS as it should"),
-        ("http://127.0.0.1:{synapse}", "a web page (404) answers"),
-        ("https://127.0.0.1:{nginx}", "a web page (404) answers"),
-        ("http://127.0.0.1:{nginx}", "a web page (400) answers"),
+        ("https://127.0.0.1:{livekit}", "it does not speak TLS"),
+        ("http://127.0.0.1:{synapse}", "it is a web page (404)"),
+        ("https://127.0.0.1:{nginx}", "it is a web page (404)"),
+        ("http://127.0.0.1:{nginx}", "it is a web page (400)"),
         ("http://127.0.0.1:{media}", "the connection broke (Connection reset by peer)"),
     ],
 )
-def test_livekit_is_not_there(url: str, text: str, public: Public) -> None:
+def test_livekit_that_is_not_there_is_one_problem(url: str, text: str, public: Public) -> None:
     url = url.format(
         livekit=public.livekit.port,
         synapse=public.synapse.client_url.rpartition(":")[2],
@@ -87,21 +86,23 @@ def test_livekit_is_not_there(url: str, text: str, public: Public) -> None:
     assert text in finding.text
     assert finding.file == "changed.json, below 'config:' of the module"
     assert "livekit_internal_url" in finding.pasted
-    # It cannot be told apart from a LiveKit without webhooks.
-    assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
+    assert report.bad == {"LiveKit": "wrong"}, str(report)
+    assert report.skipped == {"auto_create", "access rule", "livekit_url", "webhooks"}
     assert report.status == 1
 
 
-def test_livekit_hangs(public: Public, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_livekit_that_hangs_is_reported_in_time(
+    public: Public, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(probe, "TIMEOUT_SEC", 1)
-    # Connections are taken by the system, and by nobody from there.
+    # The system accepts connections, and no program answers them.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         report = public.check.run(module={"livekit_internal_url": url})
     assert "no answer within 1 s" in report.the("wrong", "LiveKit").text
 
 
-def test_a_certificate_that_nobody_has_signed(public: Public) -> None:
+def test_livekit_with_an_invalid_certificate_is_wrong(public: Public) -> None:
     url = public.nginx.url("livekit")
     checker = Checker(public.synapse)
     finding = checker.run(module={"livekit_internal_url": url}).the("wrong", "LiveKit")
@@ -110,34 +111,35 @@ def test_a_certificate_that_nobody_has_signed(public: Public) -> None:
     assert line == "http://127.0.0.1:7880"
 
 
-def test_a_proxy_that_shows_a_page(public: Public, tmp_path: Path) -> None:
+def test_web_page_in_place_of_livekit_is_wrong(public: Public, tmp_path: Path) -> None:
     page = "default_type text/html; return 200 '<html>Welcome</html>';"
     nginx = Servers(tmp_path, {"page": page}, public.synapse.directory)
     with running(nginx):
         report = public.check.run(module={"livekit_internal_url": nginx.url("page")})
-    assert "a web page (200) answers" in report.the("wrong", "LiveKit").text
+    assert "it is a web page (200)" in report.the("wrong", "LiveKit").text
 
 
-# Whose key it is
+# API key and secret
 
 
-def test_the_key_is_not_livekits(public: Public) -> None:
+def test_api_key_that_livekit_does_not_know_is_wrong(public: Public) -> None:
     report = public.check.run(module={"livekit_key": "APIother"})
     finding = report.the("wrong", "LiveKit")
-    assert "does not know the key 'APIother'" in finding.text
-    assert finding.file == "LiveKit's configuration (livekit.yaml)"
+    assert "does not know the API key 'APIother'" in finding.text
+    assert finding.file == "LiveKit's configuration (livekit.yaml); then restart LiveKit"
     assert list(finding.pasted["keys"]) == ["APIother"]
 
 
-def test_the_secret_is_not_livekits(public: Public, other: Other) -> None:
+def test_secret_that_differs_from_livekits_is_wrong(public: Public, other: Other) -> None:
     other.livekit.secret = "another-secret-of-thirty-two-characters"
     other.restart({})
     report = public.check.run(module=other.named())
     finding = report.the("wrong", "LiveKit")
-    assert "knows the key 'APIrealparts' with another secret" in finding.text
+    assert "knows the API key 'APIrealparts' with another secret" in finding.text
     assert finding.file == "changed.json, below 'config:' of the module"
-    assert list(finding.pasted) == ["livekit_secret_path"]
-    assert report.bad == {"LiveKit": "wrong", "webhooks": "warning"}, str(report)
+    # As configured, in a form that is not a second option for the same secret.
+    assert list(finding.pasted) == ["livekit_secret"]
+    assert report.bad == {"LiveKit": "wrong"}, str(report)
 
 
 @pytest.mark.parametrize("text", ["invalid token: eyJ", "invalid authorization token: no"])
@@ -149,13 +151,53 @@ def test_check_livekit_rejects_the_token_in_old_or_new_words_names_the_secret(
     with running(nginx):
         report = public.check.run(module={"livekit_internal_url": nginx.url("livekit")})
     finding = report.the("wrong", "LiveKit")
-    assert "knows the key 'APIrealparts' with another secret" in finding.text
+    assert "knows the API key 'APIrealparts' with another secret" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("\ufeff{secret}\r\n", None),
+        ('"{secret}"', "begins and ends with quotes"),
+        ("APIrealparts: {secret}", "looks like 'key: secret'"),
+    ],
+)
+def test_secret_file_with_a_slip_is_named_with_the_slip(
+    content: str, hint: str | None, public: Public, tmp_path: Path
+) -> None:
+    file = tmp_path / "livekit_secret"
+    file.write_text(content.format(secret=public.livekit.secret))
+    file.chmod(0o600)
+    report = public.check.run(module={"livekit_secret": None, "livekit_secret_path": str(file)})
+    if hint is None:
+        assert report.bad == {}, str(report)
+        return
+    assert any(hint in finding.text for finding in report.all("warning", "module"))
+    finding = report.the("wrong", "LiveKit")
+    assert finding.file == f"{file} (livekit_secret_path)"
+    assert "the secret below 'keys:' in livekit.yaml for APIrealparts" in finding.lines[0]
+
+
+@pytest.mark.parametrize("option", ["livekit_url", "livekit_internal_url"])
+def test_livekit_url_with_a_wrong_path_names_the_option_and_the_url(
+    option: str, public: Public
+) -> None:
+    url = {
+        "livekit_url": public.nginx.url("livekit").replace("https:", "wss:"),
+        "livekit_internal_url": public.livekit.api_url,
+    }[option]
+    module: dict[str, Any] = {option: f"{url}/wrong"}
+    if option == "livekit_url":
+        module["livekit_internal_url"] = None
+    finding = public.check.run(module=module).the("wrong", "LiveKit")
+    assert finding.pasted == {option: url}
+    assert public.check.run(module={**module, **finding.pasted}).bad == {}
 
 
 # Clocks
 
 
-def test_clocks_that_are_far_apart(tmp_path: Path) -> None:
+def test_clocks_that_are_far_apart_are_wrong(tmp_path: Path) -> None:
     if shutil.which("faketime") is None:
         missing_tool("faketime is missing: apt-get install faketime")
     # Go asks the kernel for the time, past what `faketime` puts in between.
@@ -165,29 +207,32 @@ def test_clocks_that_are_far_apart(tmp_path: Path) -> None:
     late.main.command = [*wrapper, *late.main.command]
     with running(livekit, late):
         report = Checker(late).start(wrapper=wrapper)
-        wait_until(lambda: "clocks: LiveKit's is" in late.log_text(), "line in the log")
+        wait_until(lambda: "clocks: differ: LiveKit's is" in late.log_text(), "line in the log")
     finding = report.the("wrong", "clocks")
-    assert finding.text.endswith("behind this one's, and it refuses every token")
-    seconds = int(finding.text.split()[2])
+    assert finding.text.endswith("behind this machine's, so LiveKit rejects every token")
+    seconds = int(finding.text.split()[3])
     assert abs(seconds - 600) <= 1, finding
     assert finding.lines == ["timedatectl set-ntp true"]
     assert report.the("ok", "processes")
     assert report.status == 1
-    assert late.log_text().count("clocks: LiveKit's is") == 1
+    assert late.log_text().count("clocks: differ: LiveKit's is") == 1
 
 
 @pytest.mark.parametrize(("ahead_sec", "text"), [(30, "behind"), (-30, "ahead of")])
-def test_clocks_that_are_a_little_apart(
+def test_clocks_that_are_a_little_apart_are_a_warning(
     ahead_sec: int, text: str, public: Public, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "_now_ms", lambda: int((time.time() + ahead_sec) * 1000))
     report = public.check.run()
-    assert f"s {text} this one's; from 60 s on it refuses" in report.the("warning", "clocks").text
+    assert (
+        f"s {text} this machine's. LiveKit rejects tokens from 60 s on"
+        in report.the("warning", "clocks").text
+    )
     assert report.bad == {"clocks": "warning"}, str(report)
     assert report.status == 0
 
 
-# Who can make LiveKit create rooms
+# The access rule
 
 
 def test_auto_create_on_restricting_list_is_a_warning(public: Public, other: Other) -> None:
@@ -208,6 +253,38 @@ def test_auto_create_on_restricting_list_is_a_warning(public: Public, other: Oth
 
     other.restart(finding.pasted)
     assert public.check.run(module=other.named()).bad == {}
+
+
+def test_line_that_livekits_file_has_already_becomes_a_restart(
+    public: Public, other: Other, tmp_path: Path
+) -> None:
+    other.livekit.auto_create = True
+    other.livekit.webhook_urls = public.livekit.webhook_urls
+    other.restart({})
+    file = tmp_path / "livekit.yaml"
+    file.write_text("room:\n  auto_create: false\n  max_participants: 5\n")
+    report = public.check.run("--livekit-config", str(file), module=other.named())
+    finding = report.the("warning", "auto_create")
+    assert f"{file} has the lines for this already: restart LiveKit" in finding.text
+    assert finding.lines[0].startswith("systemctl restart livekit")
+
+    file.write_text("room:\n  auto_create: true\n")
+    report = public.check.run("--livekit-config", str(file), module=other.named())
+    finding = report.the("warning", "auto_create")
+    assert finding.file == f"{file}; then restart LiveKit"
+    assert finding.pasted == {"room": {"auto_create": False}}
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "text", "\xff"])
+def test_livekit_config_that_is_none_is_named(
+    content: str | None, public: Public, tmp_path: Path
+) -> None:
+    file = tmp_path / "livekit.yaml"
+    if content is not None:
+        file.write_text(content, encoding="latin-1")
+    report = public.check.run("--livekit-config", str(file))
+    assert report.status == 2
+    assert f"Cannot check: {str(file)!r}" in report.errors
 
 
 # A LiveKit that resolves the preset behaves as an old one that does not know the claim.
@@ -311,7 +388,7 @@ def hanging(answer: bytes) -> Iterator[str]:
         connection.close()
 
 
-# Who is told
+# Webhooks
 
 
 @pytest.mark.parametrize(
@@ -322,10 +399,10 @@ def hanging(answer: bytes) -> Iterator[str]:
         {"webhook": {"api_key": "APIrealparts", "urls": ["http://127.0.0.1:1{P}/sfu_webhook"]}},
     ],
 )
-def test_webhooks_that_do_not_arrive(
+def test_webhooks_that_do_not_arrive_are_wrong_and_the_lines_fix_it(
     webhook: dict[str, Any], public: Public, other: Other, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running_checks, "WEBHOOK_SEC", 1)
+    monkeypatch.setattr(webhooks, "WEBHOOK_SEC", 1)
     for settings in webhook.values():
         url = settings["urls"][0].format(synapse=public.synapse.client_url, P=PREFIX)
         webhook = {"webhook": {**settings, "urls": [url]}}
@@ -341,14 +418,16 @@ def test_webhooks_that_do_not_arrive(
     assert public.check.run(module=other.named()).bad == {}
 
 
-def test_webhooks_with_the_signature_of_another_key(public: Public, other: Other) -> None:
+def test_webhooks_signed_with_another_key_are_wrong_and_the_lines_fix_it(
+    public: Public, other: Other
+) -> None:
     second = "the-secret-of-the-second-key-of-livekit"
     keys = {other.livekit.key: other.livekit.secret, "APIsecond": second}
     webhook = {"api_key": "APIsecond", "urls": public.livekit.webhook_urls}
     other.restart({"keys": keys, "webhook": webhook})
     report = public.check.run(module=other.named())
     finding = report.the("wrong", "webhooks")
-    assert "none that is signed with livekit_key" in finding.text
+    assert "none was signed with livekit_key" in finding.text
     assert report.bad == {"webhooks": "wrong"}, str(report)
     assert second not in str(report)
 
