@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 import attr
 
+from synapse_lk_jwt import commands
 from synapse_lk_jwt.check import livekit_file, settings
 from synapse_lk_jwt.check.files import CannotRun, DoesNotStart, read
 from synapse_lk_jwt.check.livekit import ACCESS_RULE, LiveKitChecks
@@ -49,6 +50,8 @@ _EPILOG = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
     options = _parse(arguments)
+    if hasattr(options, "run"):
+        return int(options.run(options))
     # What Synapse logs while it reads its configuration is no part of the report.
     logging.disable(logging.CRITICAL)
     try:
@@ -157,7 +160,9 @@ class Command:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="synapse-lk-jwt", description=__doc__)
     parser.add_argument("--version", action="version", version=_version())
-    check = parser.add_subparsers(required=True, metavar="check").add_parser(
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_to(subcommands)
+    check = subcommands.add_parser(
         "check", help="find out what is wrong", description=__doc__, epilog=_EPILOG
     )
     check.add_argument(
@@ -192,7 +197,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         " cannot use the public address itself",
     )
     options = parser.parse_args(arguments)
-    _check_user_options(check, options)
+    if not hasattr(options, "run"):
+        _check_user_options(check, options)
     return options
 
 
