@@ -57,6 +57,21 @@ class Background:
         """Starts an async function. The caller does not wait for it."""
         self._api.run_as_background_process(desc, self._log_database_errors, desc, func, *args)
 
+    def run_at_shutdown(self, desc: str, func: Callable[[], Awaitable[None]]) -> None:
+        """Calls a function when Synapse stops, on the process that runs background tasks.
+
+        Synapse does not wait for the function. But the first transaction that it starts is
+        completed, because Twisted's thread pools run all queued calls before they end.
+
+        Args:
+            desc: a name for Synapse's metrics and log.
+            func: the function.
+        """
+        if self._api.should_run_background_tasks():
+            self._api._hs.register_async_shutdown_handler(
+                phase="before", eventType="shutdown", shutdown_func=self.run, desc=desc, func=func
+            )
+
     async def _log_database_errors(
         self, desc: str, func: Callable[..., Awaitable[None]], *args: object
     ) -> None:

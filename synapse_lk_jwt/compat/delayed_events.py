@@ -5,6 +5,7 @@ A change to a delayed event and the record of that change must be committed toge
 handler cannot do that, so these functions run in the caller's transaction.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import attr
@@ -91,6 +92,15 @@ class DelayedEvents:
         )
         return txn.rowcount > 0
 
+    def restart_all(self, txn: LoggingTransaction, query: str, args: Sequence[object]) -> int:
+        """Restarts the delayed events whose delay IDs a query selects; returns how many."""
+        txn.execute(
+            f"UPDATE delayed_events SET send_ts = delay + ?"
+            f" WHERE delay_id IN ({query}) AND {self._unsent(txn)}",
+            (self._clock.time_msec(), *args),
+        )
+        return txn.rowcount
+
     def cancel(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> None:
         """Cancels a delayed event as Synapse does, which may keep it as finalised."""
         if not self._has_finalised(txn):
@@ -115,7 +125,11 @@ class DelayedEvents:
 
     def _is_pending(self, txn: LoggingTransaction) -> str:
         """A condition on `delayed_events` with two parameters: the delay ID, the localpart."""
-        condition = "delay_id = ? AND user_localpart = ? AND NOT is_processed"
+        return f"delay_id = ? AND user_localpart = ? AND {self._unsent(txn)}"
+
+    def _unsent(self, txn: LoggingTransaction) -> str:
+        """A condition on `delayed_events`: Synapse has not begun to send the event."""
+        condition = "NOT is_processed"
         return f"{condition} AND finalised_ts IS NULL" if self._has_finalised(txn) else condition
 
     def _has_finalised(self, txn: LoggingTransaction) -> bool:

@@ -82,6 +82,7 @@ HOOKS: Mapping[Feature, tuple[str, ...]] = {
         # Synapse 1.140 has `max_event_delay_ms` only.
         "config:server.msc4140_enabled or config:server.max_event_delay_ms",
         "hs:get_event_creation_handler",
+        "hs:register_async_shutdown_handler",
         "store:is_guest",
         "synapse.handlers.message:EventCreationHandler.create_and_send_nonmember_event",
         "synapse.rest.client.delayed_events:register_servlets",

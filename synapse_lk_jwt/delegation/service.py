@@ -100,6 +100,21 @@ class DelegationService:
         """Starts the clock, on the process that runs background tasks."""
         if self._homeserver.delayed_events.are_enabled:
             self._homeserver.background.repeat(CLOCK_MS, "synapse_lk_jwt_due", self.process_due)
+            self._homeserver.background.run_at_shutdown(
+                "synapse_lk_jwt_shutdown", self._restart_connected
+            )
+
+    async def _restart_connected(self) -> None:
+        """Restarts the delayed leave of each connected participant, so that its full delay is left.
+
+        Synapse may be down for long, or start without the module. No process restarts these
+        events then, and Synapse sends them while the participants are still connected.
+        """
+
+        def restart(txn: LoggingTransaction) -> int:
+            return self._homeserver.delayed_events.restart_all(txn, *self._table.connected())
+
+        await self._database.write("restart_connected", restart)
 
     async def delegate(self, member: CallMember, delay_id: str) -> bool:
         """Delegates a delayed leave. Does not depend on the SFU, and may be repeated.

@@ -130,6 +130,12 @@ class DelegationTable:
 
     # Rows to change
 
+    @staticmethod
+    def connected() -> tuple[str, Sequence[object]]:
+        """A query for the delay IDs of participants who are connected without a doubt."""
+        sql = f"SELECT delay_id FROM {DELEGATIONS} WHERE phase = ? AND suspected_gone_ts = 0"
+        return sql, (Phase.CONNECTED.value,)
+
     def lock(self, txn: LoggingTransaction, delay_ids: Collection[str]) -> Sequence[Record]:
         """Locks and reads delegations."""
         condition, args = in_list(txn, "delay_id", delay_ids)
