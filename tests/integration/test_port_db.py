@@ -1,160 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module's tables when an admin moves to PostgreSQL, or returns to an older module."""
+"""`synapse_port_db` moves a homeserver with this module from SQLite to PostgreSQL."""
 
-import sqlite3
+import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from synapse_lk_jwt.compat.module_database import SCHEMA_VERSION
-from testbed import service
-from testbed.livekit import LiveKit
 from testbed.postgres import Postgres
 from testbed.process import MissingTool, wait_until
-from testbed.sets import module_config, running
+from testbed.sets import running
 from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
-ROOM = "!room:example.org"
-DELEGATION: dict[str, object] = {
-    "delay_id": "syd_one",
-    "user_id": "@alice:example.org",
-    "room_id": ROOM,
-    "livekit_room": "call",
-    "member_identity": "@alice:example.org:DEVICE",
-    "event_type": "org.matrix.msc3401.call.member",
-    "state_key": "_@alice:example.org_DEVICE",
-    "delay_ms": 3_600_000,
-    "created_ts": 1,
-    "has_multiple_identities": 1,
-    "phase": "connected",
-    "due_ts": 2**53,
-    "restarted_ts": 2,
-    "connected_ts": 2,
-    "suspected_gone_ts": 0,
-    "attempts": 0,
-}
+CONFIG = {"livekit_url": "ws://127.0.0.1:1", "livekit_key": "APIkey", "livekit_secret": "s" * 32}
+CALLS = "synapse_lk_jwt_calls"
 
 
-@pytest.fixture(scope="module")
-def livekit(tmp_path_factory: pytest.TempPathFactory) -> LiveKit:
-    try:
-        # It is not started: nothing here needs it.
-        return LiveKit(tmp_path_factory.mktemp("livekit"))
-    except MissingTool as e:
-        missing_tool(e)
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    try:
-        server = Postgres(tmp_path_factory.mktemp("postgres"))
-    except MissingTool as e:
-        missing_tool(e)
-    with running(server):
-        yield server
-
-
-@pytest.fixture(scope="module")
-def source(livekit: LiveKit, tmp_path_factory: pytest.TempPathFactory) -> Synapse:
-    """A homeserver on SQLite that has ended, with one delegation."""
-    synapse = Synapse(
-        "source",
-        tmp_path_factory.mktemp("source"),
-        module_config(livekit),
-        {"background_updates": {"sleep_enabled": False}},
-    )
-    with running(synapse):
-        wait_until(lambda: has_tables(synapse), "tables")
-        # Without these the script refuses to start.
-        query = "SELECT 1 FROM background_updates"
-        wait_until(lambda: not synapse.select(query), "background updates", 120)
-        synapse.insert("synapse_lk_jwt_delegations", [DELEGATION])
-    return synapse
-
-
-def has_tables(synapse: Synapse) -> bool:
-    query = "SELECT 1 FROM sqlite_master WHERE name = 'synapse_lk_jwt_processes'"
-    return bool(synapse.select(query))
-
-
-def select(postgres: Postgres, database: str, query: str) -> list[tuple[Any, ...]]:
-    with closing(postgres.connect(database)) as connection, connection.cursor() as cursor:
-        cursor.execute(query)
-        rows: list[tuple[Any, ...]] = cursor.fetchall()
-        return rows
-
-
-def port(source: Synapse, target: Synapse) -> subprocess.CompletedProcess[str]:
-    program = Path(sys.executable).parent / "synapse_port_db"
-    return subprocess.run(
-        [
-            program,
-            *("--sqlite-database", source.directory / "homeserver.db"),
-            *("--postgres-config", target.directory / "homeserver.json"),
-        ],
-        cwd=target.directory,
+def _run(synapse: Synapse, script: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"synapse._scripts.{script}", *arguments],
+        cwd=synapse.directory,
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=120,
     )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("has_module", [True, False])
-def test_synapse_port_db_with_the_tables_in_the_target_or_not_succeeds(
-    has_module: bool,
-    source: Synapse,
-    livekit: LiveKit,
-    postgres: Postgres,
-    tmp_path: Path,
-) -> None:
-    name = "with_tables" if has_module else "without_tables"
-    target = Synapse(
-        name, tmp_path, module_config(livekit) if has_module else None, postgres=postgres
-    )
-    tables = "SELECT table_name FROM information_schema.tables WHERE table_name LIKE '%lk_jwt_p%'"
-    with running(target):
-        wait_until(lambda: not has_module or bool(select(postgres, name, tables)), "tables")
-    ported = port(source, target)
-    assert ported.returncode == 0, ported.stdout[-2000:] + ported.stderr[-2000:]
-    if has_module:
-        columns = ", ".join(DELEGATION)
-        rows = select(postgres, name, f"SELECT {columns} FROM synapse_lk_jwt_delegations")
-        assert rows == [tuple(DELEGATION.values())]
-    else:
-        # Synapse's script copies no table that the target lacks.
-        assert select(postgres, name, tables) == []
+def _calls(postgres: Postgres, database: str) -> list[Any] | None:
+    """The LiveKit rooms in the module's table; None without the table."""
+    with closing(postgres.connect(database)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT to_regclass(%s)", (CALLS,))
+        if cursor.fetchone() == (None,):
+            return None
+        cursor.execute(f"SELECT livekit_room FROM {CALLS}")
+        return [room for (room,) in cursor.fetchall()]
 
 
-@pytest.mark.parametrize("is_postgres", [False, True])
-def test_module_with_newer_tables_is_off_and_says_why(
-    is_postgres: bool, livekit: LiveKit, postgres: Postgres, tmp_path: Path
-) -> None:
-    # The first start lets Synapse create its own tables.
-    synapse = Synapse("newer", tmp_path, postgres=postgres if is_postgres else None)
-    with running(synapse):
-        pass
-    synapse.module_config = module_config(livekit)
-    database = synapse.directory / "homeserver.db"
-    with closing(
-        postgres.connect("newer") if is_postgres else sqlite3.connect(database)
-    ) as connection:
-        cursor = connection.cursor()
-        cursor.execute("CREATE TABLE synapse_lk_jwt_schema (version INTEGER NOT NULL)")
-        cursor.execute(f"INSERT INTO synapse_lk_jwt_schema VALUES ({SCHEMA_VERSION + 1})")
-        connection.commit()
-    with running(synapse):
-        user = synapse.register("alice")
-        body = service.get_token_body(user, ROOM)
-        assert service.post(synapse.client_url, "/get_token", body).status == 404
-    log = synapse.log_text()
-    errors = [line for line in log.splitlines() if " - ERROR - " in line]
-    assert [f"version {SCHEMA_VERSION + 1}" in line for line in errors] == [True], errors
-    assert "Install the newer synapse-lk-jwt" in errors[0]
-    assert "Traceback" not in log
+def test_port_db_with_tables_on_both_sides_copies_their_rows(tmp_path: Path) -> None:
+    try:
+        postgres = Postgres(tmp_path)
+    except MissingTool as e:
+        missing_tool(e)
+    with running(postgres):
+        synapse = Synapse("a", tmp_path, CONFIG)
+        postgres.create_database("ported")
+        database = {"name": "psycopg2", "args": {**postgres.connection("ported"), "cp_max": 5}}
+        with running(synapse):
+            wait_until(
+                lambda: bool(synapse.select("SELECT 1 FROM sqlite_master WHERE name = ?", [CALLS])),
+                "the module's tables",
+            )
+        row = {"livekit_room": "a-call", "room_id": "!room:example.org", "seen_ts": 1}
+        synapse.insert(CALLS, [row])
+        sqlite = json.loads((synapse.directory / "homeserver.json").read_text())
+        (synapse.directory / "sqlite.json").write_text(json.dumps(sqlite))
+
+        # The start on PostgreSQL creates the module's tables there.
+        synapse.extra_config = {"database": database}
+        with running(synapse):
+            wait_until(lambda: _calls(postgres, "ported") == [], "the module's tables")
+        _run(
+            synapse,
+            "update_synapse_database",
+            *("--database-config", "sqlite.json", "--run-background-updates"),
+        )
+        _run(
+            synapse,
+            "synapse_port_db",
+            *("--sqlite-database", "homeserver.db", "--postgres-config", "homeserver.json"),
+        )
+        assert _calls(postgres, "ported") == ["a-call"]
+
+        with running(synapse):
+            assert synapse.register("alice").create_room()
+        assert "Traceback" not in synapse.log_text()
