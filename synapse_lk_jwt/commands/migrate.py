@@ -168,9 +168,11 @@ def report(environment: Mapping[str, str], source: str, secret_path: str = SECRE
 def _check_complete(given: Mapping[str, str], source: str) -> None:
     missing = [] if "LIVEKIT_URL" in given else ["LIVEKIT_URL"]
     if "LIVEKIT_KEY_FILE" not in given:
-        for name in ("LIVEKIT_KEY", "LIVEKIT_SECRET"):
-            if name not in given and f"{name}_FROM_FILE" not in given:
-                missing.append(f"{name} or {name}_FROM_FILE")
+        missing += [
+            f"{name} or {name}_FROM_FILE"
+            for name in ("LIVEKIT_KEY", "LIVEKIT_SECRET")
+            if name not in given and f"{name}_FROM_FILE" not in given
+        ]
     if missing:
         raise IncompleteEnvironment(f"{source} lacks {', '.join(missing)}")
 
