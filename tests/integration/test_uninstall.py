@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removing the module: the homeserver goes on, and `uninstall` drops the tables."""
+"""Removing the module: the homeserver keeps working, and `uninstall` drops the tables."""
 
 import contextlib
 import sqlite3
