@@ -153,6 +153,10 @@ def test_module_imports_no_higher_layer(module: str) -> None:
     assert {name for name in imported if layer(name) > own} == set()
 
 
+def test_metrics_import_nothing_of_the_package() -> None:
+    assert own_imports(f"{PACKAGE}.metrics") == set()
+
+
 def test_commands_are_imported_by_module_and_main_only() -> None:
     importers = {
         name_in_package(module)
