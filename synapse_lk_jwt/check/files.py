@@ -14,8 +14,14 @@ import yaml
 from synapse.module_api.errors import ConfigError
 
 from synapse_lk_jwt.check.report import Finding, wrong
-from synapse_lk_jwt.check.setup import MAIN, MODULE, Credentials, Setup, from_synapse
-from synapse_lk_jwt.compat.config import HomeServerConfig, find_config_files, read_config_files
+from synapse_lk_jwt.check.setup import MODULE, Credentials, Setup, from_synapse
+from synapse_lk_jwt.compat.config import (
+    MAIN,
+    HomeServerConfig,
+    find_config_files,
+    load_config,
+    read_config_files,
+)
 from synapse_lk_jwt.config import OPTIONS, LiveKitJwtConfig, parse_config
 
 _BLOCK = (
@@ -121,9 +127,8 @@ def _load_config(files: _Files) -> HomeServerConfig:
     Raises:
         CannotRun: with Synapse's message, if it rejects an option.
     """
-    arguments = [part for name in files.names for part in ("-c", name)]
     try:
-        return HomeServerConfig.load_config("check", arguments)
+        return load_config(files.names)
     except ConfigError as e:
         place = f" (option {'.'.join(map(str, e.path))})" if e.path else ""
         text = _without_secrets(e.msg, files.content)

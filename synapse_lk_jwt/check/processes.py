@@ -10,8 +10,9 @@ import attr
 
 from synapse_lk_jwt.check.probe import NoAnswer, Probe, Refused, Request
 from synapse_lk_jwt.check.report import COMMAND_LINE, Finding, is_all_well, ok, warning, wrong
-from synapse_lk_jwt.check.setup import MAIN, MODULE, Setup
+from synapse_lk_jwt.check.setup import MODULE, Setup
 from synapse_lk_jwt.check.signature import sign
+from synapse_lk_jwt.compat.config import MAIN
 from synapse_lk_jwt.discovery import destination, livekit_transports
 
 # What a process of Synapse says about itself: the answer of `api/check.py`.

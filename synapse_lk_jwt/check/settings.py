@@ -9,10 +9,11 @@ from urllib.parse import urlsplit
 import yaml
 
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
-from synapse_lk_jwt.check.setup import FOCI, MAIN, MODULE, Setup
+from synapse_lk_jwt.check.setup import MODULE, Setup
+from synapse_lk_jwt.compat.config import MAIN
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.compat.self_test import describe, missing_in_installed_synapse
-from synapse_lk_jwt.discovery import Advertise, destination, livekit_transports, transports
+from synapse_lk_jwt.discovery import FOCI, Advertise, destination, livekit_transports, transports
 from synapse_lk_jwt.identifiers import is_server_name, path_prefixes_overlap
 from synapse_lk_jwt.msc4195 import PATH_PREFIX
 

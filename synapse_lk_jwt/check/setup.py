@@ -3,12 +3,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import attr
-import yaml
 
-from synapse_lk_jwt.compat.delayed_events import has_delayed_events
+from synapse_lk_jwt.compat.config import MAIN, HomeServerConfig, Listener, relevant_options
 from synapse_lk_jwt.compat.forward_proxy import ForwardProxy, forward_proxy
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.config import LiveKitJwtConfig
@@ -16,23 +14,6 @@ from synapse_lk_jwt.discovery import destination, livekit_transports, transports
 from synapse_lk_jwt.identifiers import is_same_url
 
 MODULE = "synapse_lk_jwt.LiveKitJwtModule"
-FOCI = "org.matrix.msc4143.rtc_foci"
-MAIN = "master"
-
-
-@attr.s(auto_attribs=True, frozen=True, slots=True)
-class Listener:
-    """Where a process answers HTTP requests.
-
-    Attributes:
-        url: its address from this machine.
-        resources: what Synapse serves there.
-        x_forwarded: whether Synapse reads the client's address from `X-Forwarded-For`.
-    """
-
-    url: str
-    resources: tuple[str, ...]
-    x_forwarded: bool = True
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -188,103 +169,21 @@ class Setup:
         }
 
 
-def from_synapse(config: Any, module: LiveKitJwtConfig) -> Setup:
+def from_synapse(config: HomeServerConfig, module: LiveKitJwtConfig) -> Setup:
     """Reads Synapse's own configuration object.
 
     Args:
-        config: the `HomeServerConfig`.
+        config: Synapse's configuration.
         module: the module's part.
     """
-    server, worker = config.server, config.worker
-    listeners = worker.worker_listeners if worker.worker_app else server.listeners
-    whitelist = config.federation.federation_domain_whitelist
     return Setup(
         module=module,
-        files=tuple(config.config_files) or ("homeserver.yaml",),
         file_of={},
-        server_name=server.server_name,
-        public_baseurl=server.public_baseurl.rstrip("/"),
-        # Synapse serves `.well-known` if, and only if, public_baseurl is set.
-        has_public_baseurl=server.serve_client_wellknown,
-        has_delayed_events=has_delayed_events(config),
-        max_event_delay_ms=_max_event_delay_ms(config),
-        has_msc4222=bool(getattr(config.experimental, "msc4222_enabled", True)),
-        rc_message=config.ratelimiting.rc_message,
-        rc_delayed_event_mgmt=config.ratelimiting.rc_delayed_event_mgmt,
-        transports=list(config.matrix_rtc.transports),
-        foci=_foci(server.extra_well_known_client_content),
-        instance=worker.instance_name,
         background=MAIN,
-        listeners=tuple(filter(None, map(_listener, listeners))),
-        # Synapse gives the main process its name in workers only.
-        workers={
-            MAIN if name == "main" else name: _location(at)
-            for name, at in worker.instance_map.items()
-        },
-        whitelist=None if whitelist is None else frozenset(whitelist),
-        claims=_claims(config),
         times_loaded=1,
         livekit_proxy=forward_proxy(config, module.livekit_internal_url),
+        **attr.asdict(relevant_options(config), recurse=False),
     )
-
-
-def _max_event_delay_ms(config: Any) -> int | None:
-    """The longest delay of a delayed event in milliseconds, None if there are none."""
-    server = config.server
-    # Synapse 1.140 has the second one only.
-    duration = getattr(server, "max_event_delay_duration", None)
-    if duration is not None:
-        return int(duration.as_millis()) or None
-    return getattr(server, "max_event_delay_ms", None)
-
-
-def _foci(content: Mapping[str, Any]) -> Any:
-    """The entries in homeserver.yaml; None if the option is not there.
-
-    Synapse serves an empty option as null, which names no LiveKit.
-    """
-    entries = content.get(FOCI)
-    return "" if entries is None and FOCI in content else entries
-
-
-def _listener(listener: Any) -> Listener | None:
-    if listener.type != "http" or listener.http_options is None:
-        return None
-    options = listener.http_options
-    names = tuple(name for resource in options.resources for name in resource.names)
-    if hasattr(listener, "path"):
-        return Listener(_socket_url(listener.path), names, options.x_forwarded)
-    host = (listener.bind_addresses or ["127.0.0.1"])[0]
-    host = {"::": "127.0.0.1", "0.0.0.0": "127.0.0.1"}.get(host, host)  # noqa: S104
-    scheme = "https" if listener.tls else "http"
-    return Listener(_url(scheme, host, listener.port), names, options.x_forwarded)
-
-
-def _location(at: Any) -> str:
-    if hasattr(at, "path"):
-        return _socket_url(at.path)
-    return _url("https" if at.tls else "http", at.host, at.port)
-
-
-def _url(scheme: str, host: str, port: int) -> str:
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _socket_url(path: str) -> str:
-    return f"http://{quote(path, safe='')}"
-
-
-def _claims(config: Any) -> dict[str, str]:
-    claims: dict[str, str] = {}
-    # Older Synapses do not have it.
-    if not getattr(config.experimental, "msc4512_enabled", False):
-        return claims
-    for name in config.appservice.app_service_config_files:
-        with open(name) as file:
-            prefix = yaml.safe_load(file).get("io.element.msc4512.proxy_prefix")
-        if prefix:
-            claims[name] = prefix
-    return claims
 
 
 def _duration(ms: int) -> str:

@@ -13,8 +13,8 @@ from synapse_lk_jwt.check.answers import CORS, CORS_LINES, cors_problem, describ
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe, Refused, Request
 from synapse_lk_jwt.check.processes import RESTART
 from synapse_lk_jwt.check.report import COMMAND_LINE, Finding, ok, skipped, warning, wrong
-from synapse_lk_jwt.check.setup import FOCI, Setup
-from synapse_lk_jwt.discovery import Advertise, livekit_transports
+from synapse_lk_jwt.check.setup import Setup
+from synapse_lk_jwt.discovery import FOCI, Advertise, livekit_transports
 from synapse_lk_jwt.livekit.proxies import is_down_behind_proxy, is_redirect
 
 PATH = "/.well-known/matrix/client"

@@ -47,6 +47,17 @@ def has_delayed_events(config: Any) -> bool:
     return bool(getattr(server, "max_event_delay_ms", None))
 
 
+def max_event_delay_ms(config: Any) -> int | None:
+    """The longest delay of a delayed event in milliseconds, None if there are none."""
+    server = config.server
+    # Synapse 1.140 has `max_event_delay_ms` only.
+    duration = getattr(server, "max_event_delay_duration", None)
+    if duration is not None:
+        return int(duration.as_millis()) or None
+    delay_ms: int | None = getattr(server, "max_event_delay_ms", None)
+    return delay_ms
+
+
 class DelayedEvents:
     """Reads and changes delayed events.
 

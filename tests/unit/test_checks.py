@@ -26,9 +26,10 @@ from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe, Request
 from synapse_lk_jwt.check.processes import Running
 from synapse_lk_jwt.check.public import Public
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, as_text, ok, skipped, summary, warning, wrong
-from synapse_lk_jwt.check.setup import MAIN, Credentials, Listener, Setup
+from synapse_lk_jwt.check.setup import Credentials, Setup
 from synapse_lk_jwt.check.webhooks import webhook_url
 from synapse_lk_jwt.check.well_known import WellKnown
+from synapse_lk_jwt.compat.config import MAIN, Listener
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.config import parse_config
 
