@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from synapse.config._base import ConfigError, find_config_files, read_config_files
+from synapse.module_api.errors import ConfigError
+
+from synapse_lk_jwt.compat.config import find_config_files, read_config_files
 
 # How long a statement waits for a lock of another process, in seconds.
 LOCK_TIMEOUT_SEC = 10

@@ -16,7 +16,7 @@ lower layers, and there is no circle of modules.
 | api         | the endpoints                                                         |
 | module      | constructs and starts all of it                                       |
 
-The commands stand beside these layers, above `auth`. Only `module` and `__main__` import them.
+The commands stand beside these layers, above `issuing`. Only `module` and `__main__` import them.
 """
 
 import ast
@@ -54,7 +54,7 @@ LAYERS = {
     "module": ("module", "", "__main__"),
 }
 COMMANDS = ("check", "commands")
-COMMANDS_STAND_ON = "auth"
+COMMANDS_STAND_ON = "issuing"
 
 # What the core imports, directly or through other modules of the package, is free of these.
 CORE = ("auth.access", "delegation.state_machine", "livekit.naming", "policy")
