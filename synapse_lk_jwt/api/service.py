@@ -132,12 +132,9 @@ class _OpenIdEndpoint(Endpoint):
         if delay_id is not None and self._homeserver.delayed_events.are_enabled:
             # Before LiveKit is needed, because clients do not repeat a delegation. The client gets
             # its token even if the delayed event is gone.
-            await self._delegate(member, delay_id)
+            await self._services.leaves.delegate(member, delay_id)
         token = await self._services.issuer.issue(member, endpoint)
         return 200, {"url": self._services.livekit_url, "jwt": token}
-
-    async def _delegate(self, member: CallMember, delay_id: str) -> bool:
-        return await self._services.leaves.delegate(member, delay_id)
 
 
 def _device_id(name: str, value: object) -> str:
@@ -268,7 +265,7 @@ class DelegateDelayedLeaveResource(_OpenIdEndpoint):
         )
         member = CallMember(user_id, body.room_id, body.slot_id, identities)
         await self._services.admit(member)
-        if not await self._delegate(member, body.delay_id):
+        if not await self._services.leaves.delegate(member, body.delay_id):
             raise no_such_delayed_event()
         return 200, {}
 
