@@ -180,7 +180,7 @@ class NotServedTests(DiscoveryTestCase):
         assert second.config.matrix_rtc.transports == [SERVICE]
         assert second.config.server.extra_well_known_client_content[FOCI] == [SERVICE]
         (line,) = (line for line in logs.output if "advertise" in line)
-        assert f"advertise: {advertise} cannot take effect" in line
+        assert f"advertise: {advertise} has no effect" in line
 
     def test_synapse_without_registry_announces_at_its_own_path(self) -> None:
         config = {**super().default_config(), "server_name": "second"}

@@ -12,7 +12,7 @@ from livekit.protocol.room import RoomParticipantIdentity
 from parameterized import parameterized
 from synapse.api import constants
 
-from synapse_lk_jwt import monitor
+from synapse_lk_jwt import webhooks
 from tests.harness.base import ModuleTestCase, response
 from tests.harness.test_delegable_events import ENCRYPTED, RTC_MEMBER, EncryptedTestCase
 from tests.harness.test_delegating import HOUR_MS, DelegationTestCase
@@ -90,7 +90,7 @@ class RoomEndTests(DelegationTestCase):
         assert not self.is_in_call()
 
     def test_room_finished_read_by_an_older_livekit_protocol_sends_the_leave(self) -> None:
-        with patch.object(monitor, "NO_LEAVE_OF_ROOM", frozenset()):
+        with patch.object(webhooks, "NO_LEAVE_OF_ROOM", frozenset()):
             self.finish("ROOM_END_SERVER_SHUTDOWN")
         assert not self.is_in_call()
 
