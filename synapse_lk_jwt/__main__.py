@@ -10,7 +10,7 @@ def main() -> int | str:
     """Runs the command, and returns its exit status or the reason why it cannot run."""
     if (problem := unsupported_synapse()) is not None:
         return problem
-    # Imports what a Synapse that is too old does not have.
+    # This import needs names that older versions of Synapse lack, so the check above precedes it.
     from synapse_lk_jwt.check import command
 
     return command.main()

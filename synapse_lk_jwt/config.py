@@ -69,7 +69,7 @@ RECOMMENDED_SECRET_LENGTH = 32
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
 class LiveKitJwtConfig:
-    """The checked configuration. Code that uses it checks nothing again.
+    """The checked configuration. Code that uses it does not check it again.
 
     Attributes:
         livekit_url: LiveKit's WebSocket URL for clients, without a slash at the end.
@@ -77,7 +77,8 @@ class LiveKitJwtConfig:
         livekit_key: LiveKit's API key.
         livekit_secret: the secret of that key.
         other_livekit_pairs: the other pairs of key and secret in livekit_key_file. The module signs
-            no tokens with them, but accepts their webhooks and recognises their participants.
+            no tokens with them. It accepts webhooks that they sign, and recognises participants
+            whose tokens they signed.
         full_access_homeservers: servers whose users can start calls. Local users always can.
         remote_can_publish: other servers whose users can publish.
         require_room_membership: whether users must be joined to the Matrix room to get a token.
@@ -290,7 +291,7 @@ class _Parser:
             (self._environ, variable, f"{variable}_FROM_FILE"),
         ):
             if direct in values and path in values:
-                self._problems.append((direct, f"is given twice. Remove it or remove {path}"))
+                self._problems.append((direct, f"conflicts with {path}. Remove one of them"))
                 return None
             if direct in values:
                 return self._check(direct, _credential, values[direct], None)
@@ -362,7 +363,7 @@ class _Parser:
             servers = self._check(option, _servers, self._config[option], ServerList(()))
         else:
             servers = self._full_access_from_environment()
-        if servers.is_everyone:
+        if servers.has_all:
             self._warnings.append(
                 "full_access_homeservers is '*', so users of every homeserver can start calls on"
                 " your LiveKit. To allow only your own users, write full_access_homeservers: []."
@@ -458,7 +459,7 @@ def _clean(value: Any) -> Any:
     """Strips a string, or each string of a list, as for every option.
 
     Raises:
-        _Invalid: if there is an invisible character inside.
+        _Invalid: if it contains an invisible character.
     """
     if isinstance(value, list):
         return [_clean(entry) for entry in value]
@@ -579,8 +580,8 @@ def _host(name: str, parts: SplitResult, example: str) -> str:
         )
     if "_" in name:
         raise _Invalid(
-            f"has '_' in its host name {name!r}, which Synapse's HTTP client rejects. Give the"
-            f" container an alias such as {name.replace('_', '-')!r} and write that"
+            f"has '_' in its host name {name!r}, which Synapse's HTTP client rejects. Write a name"
+            f" without it, such as a container alias {name.replace('_', '-')!r}"
         )
     name = name.removesuffix(".")
     labels = name.split(".")

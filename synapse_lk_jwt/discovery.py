@@ -87,7 +87,7 @@ def destination(entry: Mapping[str, Any]) -> str:
 
 
 def add_transports(where: str, entries: list[Any], ours: Sequence[Mapping[str, str]]) -> list[Any]:
-    """The entries with ours behind them, or unchanged if one of them names a LiveKit server.
+    """The entries followed by ours, or unchanged if one of them names a LiveKit server.
 
     Args:
         where: names the list in the log.

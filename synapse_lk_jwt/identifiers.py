@@ -15,7 +15,7 @@ _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 # Unicode's category Cc. In a log, these characters could forge or colour a line.
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
-# A label of a host name (RFC 1123, section 2.1). Twisted cannot look up others.
+# A label of a host name (RFC 1123, section 2.1). Twisted cannot resolve other names.
 _LABEL = re.compile(r"[0-9A-Za-z](?:[0-9A-Za-z-]{0,61}[0-9A-Za-z])?")
 
 

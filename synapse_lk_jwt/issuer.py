@@ -26,8 +26,8 @@ class Issuer:
 
     Attributes:
         homeserver: the accounts of local users.
-        access: who has full access, and who may publish.
-        room_access: who may be in a call of a Matrix room.
+        access: which users have full access, and which users may publish.
+        room_access: which users may be in a call of a Matrix room.
         rooms: ensures the LiveKit rooms of full-access users.
         owners: notes the owner of an identity, if its participant can replace the sealed one.
         signer: signs the tokens.
@@ -67,7 +67,7 @@ class Issuer:
         Args:
             member: the user, authenticated and allowed in the call. The token is for the first
                 participant identity.
-            endpoint: the endpoint that was asked.
+            endpoint: the endpoint that received the request.
 
         Returns:
             The token, a JWT.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recreates the LiveKit rooms that LiveKit has lost while participants were in them.
 
-LiveKit loses its rooms on a restart, and a cluster of it loses those of a node that dies. The
-clients reconnect, and while LiveKit has `auto_create: false` it answers that there is no such room.
+LiveKit loses its rooms when it restarts, and a LiveKit cluster loses the rooms of a node that dies.
+The clients reconnect. With `auto_create: false` LiveKit answers that the room does not exist.
 """
 
 import logging
@@ -20,7 +20,7 @@ CONCURRENT_ROOMS = 10
 
 
 class LostRooms:
-    """Remembers which rooms had participants at the last poll, and recreates those that are gone.
+    """Remembers which rooms had participants at the last poll, and recreates those that are lost.
 
     Attributes, all private:
         _occupied: the rooms with participants of this homeserver.
@@ -81,11 +81,11 @@ class LostRooms:
             try:
                 await self._rooms.ensure_room(livekit_room, lost[livekit_room])
             except SfuError:
-                # The client has logged it, and the next poll tries again.
+                # The client has logged the failure, and the next poll tries again.
                 return
             except Exception:
-                # A bug or a database error with one room must not keep the others lost. One
-                # traceback is enough, because the database may fail for all of them.
+                # A bug or a database error with one room must not prevent the recreation of the
+                # others. One traceback is enough, because the database may fail for all of them.
                 if not failures:
                     logger.exception("Could not recreate the LiveKit room %r", livekit_room)
                 failures.append(livekit_room)

@@ -2,8 +2,8 @@
 """The module's metrics, in the registry that Synapse's `metrics` listener serves.
 
 Labels take values of small closed sets only. Nothing that a client, another server or the SFU
-sends becomes one, and no label names a user, a room or a server. This file imports nothing of the
-package: a test compares the values of labels with the types that they count.
+sends becomes a label, and no label names a user, a room or a server. This file imports nothing of
+the package: a test compares the values of labels with the types that they count.
 """
 
 import math
@@ -76,8 +76,9 @@ M = TypeVar("M", Counter, Histogram)
 
 
 def _from_zero(metric: M, *values: Iterable[str]) -> M:
-    """The metric with all its series at zero: `increase()` does not count the sample that creates
-    a series.
+    """The metric with all its series at zero.
+
+    `increase()` does not count the sample that creates a series.
     """
     for labels in product(*values):
         metric.labels(*labels)
@@ -101,7 +102,7 @@ remote_tokens = Counter(
 refusals = _from_zero(
     Counter(
         "synapse_lk_jwt_refusals_total",
-        "Requests of clients and homeservers that got an error",
+        "Requests from clients and homeservers that the module answered with an error",
         ["endpoint", "cause"],
     ),
     get_args(Endpoint),
@@ -147,16 +148,18 @@ sfu_failures = _from_zero(
 )
 rooms_ensured = Counter(
     "synapse_lk_jwt_rooms_ensured_total",
-    "Times that a LiveKit room was ensured; most of them need no CreateRoom request of their own",
+    "Times that a LiveKit room was ensured, usually without a CreateRoom request of its own",
 )
 
 webhooks = _from_zero(
-    Counter("synapse_lk_jwt_webhooks_total", "Webhooks of LiveKit that were processed", ["event"]),
+    Counter("synapse_lk_jwt_webhooks_total", "LiveKit webhooks that were processed", ["event"]),
     (*WEBHOOK_EVENTS, "other"),
 )
 webhooks_rejected = _from_zero(
     Counter(
-        "synapse_lk_jwt_webhooks_rejected_total", "Webhooks that were not processed", ["cause"]
+        "synapse_lk_jwt_webhooks_rejected_total",
+        "LiveKit webhooks that were not processed",
+        ["cause"],
     ),
     get_args(WebhookCause),
 )
@@ -173,7 +176,7 @@ delegations = Gauge(
 leaves = _from_zero(
     Counter(
         "synapse_lk_jwt_leaves_total",
-        "Delayed leaves that the module decided to send, by the trigger",
+        "Delayed leaves that the module decided to send, by trigger",
         ["trigger"],
     ),
     LEAVE_TRIGGERS,
@@ -232,5 +235,5 @@ def timing(histogram: Histogram, reactor: IReactorTime) -> Iterator[None]:
     try:
         yield
     finally:
-        # An admin may set the clock back during the block.
+        # An admin can set the clock back during the block.
         histogram.observe(max(0.0, reactor.seconds() - began))

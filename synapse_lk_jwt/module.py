@@ -85,7 +85,7 @@ class LiveKitJwtModule:
             logger.error("%s", unsupported)
             return
         homeserver = Homeserver(api, missing.keys())
-        # Reads Synapse's configuration before the module adds entries to it.
+        # `StartChecks` must read Synapse's configuration before the module adds entries to it.
         start_checks = StartChecks(homeserver, config)
         parts = _construct(homeserver, config)
         not_served = _serve_homeserver_endpoints(parts.services, missing.keys())
@@ -103,7 +103,7 @@ class LiveKitJwtModule:
         """Parses the module's block in homeserver.yaml. Synapse calls this first.
 
         Raises:
-            synapse.module_api.errors.ConfigError: naming all options that are wrong.
+            synapse.module_api.errors.ConfigError: naming all invalid options.
         """
         return parse_config(config)
 
@@ -242,7 +242,7 @@ def _serve_service_endpoints(
 def _serve_homeserver_endpoints(services: Services, missing: Collection[Feature]) -> str | None:
     """Serves MSC4195's endpoints below `/_matrix`; returns None, or why they are not served."""
     if Feature.HOMESERVER_ENDPOINTS in missing:
-        # `_log_missing` has logged it.
+        # `_log_missing` has logged what is missing.
         return "this Synapse lacks what they need"
     # These modules import internals of Synapse that the service endpoints do not need.
     from synapse_lk_jwt.api.client_server import (
@@ -254,7 +254,7 @@ def _serve_homeserver_endpoints(services: Services, missing: Collection[Feature]
     homeserver = services.homeserver
     client: list[RestServlet] = [GetTokenRestServlet(services, RemoteSfus(homeserver))]
     if homeserver.delayed_events.are_enabled:
-        # Clients take any answer but 404 as a promise.
+        # Clients rely on the endpoint unless the answer is 404.
         client.append(DelegateDelayedLeaveRestServlet(services))
     not_served = homeserver.servlets.serve_below_matrix(
         client,
@@ -273,7 +273,7 @@ def _serve_homeserver_endpoints(services: Services, missing: Collection[Feature]
 def _advertise(
     homeserver: Homeserver, config: LiveKitJwtConfig, service_url: str, *, has_msc4195: bool
 ) -> None:
-    """Adds the SFU to what Synapse announces to clients, as far as it is served."""
+    """Adds the SFU to what Synapse announces to clients, with the endpoints that are served."""
     advertise = config.advertise.where_served(has_msc4195)
     if advertise is not config.advertise:
         logger.error(

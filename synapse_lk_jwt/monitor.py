@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The poll: compares the LiveKit rooms with what the module knows, at regular intervals.
 
-It lists rooms and hands each listing to delegations and enforcement. A failure in one room does not
-keep the poll from the others.
+It lists rooms and passes each listing to delegations and enforcement. A failure in one room does
+not prevent the check of the others.
 """
 
 import logging
@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 # How many rooms are checked at a time.
 CONCURRENT_ROOMS = 10
 
-# Where the poll is turned off, delegated delayed leaves need it all the same: after a lost webhook
-# the module would restart one for ever.
+# Delegated delayed leaves need a poll even if the admin turned polling off. Otherwise the module
+# would restart a leave forever after a lost webhook.
 SAFETY_MS = 300_000
 
-# Calls that LiveKit does not know, and that were not noted for so long, are forgotten.
+# The poll forgets a call that LiveKit does not list, if no process has noted it for this long.
 FORGET_CALLS_MS = 600_000
 
 # One request costs as much as this many participants in a listing.
@@ -45,11 +45,11 @@ PARTICIPANTS_FOR_A_REQUEST = 20
 
 @attr.s(auto_attribs=True, slots=True)
 class _Poll:
-    """What one poll knows and finds out.
+    """What one poll knows, and what it has found.
 
     Attributes:
-        asked_ms: when it began, in milliseconds since the epoch.
-        there: the LiveKit rooms there are, with the number of their participants.
+        began_ts: when it began, in milliseconds since the epoch.
+        listed: the rooms that LiveKit lists, with the number of their participants.
         calls: the Matrix room of each LiveKit room that was noted.
         tracked: the delegations of each LiveKit room.
         joined_sec: when the listed participants joined, in seconds since the epoch.
@@ -58,8 +58,8 @@ class _Poll:
         has_failed: whether the check of a room has failed for another reason.
     """
 
-    asked_ms: int
-    there: Mapping[str, int]
+    began_ts: int
+    listed: Mapping[str, int]
     calls: Mapping[str, str]
     tracked: Mapping[str, list[Tracked]]
     joined_sec: list[int] = attr.Factory(list)
@@ -69,17 +69,17 @@ class _Poll:
 
     @property
     def occupied(self) -> dict[str, int]:
-        """The noted calls that have participants, with the number of these."""
-        return {name: n for name, n in self.there.items() if n and name in self.calls}
+        """The noted calls that have participants, with the number of their participants."""
+        return {name: n for name, n in self.listed.items() if n and name in self.calls}
 
     @property
     def missing(self) -> dict[str, str]:
         """The Matrix rooms of the noted calls that LiveKit does not list, by LiveKit room."""
-        return {name: room for name, room in self.calls.items() if name not in self.there}
+        return {name: room for name, room in self.calls.items() if name not in self.listed}
 
     @property
     def connected(self) -> set[str]:
-        """The LiveKit rooms of delegations whose participant is connected without a doubt."""
+        """The LiveKit rooms of delegations whose participant is certainly connected."""
         return {name for name, ds in self.tracked.items() if any(d.is_settled for d in ds)}
 
 
@@ -89,7 +89,7 @@ class Monitor:
     Attributes, all private:
         _schedule: what was listed, and what to list next.
         _lost_rooms: recreates rooms that LiveKit lost.
-        _is_polling: whether a poll is under way.
+        _is_polling: whether a poll is running.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Monitor:
             room_cache: recreates rooms that LiveKit lost.
             delegations: follows the participants whose leaves are delegated.
             enforcer: removes participants who may not be in a call.
-            owners: forgets the owners of identities that are in no call any more.
+            owners: forgets the owners of identities that are no longer in a call.
             processes: finds out whether webhooks arrive.
             interval_ms: milliseconds between two polls, 0 for none.
         """
@@ -130,20 +130,20 @@ class Monitor:
         self._is_polling = False
 
     def start(self) -> None:
-        """Starts to poll, on the process that runs background tasks."""
+        """Starts the polls, on the process that runs background tasks."""
         self._homeserver.background.repeat(
             self._interval_ms, "synapse_lk_jwt_poll", self.poll, at_once=not self._is_off
         )
 
     async def poll(self) -> None:
-        """Checks the whole SFU once, unless a poll is under way."""
+        """Checks the whole SFU once, unless a poll is running."""
         if self._is_polling:
             return
         self._is_polling = True
         try:
             await self._poll()
         except SfuError:
-            # The client has logged it. Without an answer, the participants are not known.
+            # The client has logged the failure. Without an answer, the participants are unknown.
             metrics.set_unknown()
         finally:
             self._is_polling = False
@@ -158,11 +158,11 @@ class Monitor:
         if self._is_off and not tracked and not await self._calls.all():
             self._set_metrics({})
             return
-        asked_ms = self._homeserver.clock.time_msec()
-        there = await self._rooms.list_rooms()
-        # Read after the listing: a room that has been closed in between is not noted any more, and
-        # so it does not count as lost.
-        poll = _Poll(asked_ms, there, await self._calls.all(), tracked)
+        began_ts = self._homeserver.clock.time_msec()
+        listed = await self._rooms.list_rooms()
+        # The calls are read after the listing. A room that LiveKit closed in between is not noted
+        # any more, so it does not count as lost.
+        poll = _Poll(began_ts, listed, await self._calls.all(), tracked)
         await self._lost_rooms.recreate_missing(poll.missing, poll.connected)
         await self._check_rooms(poll)
         await self._check_missing_rooms(poll)
@@ -184,8 +184,8 @@ class Monitor:
 
     async def _check_missing_rooms(self, poll: _Poll) -> None:
         """Applies the absence of whole rooms to the delegations of their participants."""
-        empty = Listing(poll.asked_ms, ())
-        for livekit_room in poll.tracked.keys() - poll.there.keys():
+        empty = Listing(poll.began_ts, ())
+        for livekit_room in poll.tracked.keys() - poll.listed.keys():
             await self._delegations.on_poll(poll.tracked[livekit_room], empty)
 
     async def _check_rooms(self, poll: _Poll) -> None:
@@ -199,46 +199,46 @@ class Monitor:
                 else:
                     await self._check_delegations(livekit_room, poll)
             except SfuError as e:
-                # The client has logged it. The next poll tries again.
+                # The client has logged the failure. The next poll tries again.
                 self._schedule.forget(livekit_room)
                 poll.unknown.add(livekit_room)
                 if isinstance(e, NoNode):
                     poll.without_node.add(livekit_room)
             except Exception:
-                # A bug or a database error that one room causes must not hide the others.
+                # A bug or a database error with one room must not prevent the check of the others.
                 self._schedule.forget(livekit_room)
                 if not poll.has_failed:
                     # One traceback for each poll: the database may fail for all rooms.
                     logger.exception("Could not check the LiveKit room %r", livekit_room)
                 poll.has_failed = True
 
-        names = to_list | (poll.tracked.keys() & poll.there.keys())
+        names = to_list | (poll.tracked.keys() & poll.listed.keys())
         await concurrently_execute(check, names, CONCURRENT_ROOMS)
 
     async def _rooms_to_list(self, poll: _Poll) -> set[str]:
         schedule = self._schedule
-        schedule.keep(poll.there)
+        schedule.keep(poll.listed)
         inactive = await self._homeserver.users.select_inactive(schedule.users)
         blocked = await self._homeserver.rooms.select_blocked(set(poll.calls.values()))
-        to_list = schedule.changed(poll.there, inactive)
+        to_list = schedule.changed(poll.listed, inactive)
         to_list |= {
             name
-            for name, number in poll.there.items()
+            for name, number in poll.listed.items()
             if _is_listing_cheaper(poll.tracked.get(name, ()), number)
         }
         # While LiveKit's nodes die, any of the quiet rooms may have lost its node.
-        quiet = poll.there.keys() - to_list
+        quiet = poll.listed.keys() - to_list
         to_list |= schedule.share_of_quiet(
-            quiet, poll.asked_ms, all_of_them=self._lost_rooms.has_dead_node
+            quiet, poll.began_ts, all_of_them=self._lost_rooms.has_dead_node
         )
         return to_list | {name for name in schedule.listed() if poll.calls.get(name) in blocked}
 
     async def _check_delegations(self, livekit_room: str, poll: _Poll) -> None:
-        """Asks for the participants of delegations alone, in a room that is otherwise quiet."""
+        """Queries only the participants of delegations, in a room that is otherwise quiet."""
         await self._delegations.poll_participants(livekit_room, poll.tracked[livekit_room])
 
     async def _check_room(self, livekit_room: str, poll: _Poll) -> None:
-        """Lists one room, and hands the listing to delegations and enforcement."""
+        """Lists one room, and passes the listing to delegations and enforcement."""
         listing = await self._enforcer.list_participants(livekit_room)
         await self._delegations.on_poll(poll.tracked.get(livekit_room, ()), listing)
         poll.joined_sec.extend(participant.joined_at for participant in listing.participants)
@@ -249,11 +249,11 @@ class Monitor:
             if room_id is not None:
                 await self._calls.note(livekit_room, room_id)
         if room_id is not None:
-            reason = Reason("poll", listing.asked_ms)
+            reason = Reason("poll", listing.requested_ts)
             try:
                 await self._enforcer.check_participants(livekit_room, room_id, listing, reason)
             except SfuError:
-                # The client has logged it. The number of participants is known all the same.
+                # The client has logged the failure. The number of participants is still known.
                 self._schedule.forget(livekit_room)
                 return
         if listing.is_complete:
@@ -263,8 +263,8 @@ class Monitor:
         server_name = self._homeserver.server_name
         users = {p.user_id for p in listing.participants if p.user_id is not None}
         return ListedRoom(
-            poll.asked_ms,
-            poll.there[livekit_room],
+            poll.began_ts,
+            poll.listed[livekit_room],
             frozenset(filter(self._homeserver.is_mine, users)),
             is_ours=not is_shared(listing.participants, server_name)
             or any(p.owner and p.is_issued_by(server_name) for p in listing.participants),

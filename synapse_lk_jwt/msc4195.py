@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paths of MSC4195's endpoints.
 
-Every endpoint has a stable path and an unstable one, which clients and servers use that are older
-than the acceptance of the MSC.
+Every endpoint has a stable path and an unstable one. Clients and servers from before the acceptance
+of the MSC use the unstable one.
 """
 
 import re

@@ -13,8 +13,8 @@ import attr
 # A quiet room is listed this often.
 SWEEP_MS = 300_000
 
-# At least so many quiet rooms are listed at each poll. On a small server these are all rooms, so
-# that a participant whose LiveKit node died is noticed at the next poll.
+# Each poll lists at least this many quiet rooms. On a small server these are all rooms, so that the
+# next poll notices a participant whose LiveKit node died.
 MIN_SWEPT = 10
 
 
@@ -23,13 +23,13 @@ class ListedRoom:
     """A LiveKit room as it was when it was listed.
 
     Attributes:
-        listed_ms: when it was listed, in milliseconds since the epoch.
+        listed_ts: when it was listed, in milliseconds since the epoch.
         participants: how many participants ListRooms counted.
         users: the users of this homeserver among its participants.
         is_ours: whether a participant needs this homeserver to recreate the room.
     """
 
-    listed_ms: int
+    listed_ts: int
     participants: int
     users: frozenset[str]
     is_ours: bool
@@ -46,16 +46,16 @@ class PollSchedule:
         self._interval_ms = interval_ms
         self._listed: dict[str, ListedRoom] = {}
 
-    def keep(self, there: Mapping[str, int]) -> None:
+    def keep(self, listed: Mapping[str, int]) -> None:
         """Forgets all rooms but those that ListRooms names with participants."""
-        self._listed = {name: room for name, room in self._listed.items() if there.get(name)}
+        self._listed = {name: room for name, room in self._listed.items() if listed.get(name)}
 
     def note(self, livekit_room: str, room: ListedRoom) -> None:
         """Notes that a room was listed, and all of it was checked."""
         self._listed[livekit_room] = room
 
     def forget(self, livekit_room: str) -> None:
-        """Has a room listed at the next poll, because this one did not check all of it."""
+        """Lists a room again at the next poll, because this one did not check all of it."""
         self._listed.pop(livekit_room, None)
 
     @property
@@ -72,15 +72,15 @@ class PollSchedule:
         room = self._listed.get(livekit_room)
         return room is None or room.is_ours
 
-    def changed(self, there: Mapping[str, int], inactive: Set[str]) -> set[str]:
+    def changed(self, listed: Mapping[str, int], inactive: Set[str]) -> set[str]:
         """The rooms in which something has changed, and those that were not listed before.
 
         Args:
-            there: the rooms, with the numbers of their participants.
-            inactive: those of `users` whose accounts are inactive.
+            listed: the rooms that ListRooms names, with the numbers of their participants.
+            inactive: the members of `users` whose accounts are inactive.
         """
         changed = set()
-        for name, number in there.items():
+        for name, number in listed.items():
             room = self._listed.get(name)
             if room is None:
                 has_changed = number > 0
@@ -90,23 +90,23 @@ class PollSchedule:
                 changed.add(name)
         return changed
 
-    def share_of_quiet(self, quiet: Set[str], asked_ms: int, *, all_of_them: bool) -> set[str]:
+    def share_of_quiet(self, quiet: Set[str], began_ts: int, *, all_of_them: bool) -> set[str]:
         """The quiet rooms to list: those that were listed longest ago.
 
         Args:
             quiet: the LiveKit rooms that are otherwise not listed.
-            asked_ms: when the poll began, in milliseconds since the epoch.
+            began_ts: when the poll began, in milliseconds since the epoch.
             all_of_them: whether to list all of them.
         """
         oldest_first = sorted(
-            (room.listed_ms, name) for name, room in self._listed.items() if name in quiet
+            (room.listed_ts, name) for name, room in self._listed.items() if name in quiet
         )
         number = max(MIN_SWEPT, len(oldest_first) * self._interval_ms // SWEEP_MS)
         if all_of_them:
             number = len(oldest_first)
-        overdue_ms = asked_ms + self._interval_ms - SWEEP_MS
+        overdue_ts = began_ts + self._interval_ms - SWEEP_MS
         return {
             name
-            for index, (listed_ms, name) in enumerate(oldest_first)
-            if index < number or listed_ms <= overdue_ms
+            for index, (listed_ts, name) in enumerate(oldest_first)
+            if index < number or listed_ts <= overdue_ts
         }

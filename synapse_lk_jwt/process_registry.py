@@ -25,11 +25,11 @@ GONE_MS = 3 * HEARTBEAT_MS
 
 FORGET_MS = 24 * 3_600_000
 
-# How often webhooks, and rejected requests, cause a write at most.
+# A process writes at most this often because of a webhook, or because of a rejected request.
 WEBHOOK_MS = 60_000
 REJECTED_MS = 1_000
 
-# How late a webhook may arrive. LiveKit retries for a while.
+# How late a webhook may arrive. LiveKit retries some times.
 LATE_MS = 20_000
 
 
@@ -78,7 +78,7 @@ class ProcessTable:
                 " (instance, is_background, seen_ts, webhook_ts, rejected_ts)"
                 " VALUES (?, ?, ?, ?, ?) ON CONFLICT (instance) DO UPDATE SET"
                 " is_background = EXCLUDED.is_background, seen_ts = EXCLUDED.seen_ts,"
-                # A process that was restarted has forgotten the webhooks of before.
+                # A restarted process does not know the webhooks that it received before.
                 " webhook_ts = CASE WHEN EXCLUDED.webhook_ts > old.webhook_ts"
                 " THEN EXCLUDED.webhook_ts ELSE old.webhook_ts END,"
                 " rejected_ts = CASE WHEN EXCLUDED.rejected_ts > old.rejected_ts"

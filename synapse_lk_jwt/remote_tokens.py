@@ -42,7 +42,7 @@ class RemoteRefusal(Exception):
 
 
 class RemoteFailure(Exception):
-    """The other homeserver gave no proper answer. The text says why, for the log alone."""
+    """The other homeserver gave no valid answer. The text names the cause, for the log only."""
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
@@ -81,7 +81,7 @@ class RemoteSfus:
 
         Raises:
             RemoteRefusal: 403 `M_FORBIDDEN` and 400 `M_INVALID_PARAM`, which are for the client.
-            RemoteFailure: if there is no token for any other reason, after ten seconds at most.
+            RemoteFailure: if the module gets no token for another reason, or within ten seconds.
         """
         try:
             status, body = await within(
@@ -98,7 +98,7 @@ class RemoteSfus:
         """Requests a token at the stable path, or at the unstable one if the server has no other.
 
         lk-jwt-service 0.7 accepts only the form of `member_id` from before the MSC's acceptance,
-        and rejects unknown fields. So the other form follows when a server rejects the first one.
+        and rejects unknown fields. So if a server rejects one form, the module sends the other.
         """
         form = self._forms.get(server_name, _Form())
         status, body = await self._request_in(form, server_name, content)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other servers, clients and participants send: how it is decoded, and how it is logged.
+"""Decodes, and prepares for the log, what other servers, clients and participants send.
 
-Plain Python: the core uses it as well.
+This file uses neither Twisted nor HTTP, because the core imports it.
 """
 
 import json

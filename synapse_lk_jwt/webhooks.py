@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Applies LiveKit's webhooks to delegations and calls.
 
-Webhooks can be lost, repeated or out of order. So a webhook that a participant left only causes a
-question to LiveKit, and the poll finds what no webhook has reported.
+Webhooks can be lost, repeated or out of order. So after a webhook about a leave the module queries
+LiveKit, and the poll finds what no webhook has reported.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from synapse_lk_jwt.livekit.room_cache import RoomCache
 from synapse_lk_jwt.livekit.tables import CallTable, TooManySlots
 from synapse_lk_jwt.work import WorkByKey
 
-# livekit-protocol has this enum from about 1.1.29 on.
+# livekit-protocol has this enum since about 1.1.29.
 RoomEndReason = getattr(models, "RoomEndReason", None)
 
 PARTICIPANT_EVENTS = (
@@ -31,8 +31,8 @@ PARTICIPANT_EVENTS = (
     "participant_connection_aborted",
 )
 
-# After these reasons the participant reconnects. LiveKit ends the old session before the new one,
-# and the participants of a LiveKit that is shut down have not left the call.
+# After these reasons the participant reconnects. LiveKit ends the old session before the new one
+# begins, and a shutdown of LiveKit does not mean that its participants have left the call.
 NO_LEAVE = frozenset(
     {
         DisconnectReason.DUPLICATE_IDENTITY,
@@ -58,7 +58,7 @@ class Webhook:
     Attributes:
         event: its name.
         livekit_room: the LiveKit room.
-        participant: the participant. None if it is about none, or if this one is not readable: its
+        participant: the participant. None if the event concerns no participant. Also None if the
             identity is too long, or the webhook is too large to be read as a whole.
         room_end_reason: why the room finished, a `RoomEndReason`; 0 if LiveKit does not say.
     """
@@ -94,7 +94,7 @@ class WebhookHandler:
             rooms: forgets a room that has finished.
             delegations: follows the participants whose leaves are delegated.
             enforcer: checks participants who joined.
-            owners: the users of participants that can replace what their token says.
+            owners: the users of participants who can replace the attributes of their token.
         """
         self._homeserver = homeserver
         self._calls = calls
@@ -113,7 +113,7 @@ class WebhookHandler:
         )
 
     async def on_webhook(self, webhook: Webhook) -> None:
-        """Notes a webhook, so that it is not lost after LiveKit got its answer."""
+        """Notes a webhook before LiveKit gets its answer. LiveKit repeats it if this raises."""
         livekit_room = webhook.livekit_room
         if webhook.event == "room_finished":
             await self._on_room_finished(webhook)
@@ -170,19 +170,19 @@ class WebhookHandler:
             )
 
     async def _check_after_unreadable(self, livekit_room: str, _: Mapping[str, str]) -> None:
-        """Finds out what a webhook reported that names the room and nothing else."""
+        """Checks a room after a webhook of which only the room could be read."""
         delegations = await self._delegations.tracked(livekit_room)
         room_id = await self._calls.room_of(livekit_room)
         try:
-            # One listing for all delegations of the room. A participant can cause many such
-            # webhooks, and a question and two writes for each delegation would be an amplifier.
+            # One listing serves all delegations of the room. A participant can cause many such
+            # webhooks. A query and two writes for each delegation would amplify their load.
             listing = await self._enforcer.list_participants(livekit_room)
             await self._delegations.suspect_absent(delegations, listing)
             if room_id is not None:
-                reason = Reason("joined", listing.asked_ms)
+                reason = Reason("joined", listing.requested_ts)
                 await self._enforcer.check_participants(livekit_room, room_id, listing, reason)
         except SfuError:
-            # The client has logged it. The delegations' own timers ask again.
+            # The client has logged the failure. The timers of the delegations query again.
             await self._delegations.suspect_room(livekit_room)
 
     async def _check_after_finished(self, livekit_room: str, _: Mapping[str, str]) -> None:

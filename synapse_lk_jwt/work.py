@@ -16,7 +16,7 @@ T = TypeVar("T")
 MAX_RUNNING = 50
 MAX_QUICK = 20
 
-# Work that takes longer than this waits for a server, and not for this process.
+# Work that takes longer than this is waiting for a server, and not for this process.
 QUICK_SEC = 0.1
 
 
@@ -27,16 +27,16 @@ class NotDone(Exception):
 class WorkByKey(Generic[T]):
     """Runs work in the background, once at a time for each key.
 
-    Items that are added to a key while its work runs are its next work, together. Work that hangs
-    lets work of other keys start. If the maximum is running, the key that was added last is next:
-    a backlog of rooms that hang does not delay another room.
+    Items that are added to a key while its work runs are processed together in the next run. Work
+    that hangs lets work of other keys start. If the maximum is running, the key that was added last
+    is next, so a backlog of rooms that hang does not delay another room.
 
     Attributes, all private:
         _waiting: the items of work that has not started, by key.
         _running: the items of work that runs.
         _postponed: the items of work that failed, until `retry` is called.
         _quick: the keys whose work started less than `QUICK_SEC` ago.
-        _is_starting: whether `_start` runs. Work that ends at once calls it again.
+        _is_starting: whether `_start` runs. Work that ends immediately calls it again.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class WorkByKey(Generic[T]):
         self._is_starting = False
 
     def add(self, key: str, items: dict[str, T]) -> None:
-        """Adds items to the work of a key. An item that waits already keeps its value."""
+        """Adds items to the work of a key. An item that already waits keeps its value."""
         waiting = self._waiting.pop(key, {})
         # Last in, first out.
         self._waiting[key] = {**items, **waiting}
         self._start()
 
     def retry(self) -> None:
-        """Adds all work that has failed again. It starts after work that waits already."""
+        """Queues all failed work again. It starts after the work that already waits."""
         postponed, self._postponed = self._postponed, {}
         waiting = self._waiting
-        # Work that has failed may hang again, and must not start before that of a new key.
+        # Failed work may hang again, so it must not start before the work of a new key.
         self._waiting = {k: {**v, **waiting.pop(k, {})} for k, v in postponed.items()}
         self._waiting.update(waiting)
         self._start()
@@ -107,7 +107,7 @@ class WorkByKey(Generic[T]):
             self._is_starting = False
 
     async def _run(self, key: str) -> None:
-        timer = self._homeserver.reactor.callLater(QUICK_SEC, self._is_slow, key)
+        timer = self._homeserver.reactor.callLater(QUICK_SEC, self._stop_counting_as_quick, key)
         is_done = False
         try:
             # The reason has been logged.
@@ -124,6 +124,6 @@ class WorkByKey(Generic[T]):
                 self._postponed[key] = {**items, **self._postponed.get(key, {})}
             self._start()
 
-    def _is_slow(self, key: str) -> None:
+    def _stop_counting_as_quick(self, key: str) -> None:
         self._quick.discard(key)
         self._start()

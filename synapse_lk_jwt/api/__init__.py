@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doors: what clients and other homeservers ask for over HTTP."""
+"""The HTTP endpoints for clients, other homeservers and LiveKit."""

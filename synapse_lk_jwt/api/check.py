@@ -21,7 +21,7 @@ from synapse_lk_jwt.issuer import NotInRoom
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.process_registry import ProcessRegistry
 
-# No homeserver issued this OpenID token: one that rejects it can be asked.
+# No homeserver issued this OpenID token. A homeserver that rejects it is reachable.
 UNKNOWN = "synapse-lk-jwt-check"
 
 
@@ -34,15 +34,15 @@ class CheckBody:
 
 
 class CheckResource(Endpoint):
-    """How this process sees itself, the others, and one user's path into a call.
+    """Reports this process, the other processes, and what decides about one user's calls.
 
     POST /_synapse/client/livekit/jwt/check HTTP/1.1
     Authorization: …
 
     {"user_id": "@user:example.org", "room_id": "!room:example.org"}
 
-    Both fields may be left out. Without a signature made from LiveKit's API secret the answer is
-    that of a path that does not exist.
+    Both fields may be left out. The signature is made with LiveKit's API secret. A request without
+    it gets the answer of a path that does not exist.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CheckResource(Endpoint):
             processes: the processes that have loaded the module.
             calls: the calls that were noted, with their LiveKit rooms.
             not_served: why MSC4195's endpoints are not served; None if they are.
-            settings: what this process was started with, see `check/start.py`.
+            settings: the settings that this process was started with, see `check/start.py`.
         """
         super().__init__(services.homeserver)
         self._issuer = services.issuer
@@ -71,12 +71,12 @@ class CheckResource(Endpoint):
 
     async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
         assert request.content is not None
-        # The signature covers the whole body, so one that is cut off has another.
+        # The signature covers the whole body, so it does not match a body that is cut off here.
         body = request.content.read(MAX_BODY_BYTES)
         request.content.seek(0)
         now_ms = self._homeserver.clock.time_msec()
         if not is_signed(self._issuer.signer.secret, authorization(request), body, now_ms):
-            # As for any path that does not exist.
+            # The same answer as for a path that does not exist.
             raise UnrecognizedRequestError(code=404)
         return await super()._async_render(request)
 

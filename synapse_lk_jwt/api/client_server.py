@@ -38,10 +38,10 @@ def _patterns(endpoint: str) -> tuple["re.Pattern[str]", ...]:
 
 
 async def _requester(homeserver: Homeserver, request: SynapseRequest) -> Requester:
-    """Returns who sent a request. Handlers call this before they read the body."""
+    """Returns the user who sent a request. Handlers call this before they read the body."""
     requester = await homeserver.users.get_user_by_req(request, allow_guest=True)
     if not await homeserver.users.is_active(requester.user.to_string()):
-        # Synapse itself rejects all inactive users but the suspended.
+        # Synapse itself rejects all inactive users except suspended ones.
         raise SynapseError(401, "This account cannot be used", Codes.UNAUTHORIZED)
     return requester
 
@@ -90,7 +90,7 @@ class GetTokenRestServlet(RestServlet):
         member = CallMember(user_id, body.room_id, body.slot_id, (identity,))
         await self._services.homeserver.users.check_auth_blocking(user_id)
         await self._services.admit(member, strict=True)
-        # The URL decides alone: our SFU is ours whichever server the client names.
+        # Only the URL decides, because a client may name another server for this SFU.
         if is_same_url(body.url, self._services.livekit_url):
             token = await self._services.issuer.issue(member, "client_get_token")
         else:
@@ -132,7 +132,7 @@ class DelegateDelayedLeaveBody:
 
 
 class DelegateDelayedLeaveRestServlet(RestServlet):
-    """Accepts a client's leave, which the homeserver sends when the participant is gone.
+    """Accepts a client's delayed leave. The module sends it when the participant has left.
 
     POST /_matrix/client/v1/rtc/livekit/delegate_delayed_leave HTTP/1.1
     Authorization: Bearer …

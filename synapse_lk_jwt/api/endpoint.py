@@ -19,12 +19,12 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 
 def authorization(request: SynapseRequest) -> str:
     """The `Authorization` header, or an empty string. It can hold any bytes."""
-    # Given the name of a header as str, Twisted would decode the value as UTF-8.
+    # With a name of type str, Twisted would decode the value as UTF-8.
     return (request.getHeader(b"Authorization") or b"").decode("latin-1")
 
 
 def respond(request: SynapseRequest, code: int, content: JsonDict) -> None:
-    """Answers a request at once, with CORS headers, unless the client has disconnected.
+    """Answers on the main thread, with CORS headers, unless the client has disconnected.
 
     Synapse encodes the answers of its own endpoints on a thread, because some of them are huge. For
     an answer as small as a token, that takes longer than all other work of the request.
@@ -62,7 +62,7 @@ class Endpoint(DirectServeJsonResource):
         self._homeserver = homeserver
 
     async def _async_render(self, request: SynapseRequest) -> tuple[int, JsonDict] | None:
-        # Synapse looks for an attribute named after the HTTP method, which can be any string.
+        # Synapse reads an attribute named after the HTTP method, which can be any string.
         if request.method not in self.METHODS:
             raise UnrecognizedRequestError(code=405)
         return await super()._async_render(request)

@@ -64,7 +64,7 @@ def raises_matrix_errors(
                 # The path does not exist for this client, so no endpoint has refused the request.
                 raise
             except Exception as e:
-                # Each error is raised again. Synapse answers 500 to those that are no SynapseError.
+                # Every error is raised again. Synapse answers 500 unless it is a SynapseError.
                 error = _matrix_error(e)
                 metrics.refusals.labels(endpoint, _cause(error)).inc()
                 if error is e:
@@ -86,9 +86,9 @@ def _cause(error: Exception) -> str:
 def _matrix_error(error: Exception) -> Exception:
     """The Matrix error for an error of the module. Other errors are returned as they are.
 
-    503 and not 502 for the SFU: a CDN in front of Synapse replaces a 502 by a page of its own
-    without CORS headers, and a browser reports that as a network failure. MSC4195 requires 502 when
-    another homeserver fails.
+    The status for the SFU is 503 and not 502. A CDN in front of Synapse replaces a 502 by its own
+    page without CORS headers, which a browser reports as a network failure. MSC4195 requires 502
+    when another homeserver fails.
     """
     if isinstance(error, NotInRoom):
         return Refusal("not_in_room", 403, "You are not joined to this room", Codes.FORBIDDEN)

@@ -35,7 +35,7 @@ _Read = Callable[[Mapping[str, Any], str, str], T]
 
 
 def bad_json(field: str, problem: str) -> SynapseError:
-    """The error for a body with something wrong in a field."""
+    """The error for a body with an invalid field."""
     return SynapseError(400, f"{field}: {problem}", Codes.BAD_JSON)
 
 
@@ -72,7 +72,7 @@ def from_json(kind: type[T], content: JsonDict, path: str = "") -> T:
     Args:
         kind: the attrs class of the object.
         content: the object.
-        path: what to put before the names of its fields in messages.
+        path: the prefix of its fields' names in messages.
 
     Raises:
         SynapseError: 400 `M_BAD_JSON`, which names the first field that is wrong.
@@ -89,7 +89,7 @@ def from_json(kind: type[T], content: JsonDict, path: str = "") -> T:
 
 
 def required(check: Check[T], *, is_secret: bool = False) -> T:
-    """An attribute whose field must be there."""
+    """An attribute whose field must be present."""
 
     def read(content: Mapping[str, Any], path: str, name: str) -> T:
         if name not in content:
@@ -103,7 +103,7 @@ def optional(check: Check[T], zero: str | int = "") -> T | None:
     """An attribute whose field may be absent; it is None then.
 
     Args:
-        check: the check of a field that is there.
+        check: the check of a field that is present.
         zero: the zero value of the field's type. It counts as absent, as `null` does, because
             clients in typed languages send it.
     """

@@ -18,8 +18,8 @@ MAX_LOOK_UPS = 100
 # The same for one client address: a client whose servers never answer must not block all others.
 MAX_LOOK_UPS_FOR_ADDRESS = 50
 
-# How many times the requests of one user all users together may make in rooms that this homeserver
-# is not in. An attacker can invent such users and their servers.
+# In rooms that this homeserver is not in, all users together may send this many times the requests
+# of one user. An attacker can invent such users and their servers.
 ELSEWHERE_FACTOR = 10
 
 
@@ -42,7 +42,7 @@ class Limits:
         # The number of look-ups by address block, without zeros.
         self._in_flight: Counter[str] = Counter()
 
-    async def ask_for_token(self, user_id: str, room_id: str) -> None:
+    async def count_token_request(self, user_id: str, room_id: str) -> None:
         """Counts a request of a verified user, local or remote.
 
         In rooms that this homeserver is not in, the request also counts for the user's server, and
@@ -77,7 +77,7 @@ class Limits:
 
 
 def address_block(address: str) -> str:
-    """The addresses that are limited together: the /64 of an IPv6 address, one IPv4 address.
+    """The addresses that share a limit: the /64 of an IPv6 address, or one IPv4 address.
 
     A single host commonly has a whole /64 (RFC 4291, section 2.5.4).
     """

@@ -130,8 +130,8 @@ class _OpenIdEndpoint(Endpoint):
             await self._homeserver.users.check_auth_blocking(member.user_id)
         await self._services.admit(member)
         if delay_id is not None and self._homeserver.delayed_events.are_enabled:
-            # Before LiveKit is needed, because clients do not repeat a delegation. The client gets
-            # its token even if the delayed event is gone.
+            # The module accepts the delegation before it needs LiveKit, because clients do not
+            # repeat a delegation. The client gets its token even if the delayed event is over.
             await self._services.leaves.delegate(member, delay_id)
         token = await self._services.issuer.issue(member, endpoint)
         return 200, {"url": self._services.livekit_url, "jwt": token}
@@ -229,7 +229,7 @@ class DelegateDelayedLeaveBody(GetTokenBody):
 
 
 class DelegateDelayedLeaveResource(_OpenIdEndpoint):
-    """Accepts a client's leave, which the homeserver sends when the participant is gone.
+    """Accepts a client's delayed leave. The module sends it when the participant has left.
 
     POST /_synapse/client/livekit/jwt/delegate_delayed_leave HTTP/1.1
 
@@ -250,9 +250,9 @@ class DelegateDelayedLeaveResource(_OpenIdEndpoint):
     @raises_matrix_errors("delegate_delayed_leave")
     async def _async_render_POST(self, request: SynapseRequest) -> tuple[int, JsonDict]:
         if _is_empty(request):
-            # With an empty body a client probes whether it can delegate, and does not say who its
-            # user is. Any other answer would make users of other homeservers, who cannot delegate,
-            # schedule their leaves an hour ahead. Users of this homeserver learn it from MSC4195's
+            # With an empty body a client probes whether it can delegate, without naming its user.
+            # After any other answer, clients of other homeservers, which cannot delegate, would
+            # schedule their leaves an hour ahead. Clients of this homeserver probe MSC4195's
             # endpoint.
             raise UnrecognizedRequestError(code=404)
         body = read_body(request, DelegateDelayedLeaveBody)
@@ -283,7 +283,7 @@ def _is_empty(request: SynapseRequest) -> bool:
 
 
 class HealthResource(Endpoint):
-    """Answers 200 while the module serves.
+    """Answers 200 while the module serves requests.
 
     LiveKit's state does not matter here, because restricted users get tokens without LiveKit.
 

@@ -12,12 +12,12 @@ from synapse_lk_jwt.issuer import Issuer
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Services:
-    """What endpoints hand a request to after they have read it.
+    """What endpoints use after they have read a request.
 
     Attributes:
         homeserver: reads users and rooms.
         issuer: issues LiveKit access tokens.
-        limits: limits how often a user may ask.
+        limits: limits how often a user may request a token.
         leaves: accepts delegated leaves.
         livekit_url: the SFU's URL for clients.
         livekit_proxy: the URL of the forward proxy between this process and LiveKit; None if there
@@ -42,5 +42,5 @@ class Services:
             LimitExceededError: 429, if the user has sent too many requests.
             NotInRoom: if the user may not be in a call of that Matrix room.
         """
-        await self.limits.ask_for_token(member.user_id, member.room_id)
+        await self.limits.count_token_request(member.user_id, member.room_id)
         await self.issuer.check_membership(member.user_id, member.room_id, strict=strict)

@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 MAX_READ_BYTES = 256 * 1024
 PIECE_BYTES = 4 * 1024 * 1024
 
-# The name of all events that LiveKit does not document, and of those of other participants.
+# The name for events that LiveKit does not document, and for participants that are not users.
 OTHER_EVENT = "other"
 
-# The number of blanks between the parts varies. The names of our LiveKit rooms have 43 letters.
+# The number of blanks between the parts varies. The names of our LiveKit rooms have 43 characters.
 _BEGINNING = re.compile(
     rb'\{\s*"event"\s*:\s*"(?P<event>\w{1,64})"\s*,\s*"room"\s*:\s*\{\s*"sid"\s*:\s*"\w{0,64}"'
     rb'\s*,\s*"name"\s*:\s*"(?P<room>[A-Za-z0-9+/]{43})"'
@@ -114,16 +114,16 @@ class SfuWebhookResource(Endpoint):
             self._reasons.add(str(error))
             logger.warning(
                 "Rejected a request to the webhook endpoint that is not signed with livekit_key"
-                " and livekit_secret: %s. Anyone can send one. If webhooks do not arrive: %s",
+                " and livekit_secret: %s. Any client can send one. If webhooks do not arrive: %s",
                 error,
                 self._homeserver.check_command,
             )
 
     async def _read(self, request: SynapseRequest, signed: str) -> tuple[bytes, bool]:
-        """Returns the body, or its beginning if it is large, and whether that is all of it.
+        """Returns the body, or its beginning if it is large, and whether it is the whole body.
 
-        Synapse accepts requests of 50 MB, or of 13 MB with another `max_upload_size`. Hashing that
-        much at once would delay all other requests.
+        Synapse accepts requests of 50 MB, or of 13 MB with another `max_upload_size`. Hashing so
+        large a body in one piece would delay all other requests.
 
         Raises:
             InvalidSignature: if LiveKit has signed another body.

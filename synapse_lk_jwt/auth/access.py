@@ -31,12 +31,12 @@ class ServerList:
         return tuple(glob_to_regex(entry, ignore_case=True) for entry in self.entries)
 
     @property
-    def is_everyone(self) -> bool:
+    def has_all(self) -> bool:
         """Whether every server is on the list."""
         return any(set(entry) == {"*"} for entry in self.entries)
 
     def __contains__(self, server_name: str) -> bool:
-        return self.is_everyone or any(p.match(server_name) for p in self._patterns)
+        return self.has_all or any(p.match(server_name) for p in self._patterns)
 
 
 class Standing(Enum):

@@ -20,7 +20,7 @@ MAX_ANSWER_BYTES = 16 * 1024
 
 
 class InvalidToken(Exception):
-    """The token proves no user. The text says why, for the log alone.
+    """The token proves no user. The text names the cause, for the log only.
 
     Attributes:
         cause: `unknown`, `inactive_user`, `other_user`, `unreachable`, `refused` or `bad_answer`.
@@ -68,7 +68,7 @@ async def user_of_remote_token(homeserver: Homeserver, server: str, token: str) 
         try:
             status, body = await within(LOOK_UP_TIMEOUT_SEC, homeserver.clock, ask)
         except NETWORK_ERRORS as e:
-            # The text of such an error can hold the URL, and the URL holds the token.
+            # The text of such an error can contain the URL, and the URL contains the token.
             text = f"the request to {server} failed ({type(e).__name__})"
             raise InvalidToken("unreachable", text) from None
     return _user_in_answer(server, status, body)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule "may this user be in a call of this Matrix room".
 
-Token requests, webhooks, the poll and the removal after a membership change all ask here, so that
-none of them can decide otherwise than the others.
+Token requests, webhooks, the poll and the removal after a membership change all use this rule, so
+that they cannot disagree.
 """
 
 from enum import Enum
@@ -51,7 +51,9 @@ class RoomAccessRule:
     believe_rooms_elsewhere: bool
 
     async def of_request(self, user_id: str, room_id: str, *, strict: bool = False) -> RoomAccess:
-        """The access of a user who requests a token. All that it takes is cached by Synapse.
+        """The access of a user who requests a token.
+
+        Synapse caches what this reads, except the membership of a user who is not joined.
 
         Args:
             user_id: the user, authenticated and with an active account.
@@ -60,8 +62,8 @@ class RoomAccessRule:
                 joined, and this homeserver must be in the room.
         """
         homeserver = self.homeserver
-        # First: a shut-down room has no local members, so that the rules below would believe the
-        # users of other homeservers.
+        # This check precedes the others. A room that was shut down has no local members, so the
+        # rules below would believe the users of other homeservers.
         if await homeserver.rooms.is_blocked(room_id):
             return RoomAccess.BANNED
         must_be_joined = strict or self.require_room_membership
@@ -113,7 +115,7 @@ class RoomAccessRule:
         """The access of a user who must be joined to a room that this homeserver is in."""
         homeserver = self.homeserver
         is_mine = homeserver.is_mine(user_id)
-        # In the room's state, the users of a server that the ACL denies are still joined.
+        # The room's state still contains the joins of users whose server the ACL denies.
         if not is_mine and not await homeserver.rooms.acl_allows(
             get_domain_from_id(user_id), room_id
         ):
@@ -123,8 +125,8 @@ class RoomAccessRule:
         membership = await homeserver.rooms.membership(user_id, room_id)
         if membership == Membership.BAN:
             return RoomAccess.BANNED
-        # While Synapse completes its own join, it does not know all members of other homeservers.
-        # It does know the memberships that events after its join have set.
+        # Until Synapse completes its own join, it does not know all members of other homeservers.
+        # It does know the memberships that later events have set.
         if (
             not is_mine
             and membership != Membership.LEAVE

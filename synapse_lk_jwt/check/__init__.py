@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out what is wrong with a set-up, and what to write instead."""
+"""Checks a set-up, names each problem, and shows what to write instead."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with an answer that a browser would get, in words."""
+"""Describes the problems of an answer that a browser would get."""
 
 from synapse_lk_jwt.check.probe import Answer
 
@@ -13,7 +13,7 @@ CORS_LINES = (
 
 
 def describe(answer: Answer) -> str:
-    """What kind of answer it is, without quoting it."""
+    """The kind of an answer, without quoting it."""
     if answer.is_html:
         return f"with a web page ({answer.status})"
     content = answer.json
@@ -26,8 +26,8 @@ def cors_problem(answer: Answer, origin: str = "*") -> str | None:
     """What makes a browser block an answer; None if nothing does."""
     values = answer.all(CORS)
     if not values:
-        return f"comes without {CORS}, so browsers block it (CORS)"
+        return f"is answered without {CORS}, so browsers block it (CORS)"
     if values not in (["*"], [origin]):
         shown = ", ".join(values)[:200]
-        return f"comes with {CORS}: {shown} instead of one *, so browsers block it (CORS)"
+        return f"is answered with {CORS}: {shown} instead of one *, so browsers block it (CORS)"
     return None

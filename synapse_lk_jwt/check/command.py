@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out what is wrong with the set-up of the module, and prints what to write instead."""
+"""Checks the set-up of the module, names each problem, and prints what to write instead."""
 
 import argparse
 import logging
@@ -41,9 +41,9 @@ _HOST = r"(\[[^\]]+\]|[^:\[\]]+)"
 ALL_WELL, HAS_PROBLEMS, COULD_NOT_RUN = range(3)
 
 _EPILOG = (
-    "Exit status: 0 without a problem, 1 with at least one, 2 if nothing could be checked. The"
-    " command changes nothing. For a second it creates a LiveKit room that belongs to no call, for"
-    " which LiveKit sends webhooks."
+    "Exit status: 0 if no problem was found, 1 if one was found, 2 if nothing could be checked. The"
+    " command changes no configuration. It creates a LiveKit room that belongs to no call, and"
+    " deletes it within seconds. LiveKit sends webhooks for that room."
 )
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if hasattr(options, "run"):
         return int(options.run(options))
-    # What Synapse logs while it reads its configuration is no part of the report.
+    # Log lines that Synapse writes while it reads its configuration are no part of the report.
     logging.disable(logging.CRITICAL)
     try:
         findings = Command(options).findings()
@@ -128,14 +128,14 @@ class Command:
         """The path of one user into a call."""
         running = Running(self._probe(verifies=False), setup, _now_ms)
         if running.url is None:
-            raise CannotRun("this configuration has no listener at which Synapse could be asked")
+            raise CannotRun("this configuration has no listener where Synapse answers")
         user_id, room_id = self._options.user_id, self._options.room
         try:
             state = running.ask_process(running.url, user_id=user_id, room_id=room_id)
         except (NoAnswer, NoModuleThere) as e:
             raise CannotRun(
-                f"Synapse at {running.url} must be asked about the user and does not answer: {e}."
-                " Run 'check' without --as to see why"
+                f"Synapse at {running.url} does not answer the question about the user: {e}. Run"
+                " 'check' without --as to find the cause"
             ) from None
         livekit, probe = LiveKit(setup, _now_ms), self._probe_to_livekit(setup)
         return UserCheck(user_id, room_id, setup, livekit, probe, state).trace()
@@ -163,7 +163,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_to(subcommands)
     check = subcommands.add_parser(
-        "check", help="find out what is wrong", description=__doc__, epilog=_EPILOG
+        "check", help="check the set-up", description=__doc__, epilog=_EPILOG
     )
     check.add_argument(
         "-c",
@@ -171,10 +171,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="PATH",
-        help="Synapse's configuration, a file or a directory; repeat as for Synapse",
+        help="Synapse's configuration, a file or a directory. Repeat it as for Synapse",
     )
     check.add_argument(
-        "-q", "--quiet", action="store_true", help="print warnings, problems and the summary only"
+        "-q", "--quiet", action="store_true", help="print only warnings, problems and the summary"
     )
     check.add_argument("--json", action="store_true", help="machine-readable output")
     check.add_argument(
@@ -184,8 +184,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     check.add_argument(
         "--livekit-config",
         metavar="PATH",
-        help="LiveKit's configuration (livekit.yaml), so that the report does not repeat what is in"
-        f" it; default: {', '.join(livekit_file.USUAL_PATHS)}",
+        help="LiveKit's configuration (livekit.yaml). The report leaves out lines that it has."
+        f" Default: {', '.join(livekit_file.USUAL_PATHS)}",
     )
     check.add_argument(
         "--connect-to",
@@ -193,8 +193,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         type=_connect_to,
         metavar="HOST:PORT:ADDRESS:PORT",
-        help="connect to this address instead of a public name, as curl does; for a machine that"
-        " cannot use the public address itself",
+        help="connect to this address instead of a public name, as curl does. Use it on a machine"
+        " that cannot connect to its own public address",
     )
     options = parser.parse_args(arguments)
     if not hasattr(options, "run"):
@@ -205,7 +205,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _check_user_options(check: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the command if --as and --room are wrong."""
     if (options.user_id is None) != (options.room is None):
-        check.error("--as and --room belong together")
+        check.error("--as and --room must be used together")
     if options.user_id is not None and not is_user_id(options.user_id):
         check.error("--as needs a user ID such as @alice:example.com")
     if options.room is not None and not is_room_id(options.room):
@@ -222,7 +222,7 @@ def _version() -> str:
 def _report(findings: Sequence[Finding], options: argparse.Namespace) -> str:
     if options.json:
         return as_json(findings)
-    # A terminal of another character set shows question marks.
+    # A terminal with another character set shows question marks.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ

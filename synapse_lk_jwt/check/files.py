@@ -33,7 +33,7 @@ _BLOCK = (
     "      livekit_secret_path: /etc/matrix-synapse/livekit_secret",
 )
 
-# Options whose values are never printed, and what is too short to be one.
+# Options whose values are never printed. A shorter value is no secret.
 _SECRET_OPTION = re.compile(r"secret|pass|token|key|salt|credential|macaroon", re.IGNORECASE)
 _MIN_SECRET_LENGTH = 4
 
@@ -62,7 +62,7 @@ class _Files:
         names: their names, as on the command line.
         content: the files as one mapping; later ones win.
         file_of: the file of each top-level option.
-        duplicates: top-level options that are there more than once, by the file.
+        duplicates: top-level options that are set more than once, by file.
     """
 
     names: tuple[str, ...]
@@ -82,7 +82,7 @@ def read(paths: Sequence[str]) -> Setup:
 
     Raises:
         CannotRun: if Synapse does not start with it, for reasons outside of this module.
-        DoesNotStart: if it is known what to write.
+        DoesNotStart: if the command can show what to write instead.
     """
     try:
         # Synapse prints which files it ignores, and that is no part of the report.
@@ -111,7 +111,7 @@ def _read(paths: Sequence[str]) -> Setup:
     setup = from_synapse(_load_config(files), module)
     return attr.evolve(
         setup,
-        # As they were named on the command line: Synapse makes their paths absolute.
+        # The names from the command line, because Synapse makes their paths absolute.
         files=files.names,
         file_of=files.file_of,
         background=files.content.get("run_background_tasks_on") or MAIN,
@@ -138,16 +138,16 @@ def _load_config(files: _Files) -> HomeServerConfig:
 def _read_files(paths: Sequence[str]) -> _Files:
     names = find_config_files(list(paths))
     if not names:
-        raise CannotRun(f"there is no .yaml file in {' or '.join(map(repr, paths))}")
+        raise CannotRun(f"no .yaml file in {' or '.join(map(repr, paths))}")
     file_of: dict[str, str] = {}
     duplicates: dict[str, Sequence[str]] = {}
     for name in names:
         options = list(_options(name))
-        several = {option for option in options if options.count(option) > 1}
+        repeated = {option for option in options if options.count(option) > 1}
         if "modules" in options and "modules" in file_of:
-            several.add("modules")
-        if several:
-            duplicates[name] = sorted(several)
+            repeated.add("modules")
+        if repeated:
+            duplicates[name] = sorted(repeated)
         file_of.update(dict.fromkeys(options, name))
     return _Files(tuple(names), read_config_files(names), file_of, duplicates)
 
@@ -158,7 +158,7 @@ def _options(name: str) -> Iterator[str]:
         with open(name) as file:
             node = yaml.compose(file, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        # The error can quote what is there, and that may be a secret.
+        # The error can quote a line, which may contain a secret.
         mark = getattr(e, "problem_mark", None)
         where = f": see line {mark.line + 1}" if mark else ""
         is_star = isinstance(e, yaml.composer.ComposerError) or "alias" in str(
@@ -171,7 +171,7 @@ def _options(name: str) -> Iterator[str]:
 
 
 def _check_empty(files: _Files) -> None:
-    """Finds what is left when an admin deletes the only entry of a list.
+    """Finds an empty option, which remains when an admin deletes the only entry of a list.
 
     Raises:
         DoesNotStart
@@ -220,7 +220,7 @@ def _find_block(files: _Files) -> Mapping[str, Any]:
     for block in _modules(files.content):
         name = _named(block)
         if name != MODULE and name.lower().replace("-", "_").startswith("synapse_lk_jwt"):
-            text = f"Synapse does not start: there is no module {name!r}; its name is {MODULE}"
+            text = f"Synapse does not start: no module has the name {name!r}. Write {MODULE}"
             raise DoesNotStart(wrong("module", text, file, f"  - module: {MODULE}"))
     blocks = _blocks(files.content)
     if blocks:
@@ -254,7 +254,8 @@ def _read_module(block: Mapping[str, Any], file: str) -> LiveKitJwtConfig:
             ""
             if config
             else (
-                ". LIVEKIT_* variables are read from this shell: export the ones that Synapse has"
+                ". This command reads LIVEKIT_* variables from this shell. Export the ones that"
+                " Synapse has"
             )
         )
         text = f"Synapse does not start with this configuration: {e.msg}{hint}{_who(e.msg)}"
@@ -262,7 +263,7 @@ def _read_module(block: Mapping[str, Any], file: str) -> LiveKitJwtConfig:
 
 
 def _credentials(config: Mapping[str, Any]) -> Credentials:
-    """Where the module reads key and secret from, by the rules of `config.py`."""
+    """Where the module reads key and secret from, according to the rules of `config.py`."""
     variables = ("LIVEKIT_SECRET", "LIVEKIT_SECRET_FROM_FILE")
     options = ("livekit_key_file", "livekit_secret", "livekit_secret_path")
     option = next((name for name in options if name in config), None)
@@ -279,9 +280,9 @@ def _credentials(config: Mapping[str, Any]) -> Credentials:
 
 
 def _without_secrets(text: str, content: Any) -> str:
-    """A message of Synapse, free of the secrets of the configuration.
+    """A message of Synapse, without the secrets of the configuration.
 
-    A message that quotes one is replaced as a whole.
+    A message that quotes a secret is replaced as a whole.
     """
     if any(secret in text for secret in _secrets(content)):
         return "the message quotes a secret. Start Synapse to see it"
@@ -303,15 +304,15 @@ def _secrets(content: Any, is_secret: bool = False) -> Iterator[str]:
 
 
 def _who(cause: str) -> str:
-    """What to add to a message about a file that may not be read."""
+    """The addition to a message about a file that this user may not read."""
     if "Permission denied" not in cause:
         return ""
-    return f". This command runs as {_user()}: run it as the user that Synapse runs as"
+    return f". This command runs as {_user()}. Run it as Synapse's user"
 
 
 def _user() -> str:
     try:
         return repr(getpass.getuser())
     except (KeyError, OSError):
-        # A container may run a user ID that has no name.
+        # The user of a container may have no name.
         return f"user {os.geteuid()}"

@@ -29,7 +29,7 @@ from synapse_lk_jwt.livekit.tokens import LEEWAY_SEC, MUST_NOT_CREATE, rejected_
 # LiveKit's `Date` header has whole seconds, and the answer takes a while.
 TOLERATED_SKEW_SEC = 5
 
-# Where, and what to write.
+# The place of the command that sets the clocks, and the command.
 SET_CLOCKS = ("the command line of both machines", "timedatectl set-ntp true")
 
 AUTO_CREATE_OFF = ("room:", "  auto_create: false")
@@ -98,7 +98,7 @@ class LiveKitChecks:
             return None
         option, value = "livekit_internal_url", root
         if (url.netloc, url.path) == (public.netloc, public.path):
-            # Clients use this URL as well, or instead.
+            # Clients use this URL as well.
             option, value = "livekit_url", f"{public.scheme}://{public.netloc}"
         text = f"is at {root}, and not at {self._livekit.url}"
         return wrong("LiveKit", text, self._setup.block, f"{option}: {value}")
@@ -144,19 +144,19 @@ class LiveKitChecks:
                 "systemctl start livekit    # or however you start LiveKit",
             )
         if self._setup.livekit_proxy is not None and not is_twirp:
-            text = f"is not what answers at {url} ({answer.status})"
+            text = f"is not at {url}: another server answers {answer.status}"
             return wrong("LiveKit", text, *self._past_the_proxy())
         if answer.is_html:
             text = (
-                f"is not what answers at {url}: it is a web page ({answer.status}), of a proxy that"
-                " does not forward /twirp or of another server"
+                f"is not at {url}: a web page ({answer.status}) answers. It is another server, or a"
+                " proxy that does not forward /twirp"
             )
             return wrong("LiveKit", text, block, LIVEKIT_URL_HINT)
-        text = f"is not what answers at {url} ({answer.status}), or its API is not there"
+        text = f"is not at {url}, or its API has another path: the answer is {answer.status}"
         return wrong("LiveKit", text, block, LIVEKIT_URL_HINT)
 
     def _rejected(self, answer: Answer) -> Finding | None:
-        """What LiveKit's 401 means."""
+        """The problem that LiveKit's 401 shows."""
         skew, key = self._skew_sec(answer), self._config.livekit_key
         if abs(skew) >= LEEWAY_SEC:
             text = f"differ: LiveKit's is {_apart(skew)}, so LiveKit rejects every token"
@@ -177,7 +177,7 @@ class LiveKitChecks:
         return wrong("LiveKit", text, *self._secret_to_write())
 
     def _secret_to_write(self) -> tuple[str, str]:
-        """The place of the secret as configured, and what belongs there."""
+        """Where the secret is configured, and what to write there."""
         key, credentials = self._config.livekit_key, self._setup.credentials
         what = f"the secret below 'keys:' in livekit.yaml for {key}"
         option = credentials.secret_option
@@ -209,7 +209,7 @@ class LiveKitChecks:
         return round(theirs - self._time_msec() / 1000)
 
     def check_rooms(self, *, tries_access_rule: bool = True) -> Steps[list[Finding]]:
-        """Who can make LiveKit create rooms, and whether its clock is right.
+        """Which users can make LiveKit create rooms, and whether its clock is right.
 
         Args:
             tries_access_rule: whether to act as a restricted user who starts a call. LiveKit logs
@@ -226,8 +226,8 @@ class LiveKitChecks:
         findings = []
         if abs(skew) > TOLERATED_SKEW_SEC:
             text = (
-                f"differ: LiveKit's is {_apart(skew)}. LiveKit rejects tokens from {LEEWAY_SEC} s"
-                " on"
+                f"differ: LiveKit's is {_apart(skew)}. LiveKit rejects every token if"
+                f" they differ by {LEEWAY_SEC} s"
             )
             findings.append(warning("clocks", text, *SET_CLOCKS))
         if answer.status != 401:
@@ -240,7 +240,7 @@ class LiveKitChecks:
 
     def _auto_create(self, answer: Answer) -> Finding:
         if answer.status == 200 and answer.body == b"success":
-            if self._config.full_access_homeservers.is_everyone:
+            if self._config.full_access_homeservers.has_all:
                 text = "is on, which makes no difference while full_access_homeservers is '*'"
                 return ok("auto_create", text)
             return warning(
@@ -257,47 +257,47 @@ class LiveKitChecks:
     def _access_rule(self) -> Steps[Finding]:
         """Tries to start a call as a restricted user does, and deletes the room if that works.
 
-        /whip/v1 comes first, because it creates rooms regardless of `auto_create`. Older LiveKits
-        do not have it, and proxies may not forward it; then clients have /rtc alone.
+        This tries /whip/v1 first, because it creates rooms regardless of `auto_create`. Older
+        LiveKits do not have it, and proxies may not forward it. Then clients have only /rtc.
         """
         livekit = self._livekit
         token = livekit.token_for(ACCESS_RULE_ROOM)
         enforced = ok(ACCESS_RULE, "is enforced: LiveKit creates no room for restricted users")
-        door, is_refused = "/whip/v1", False
+        path, is_refused = "/whip/v1", False
         try:
             answer = yield livekit.publish(token)
             # LiveKit spells it "confguration" before 1.9.9.
             if b"unknown room conf" in answer.body:
                 return enforced
-            # LiveKit 1.9.0 wants a grant there that the module never gives.
+            # LiveKit 1.9.0 requires a grant for this path that the module never issues.
             if answer.status in (401, 403, 404):
-                door = "/rtc"
+                path = "/rtc"
                 answer = yield livekit.connect(livekit.url, token)
                 is_refused = not answer.is_html and (
                     answer.status == 500 or (answer.status == 404 and b"room" in answer.body)
                 )
-            result = f"{door} answers {answer.status}"
+            result = f"{path} answers {answer.status}"
         except NoAnswer as e:
-            result = f"{door}: {e}"
+            result = f"{path}: {e}"
         if (yield from livekit.exists(ACCESS_RULE_ROOM)):
             yield livekit.delete_room(ACCESS_RULE_ROOM)
-            return self._not_enforced(door)
+            return self._not_enforced(path)
         return enforced if is_refused else self._untested(ACCESS_RULE, result)
 
     def _untested(self, check: str, cause: str) -> Finding:
-        text = f"cannot be tested: {cause}. livekit_internal_url should be LiveKit itself"
+        text = f"cannot be tested: {cause}. Set livekit_internal_url to LiveKit's own port"
         return warning(check, text, self._setup.block, LIVEKIT_URL_HINT)
 
-    def _not_enforced(self, door: str) -> Finding:
+    def _not_enforced(self, path: str) -> Finding:
         text = (
-            f"is not enforced: LiveKit created a room at {door} for a token that forbids it."
+            f"is not enforced: LiveKit created a room at {path} for a token that forbids it."
             f" LiveKit {OLDEST_LIVEKIT} and newer enforce it, unless room_configurations has"
             f" {MUST_NOT_CREATE}"
         )
-        if self._config.full_access_homeservers.is_everyone:
+        if self._config.full_access_homeservers.has_all:
             return warning(ACCESS_RULE, f"{text}. Guests can start calls")
         text = f"{text}. full_access_homeservers has no effect"
-        if door == "/rtc":
+        if path == "/rtc":
             return wrong(ACCESS_RULE, text, LIVEKIT_YAML, *AUTO_CREATE_OFF)
         return wrong(
             ACCESS_RULE, text, COMMAND_LINE, "livekit-server --version    # then upgrade LiveKit"
@@ -310,7 +310,7 @@ def is_container() -> bool:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether a URL is of this machine, and reached from it only."""
+    """Whether a URL has an address that works only on this machine."""
     return urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to LiveKit: to its API with the module's key, and those that clients send."""
+"""Requests to LiveKit: to its API with the module's key, and requests of clients."""
 
 from collections.abc import Callable
 
@@ -77,16 +77,16 @@ class LiveKit:
         return self.room_service("DeleteRoom", message, VideoGrants(room_create=True))
 
     def validate(self, token: str) -> Request:
-        """Asks whether a token would let its holder into a room; nobody joins.
+        """A request whether a token would let its holder into a room. No participant joins.
 
-        The token is a header, and not a part of the URL as clients have it, which may be logged.
+        Clients put the token into the URL, which may be logged. So this request has it in a header.
         """
         return Request("GET", f"{self.url}/rtc/validate", {"Authorization": f"Bearer {token}"})
 
     def connect(self, url: str, token: str) -> Request:
-        """Opens a WebSocket as a client does. The connection ends with the answer.
+        """A request that opens a WebSocket, as a client does. The connection ends with the answer.
 
-        Twisted's client reports a 101 as no answer.
+        Twisted's client does not return a 101, and reports that no response arrived.
 
         Args:
             url: LiveKit's URL for clients, with `http` in place of `ws`.
@@ -102,7 +102,7 @@ class LiveKit:
         return Request("GET", f"{url}/rtc?protocol=15", headers)
 
     def publish(self, token: str) -> Request:
-        """Asks to publish over WHIP (RFC 9725), which creates the room."""
+        """A request to publish over WHIP (RFC 9725), which creates the room."""
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/sdp"}
         return Request("POST", f"{self.url}/whip/v1", headers, WHIP_OFFER)
 
@@ -133,7 +133,7 @@ class LiveKit:
         raise NoAnswer(f"LiveKit answers {answer.status} to ListRooms")
 
     def participants(self, livekit_room: str) -> Steps[list[ParticipantInfo]]:
-        """The participants of a room, none if there is no such room.
+        """The participants of a room; none if the room does not exist.
 
         Raises:
             NoAnswer: if LiveKit does not list them.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HTTP requests of the checks, which keep what a client would fail at: TLS, duplicate headers.
+"""HTTP requests of the checks. They show TLS errors and duplicate headers, as clients see them.
 
 A check that only the command runs calls `Probe.send`, which blocks. A check that a running Synapse
-repeats is a generator of requests (`Steps`): it does no HTTP itself, so that Synapse can run it
+repeats is a generator of requests (`Steps`). It sends no request itself, so that Synapse can run it
 with its own client on its reactor.
 """
 
@@ -28,7 +28,7 @@ MAX_ANSWER_BYTES = 1024 * 1024
 
 
 class NoAnswer(Exception):
-    """There is no answer. The text names the cause."""
+    """The server sent no answer. The text names the cause."""
 
 
 class Refused(NoAnswer):
@@ -121,7 +121,7 @@ class Probe:
         """Sends a request and returns any answer.
 
         Raises:
-            NoAnswer: if there is none within ten seconds.
+            NoAnswer: if no answer arrives within ten seconds.
         """
         try:
             return self._send(request)
@@ -136,7 +136,7 @@ class Probe:
         except ssl.SSLError as e:
             raise NoAnswer(f"it does not speak TLS ({e.reason})") from None
         except ValueError:
-            # Of a port, a host or a path.
+            # Python raises this for an invalid port, host or path.
             raise NoAnswer("this is not a valid URL") from None
         except (OSError, http.client.HTTPException) as e:
             text = getattr(e, "strerror", None) or type(e).__name__
@@ -240,7 +240,7 @@ def _seconds_until(deadline: float) -> float:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to an address of its own choice, or through a proxy."""
+    """A connection to a chosen address, or through a proxy."""
 
     def __init__(
         self,
@@ -284,7 +284,9 @@ class _TlsConnection(_Connection):
     def _open(self) -> socket.socket:
         if self._proxy is not None and self._proxy.is_tls:
             # Python's TLS does not run inside itself.
-            raise NoAnswer("this command cannot use https through a proxy that takes https itself")
+            raise NoAnswer(
+                "this command cannot send https requests through a proxy that is itself https"
+            )
         sock = super()._open()
         if self._proxy is not None:
             self._open_tunnel(sock, self._proxy)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of Synapse's processes: each is asked for its own view, with a signed request."""
+"""Checks of Synapse's processes. Each one reports its state in answer to a signed request."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +15,10 @@ from synapse_lk_jwt.check.signature import sign
 from synapse_lk_jwt.compat.config import MAIN
 from synapse_lk_jwt.discovery import destination, livekit_transports
 
-# What a process of Synapse says about itself: the answer of `api/check.py`.
+# What a process of Synapse reports about itself: the answer of `api/check.py`.
 State = Mapping[str, Any]
 
-# What an answer of the module has, and no other one.
+# The keys that only an answer of the module has.
 STATE_KEYS = {
     "server_name",
     "instance",
@@ -78,7 +78,7 @@ class Running:
     def url(self) -> str | None:
         """Where the process of this configuration listens; None if it does not.
 
-        LiveKit and a reverse proxy are best sent to a listener for clients without TLS.
+        A listener for clients without TLS is preferred: it is the best one for LiveKit and proxies.
         """
         listeners = sorted(
             self.setup.listeners,
@@ -94,7 +94,7 @@ class Running:
             question: `user_id` and `room_id`, or nothing.
 
         Raises:
-            NoAnswer: if there is no answer.
+            NoAnswer: if no answer arrives.
             NoModuleThere: if it is not this module with this configuration.
         """
         body = json.dumps(question).encode("ascii")
@@ -117,7 +117,7 @@ class ProcessChecks:
     """The findings about the processes.
 
     Attributes:
-        state: what the first process that answered says.
+        state: the report of the first process that answered.
         url: where that process listens.
     """
 
@@ -134,7 +134,7 @@ class ProcessChecks:
         if self._running.url is not None:
             addresses[self._setup.instance] = self._running.url
         if not addresses:
-            text = "cannot be asked: this configuration has no listener"
+            text = "cannot be queried: this configuration has no listener"
             return [warning("processes", text)]
         problems, silent = self._ask(addresses)
         if not self._states:
@@ -166,8 +166,8 @@ class ProcessChecks:
                 self._states[name] = self._running.ask_process(url)
             except NoAnswer as e:
                 finding = warning("processes", f"{_called(name)} does not answer at {url}: {e}")
-                # Where nothing listens the process does not run. One that this machine cannot
-                # connect to may run all the same.
+                # If nothing listens, the process does not run. A process that this machine cannot
+                # connect to may still run.
                 if isinstance(e, Refused):
                     problems[name] = finding
                 else:
@@ -196,14 +196,14 @@ class ProcessChecks:
 
     def _without_module(self, name: str, url: str, cause: NoModuleThere) -> Finding:
         if cause.has_module and cause.status != 404:
-            text = f"{_called(name)} at {url} fails to report its state ({cause}): see its log"
+            text = f"{_called(name)} at {url} fails to report its state ({cause}). See its log"
             return wrong("processes", text)
         if cause.has_module:
             return wrong(
                 "processes",
-                f"{_called(name)} at {url} runs with another livekit_secret than is in these files,"
-                " or with another version of the module, or its clock is more than two minutes"
-                " apart from this one's",
+                f"{_called(name)} at {url} runs with another livekit_secret than these files have,"
+                " or with another version of the module, or its clock differs from this machine's"
+                " by more than two minutes",
                 COMMAND_LINE,
                 RESTART,
             )
@@ -239,7 +239,7 @@ class ProcessChecks:
             yield warning(
                 "proxy",
                 f"the running Synapse connects to LiveKit {_route(there)}, and this command"
-                f" {_route(here)}. Give this command the HTTP_PROXY, HTTPS_PROXY and NO_PROXY of"
+                f" {_route(here)}. Set HTTP_PROXY, HTTPS_PROXY and NO_PROXY for this command as for"
                 " Synapse, or restart Synapse",
             )
 
@@ -259,12 +259,12 @@ class ProcessChecks:
             finding = wrong if state["problems"] else warning
             problems = ""
             if state["problems"]:
-                problems = f" With these, {' and '.join(state['problems'])} is wrong."
+                problems = f" These cause problems with {' and '.join(state['problems'])}."
             yield finding(
                 "settings",
-                f"{_called(name)} runs with other settings than are in these files:"
-                f" {'; '.join(differences)}.{problems} Restart Synapse. Where LIVEKIT_* variables"
-                " configure it, give the same ones to this command",
+                f"{_called(name)} runs with other settings than these files have:"
+                f" {'; '.join(differences)}.{problems} Restart Synapse. If LIVEKIT_* variables"
+                " configure it, set the same ones for this command",
                 COMMAND_LINE,
                 RESTART,
             )
@@ -273,7 +273,7 @@ class ProcessChecks:
         yield from self._transports(is_all_well)
 
     def _transports(self, has_these_settings: bool) -> Iterator[Finding]:
-        """Whether the running process announces what these settings say."""
+        """Whether the running process announces the transports of these settings."""
         assert self.state is not None
         announced = livekit_transports(self.state["transports"])
         expected = self._setup.announced(has_msc4195=self.state["not_served"] is None)
@@ -297,12 +297,12 @@ def _route(proxy_url: str | None) -> str:
 
 
 def _called(name: str) -> str:
-    """What admins call a process."""
+    """The name that admins use for a process."""
     return "the main process" if name == MAIN else name
 
 
 def _no_process(problems: list[Finding]) -> list[Finding]:
-    """What to say if no process answered with the module."""
+    """The finding if no process with the module answered."""
     if not is_all_well(problems):
         return []
     return [

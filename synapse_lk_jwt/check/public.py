@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of what clients see: public names, the reverse proxy, TLS, CORS, WebSockets."""
+"""Checks of public names, the reverse proxy, TLS, CORS and WebSockets, as clients see them."""
 
 from collections.abc import Callable
 from urllib.parse import unquote, urlsplit
@@ -42,10 +42,10 @@ class Public:
         self._probe = probe
         self._setup = setup
         self._synapse_url = running.url
-        # Inside, certificates may be for another name. For clients they must be valid.
+        # Inside the network, certificates may be for another name. For clients they must be valid.
         self._running = attr.evolve(running, probe=probe)
         self._livekit = livekit
-        # Why nothing at the host of the service can be checked.
+        # The reason why no check of the service's host is possible.
         self._is_down: str | None = None
 
     def check(self, state: State) -> list[Finding]:
@@ -54,7 +54,7 @@ class Public:
         A check is skipped if another one has found a problem that decides it.
 
         Args:
-            state: what the homeserver says about itself inside the network.
+            state: what the homeserver reports about itself inside the network.
         """
         if not self._setup.has_public_baseurl and self._setup.module.service_url is None:
             return skipped(CHECKS, "public_baseurl is not set")
@@ -84,7 +84,7 @@ class Public:
         try:
             state = self._running.ask(url)
         except (NoAnswer, NoModuleThere) as e:
-            text = f"{url} is answered by a service that is not this homeserver's ({e})"
+            text = f"a service that is not this homeserver's answers at {url} ({e})"
             return self._not_reached(text)
         if state["server_name"] != self._setup.server_name:
             self._is_down = f"{url} leads to another homeserver"
@@ -97,7 +97,7 @@ class Public:
         text = f"{url}/healthz is answered {describe(health)}, not by the module"
         content = health.json
         if isinstance(content, dict) and content.get("errcode") == "M_UNRECOGNIZED":
-            # Synapse itself says this.
+            # Synapse itself sends this error.
             text = f"{text}: the process that the proxy forwards to has not loaded it"
             return wrong("service", text, _PROCESS, *MODULES)
         if is_down_behind_proxy(health.status, is_twirp=False):
@@ -144,15 +144,15 @@ class Public:
         elif problem is None and "content-type" not in allowed and "*" not in allowed:
             problem = "is answered without Access-Control-Allow-Headers: Content-Type"
         if problem is not None:
-            text = f"a browser's OPTIONS {url} {problem}, so browsers do not send the request"
+            text = f"a browser's OPTIONS {url} {problem}. Browsers do not send the request"
             return wrong("preflight", text, PROXY, *CORS_LINES)
-        return ok("preflight", "of browsers (OPTIONS) is answered")
+        return ok("preflight", "requests from browsers (OPTIONS) are answered")
 
     # The paths below `/_matrix`, which another process may serve
 
     def _matrix(self, state: State) -> list[Finding]:
         checks: dict[str, Callable[[], Finding]] = {}
-        # What the running Synapse does not serve is reported by another check.
+        # Another check reports what the running Synapse does not serve.
         if state["transports"]:
             checks["/versions"] = self._versions
             checks["/rtc/transports"] = lambda: self._served(
@@ -181,7 +181,7 @@ class Public:
         return (TRANSPORTS, STABLE_TRANSPORTS)
 
     def _versions(self) -> Finding:
-        """Whether clients learn that they may ask for `rtc/transports`."""
+        """Whether clients learn that they may request `rtc/transports`."""
         url = f"{self._setup.public_baseurl}{VERSIONS}"
         try:
             answer = self._probe.send(Request("GET", url))
@@ -195,15 +195,15 @@ class Public:
             return ok("/versions", f"names {MSC4143}, at {url}")
         return wrong(
             "/versions",
-            f"{url} does not name {MSC4143}, and new clients ask for rtc/transports only where it"
-            " does. Either the process that the proxy forwards to has not loaded the module, or"
-            " advertise is off, or a cache kept an answer for up to an hour",
+            f"{url} does not name {MSC4143}, so newer clients do not request rtc/transports. The"
+            " process that the proxy forwards to has not loaded the module, or advertise is off, or"
+            " a cache returned an answer that is up to an hour old",
             _PROCESS,
             *MODULES,
         )
 
     def _served(self, check: str, method: str, *paths: str) -> Finding:
-        """Whether paths that need an access token are there."""
+        """Whether paths that need an access token are served."""
         for path in paths:
             url = f"{self._setup.public_baseurl}{path}"
             try:
@@ -255,14 +255,14 @@ class Public:
                 self._setup.block,
                 "livekit_url: wss://sfu.example.com    # the public URL of the same LiveKit",
             )
-        text = f"{url} is answered {describe(answer)} and not as a WebSocket"
-        return self._no_websocket(f"{text}. Clients get a token and do not connect")
+        text = f"{url} is answered {describe(answer)}, and not as a WebSocket"
+        return self._no_websocket(f"{text}. Clients get a token, but cannot connect")
 
     def _no_websocket(self, text: str) -> Finding:
         public = urlsplit(self._setup.module.livekit_url)
         upstream, path = self._livekit.url, "/rtc"
         if urlsplit(upstream).netloc == public.netloc:
-            # That is this proxy itself, and Synapse needs LiveKit's API there as well.
+            # This URL is the proxy itself, at which Synapse needs LiveKit's API as well.
             upstream, path = "http://127.0.0.1:7880", "/"
         if public.path:
             upstream += path

@@ -47,7 +47,7 @@ class Finding:
 
 
 def ok(check: str, text: str) -> Finding:
-    """All is well."""
+    """No problem."""
     return Finding(Verdict.OK, check, text)
 
 
@@ -72,7 +72,7 @@ def skipped(checks: Iterable[str], cause: str) -> list[Finding]:
 
 
 def is_all_well(findings: Iterable[Finding]) -> bool:
-    """Whether there is no problem."""
+    """Whether no finding is a problem."""
     return all(finding.verdict is not Verdict.WRONG for finding in findings)
 
 
@@ -82,7 +82,7 @@ def has_problem(findings: Iterable[Finding], *checks: str) -> bool:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many findings there are of each verdict, in one line."""
+    """The number of findings of each verdict, in one line."""
     count = {verdict: sum(f.verdict is verdict for f in findings) for verdict in Verdict}
     parts = [
         f"{count[Verdict.OK]} ok",
@@ -100,7 +100,7 @@ def as_text(findings: Sequence[Finding], *, coloured: bool, quiet: bool = False)
     Args:
         findings: all of them; the summary counts them all.
         coloured: whether to colour the signs.
-        quiet: whether to leave out what is well, what was skipped, and the lines to write.
+        quiet: whether to print only warnings and problems, without the lines to write.
     """
     shown = findings
     if quiet:
@@ -130,7 +130,7 @@ def as_json(findings: Sequence[Finding]) -> str:
 
 
 def _printable(text: str) -> str:
-    """A text without characters that control a terminal: some of it comes from other servers."""
+    """A text without characters that control a terminal. Other servers send some of the text."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that need the configuration only."""
+"""Checks that need only the configuration."""
 
 import os
 import re
@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from synapse_lk_jwt.check.livekit import is_loopback
 from synapse_lk_jwt.check.report import Finding, ok, warning, wrong
 from synapse_lk_jwt.check.setup import MODULE, Setup
 from synapse_lk_jwt.compat.config import MAIN
@@ -20,10 +21,10 @@ from synapse_lk_jwt.msc4195 import PATH_PREFIX
 # Element Call's guide for homeservers recommends these: events per second, and burst.
 RATES = {"rc_message": (0.5, 30), "rc_delayed_event_mgmt": (1, 20)}
 
-# Element Call asks for leaves that are delayed by up to this time, in case LiveKit is silent.
+# Element Call requests delays of up to this time for leaves that it delegates.
 NEEDED_DELAY_MS = 3_600_000
 
-# What the documentation has where an admin must write their own value.
+# Examples in the documentation that an admin must replace by other values.
 _PLACEHOLDER_KEY = re.compile(r"API[xX]+")
 _PLACEHOLDER_HOST = re.compile(r"(.+\.)?example\.(com|org|net)")
 
@@ -66,28 +67,28 @@ def _duplicates(setup: Setup) -> Iterator[Finding]:
         for option in options:
             yield wrong(
                 "options",
-                f"{option} is there more than once, in one file or in several. Synapse uses the"
-                " last one only, and the others have no effect",
+                f"{option} is set more than once, in one file or in different files. Synapse uses"
+                " only the last one",
                 file,
                 f"# merge them into one '{option}:'",
             )
 
 
 def _credentials(setup: Setup) -> Iterator[Finding]:
-    """Values of the documentation, and files that every user of the machine can read."""
+    """Examples from the documentation, and files that every user of the machine can read."""
     module = setup.module
     placeholders = []
     if _PLACEHOLDER_KEY.fullmatch(module.livekit_key):
         placeholders.append(f"livekit_key: {module.livekit_key}")
     for option in ("livekit_url", "livekit_internal_url"):
         url: str = getattr(module, option)
-        # The second one is derived from the first one unless it is set.
+        # livekit_internal_url is derived from livekit_url unless it is set.
         if _PLACEHOLDER_HOST.fullmatch(urlsplit(url).hostname or "") and not placeholders[1:]:
             placeholders.append(f"{option}: {url}")
     if placeholders:
         yield wrong(
             "placeholders",
-            f"{' and '.join(placeholders)} is an example of the documentation. Write your own"
+            f"{' and '.join(placeholders)} is an example from the documentation. Write your own"
             " value",
             setup.block,
         )
@@ -112,14 +113,14 @@ def _delayed_events(setup: Setup) -> Iterator[Finding]:
     if not setup.has_delayed_events:
         yield wrong(
             "delayed events",
-            "are off. Anyone who loses their connection stays listed in the call",
+            "are off. A participant who loses the connection stays listed in the call",
             setup.file(option),
             line,
         )
     elif delay_ms is not None and delay_ms < NEEDED_DELAY_MS:
         yield wrong(
             "delayed events",
-            f"may be delayed by {delay_ms / 1000:g} seconds only, and clients ask for up to an"
+            f"may be delayed by at most {delay_ms / 1000:g} seconds, but clients request up to an"
             f" hour. In {option}, a bare number counts milliseconds",
             setup.file(option),
             line,
@@ -144,7 +145,7 @@ def _rates(setup: Setup) -> Iterator[Finding]:
                 " Clients will be rate-limited during calls",
                 setup.file(option),
                 f"{option}:",
-                # What is high enough stays.
+                # A value that is high enough stays.
                 f"  per_second: {max(per_second, limit.per_second):g}",
                 f"  burst_count: {max(burst_count, limit.burst_count):g}",
             )
@@ -209,12 +210,12 @@ def _livekit_url(setup: Setup) -> Iterator[Finding]:
     if setup.service_url.startswith("https://"):
         text = f"is {url}. Browsers block it on a page that was loaded over https"
         yield wrong("livekit_url", text, setup.block, line)
-    elif urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1"):
+    elif not is_loopback(url):
         yield warning("livekit_url", f"is {url}, without encryption", setup.block, line)
 
 
 def _transports(setup: Setup) -> Iterator[Finding]:
-    """What `rtc/transports` names."""
+    """Whether `rtc/transports` names this module."""
     ours = setup.service_url
     advertise, url = setup.module.advertise, setup.module.livekit_url
     announced = setup.announced()
@@ -238,8 +239,8 @@ def _transports(setup: Setup) -> Iterator[Finding]:
     elif any("livekit_service_url" in e and "url" in e for e in announced):
         yield warning(
             "rtc/transports",
-            "has an entry in homeserver.yaml with url beside livekit_service_url. Some clients use"
-            " url and some use livekit_service_url, and these do not see each other in a call",
+            "has an entry in homeserver.yaml with both url and livekit_service_url. Some clients"
+            " use url and others livekit_service_url, and these do not see each other in a call",
             setup.file("matrix_rtc"),
             *_without_livekit(setup),
         )
@@ -248,8 +249,7 @@ def _transports(setup: Setup) -> Iterator[Finding]:
     ):
         yield warning(
             "rtc/transports",
-            f"names {named}, from homeserver.yaml, so that advertise: {advertise.value} has no"
-            " effect",
+            f"names {named}, from homeserver.yaml, so advertise: {advertise.value} has no effect",
             setup.file("matrix_rtc"),
             *_without_livekit(setup),
         )
@@ -266,7 +266,7 @@ def _without_livekit(setup: Setup) -> list[str]:
 
 
 def _foci(setup: Setup) -> Iterator[Finding]:
-    """What `.well-known/matrix/client` names, where homeserver.yaml sets it."""
+    """Whether `.well-known/matrix/client` names this module, if homeserver.yaml sets it."""
     if setup.foci is None:
         return
     advertise, ours = setup.module.advertise, setup.service_url
@@ -317,7 +317,7 @@ def _full_access(setup: Setup) -> Iterator[Finding]:
         entry
         for entry in servers.entries
         # A glob can match a valid name if that name has letters in place of `*` and `?`.
-        if not servers.is_everyone and not is_server_name(entry.translate(_GLOB))
+        if not servers.has_all and not is_server_name(entry.translate(_GLOB))
     ]
     if strange:
         yield warning(
@@ -329,7 +329,7 @@ def _full_access(setup: Setup) -> Iterator[Finding]:
         )
     # This homeserver's own users always have full access, listed or not.
     others = [e for e in servers.entries if e.lower() != setup.server_name.lower()]
-    if servers.is_everyone:
+    if servers.has_all:
         text = "users of every homeserver may start calls"
     elif others:
         text = f"your users and those of {', '.join(others)} may start calls"
@@ -346,8 +346,8 @@ def _federation(setup: Setup) -> Iterator[Finding]:
     named = [entry for entry in servers.entries if entry.lower() != setup.server_name.lower()]
     if not named:
         return
-    # Without an explicit name, an admin may run calls without federation on purpose.
-    finding = warning if servers.is_everyone else wrong
+    # Without an explicit server name, an admin may run calls without federation on purpose.
+    finding = warning if servers.has_all else wrong
     problems = [
         finding("federation", text, *place)
         for text, *place in (*_whitelist(setup, named), *_federation_listener(setup, named))
@@ -356,7 +356,7 @@ def _federation(setup: Setup) -> Iterator[Finding]:
 
 
 def _whitelist(setup: Setup, named: list[str]) -> Iterator[tuple[str, ...]]:
-    """What keeps listed servers out: a text, the file and the lines."""
+    """Why listed servers are shut out: a text, the file and the lines."""
     if setup.whitelist is None:
         return
     shut_out = [
@@ -376,14 +376,14 @@ def _whitelist(setup: Setup, named: list[str]) -> Iterator[tuple[str, ...]]:
 
 
 def _federation_listener(setup: Setup, named: list[str]) -> Iterator[tuple[str, ...]]:
-    """What keeps other servers from asking this one: a text, the file and the lines."""
+    """Why other servers cannot send requests to this one: a text, the file and the lines."""
     resources = {name for listener in setup.listeners for name in listener.resources}
-    # A worker may have them, and needs no entry in `instance_map` for that.
+    # A worker may have these resources, and needs no entry in `instance_map` for them.
     if "federation" in resources or setup.instance != MAIN or len(setup.workers) > 1:
         return
     missing = "federation" if "openid" in resources else "federation and openid"
     yield (
-        f"no listener has {missing}, so {', '.join(named)} can neither ask for tokens nor verify"
+        f"no listener has {missing}, so {', '.join(named)} can neither request tokens nor verify"
         " your users",
         setup.file("listeners"),
         "listeners:    # add this one to the list",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the checks need to know of Synapse's configuration."""
+"""What the checks need to know about Synapse's configuration."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -42,10 +42,10 @@ class Setup:
     Attributes:
         module: the module's own configuration.
         files: Synapse's configuration files.
-        file_of: the file of each top-level option that is in one.
+        file_of: the file of each top-level option.
         server_name: the homeserver's name.
         public_baseurl: where clients reach it, without a slash at the end.
-        has_public_baseurl: whether that is set; Synapse derives it from the server name otherwise.
+        has_public_baseurl: whether it is set; otherwise Synapse derives it from the server name.
         has_delayed_events: whether users may schedule delayed events.
         max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if there are
             no delayed events.
@@ -60,9 +60,9 @@ class Setup:
         workers: where other processes listen for replication, by name.
         whitelist: servers that federation is restricted to, None if it is not restricted.
         claims: files of application services and the path prefixes (MSC4512) that they claim.
-        times_loaded: how often the module is listed.
-        duplicate_options: top-level options that a file has more than once, by the file; and
-            `modules`, if several files have it.
+        times_loaded: how many times `modules:` lists the module.
+        duplicate_options: top-level options that a file sets more than once, by file. `modules` is
+            among them if more than one file sets it.
         credentials: where LiveKit's API key and secret were read from.
         livekit_proxy: the forward proxy between Synapse and LiveKit, None if there is none.
         base_url: `m.homeserver` of the public `.well-known/matrix/client`, if it was fetched.
@@ -111,7 +111,7 @@ class Setup:
         ]
 
     def is_among(self, entries: Iterable[Mapping[str, Any]]) -> bool:
-        """Whether one of the entries sends clients to this module."""
+        """Whether one of the entries names this module."""
         own = (self.service_url, self.module.livekit_url.rstrip("/"))
         places = [destination(entry).rstrip("/") for entry in entries]
         return any(is_same_url(place, url) for place in places for url in own)

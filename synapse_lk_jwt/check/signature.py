@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signs a request of the check command, so that Synapse answers only those who know the secret.
+"""Signs a request of the check command, so that Synapse answers only with the right secret.
 
 The key is derived from LiveKit's API secret and is not that secret: participants hold tokens that
 are signed with it, and none of these must pass for a request of the check command.
@@ -21,7 +21,7 @@ def _key(secret: str) -> bytes:
 
 
 def _digest(body: bytes) -> str:
-    # The path is the one below the prefix, as a proxy may serve the prefix elsewhere.
+    # Only the path below the prefix is signed, because a proxy may serve the prefix elsewhere.
     return sha256(b"POST /check\n" + body).hexdigest()
 
 

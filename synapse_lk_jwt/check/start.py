@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of a Synapse that starts or runs: each problem is one line of the log."""
+"""The checks that a starting or running Synapse does. Each problem is one line of the log."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -28,8 +28,8 @@ from synapse_lk_jwt.config import LiveKitJwtConfig
 
 logger = logging.getLogger(__name__)
 
-# The module logs the first three itself, where they happen. The others are improvements, and not
-# worth a warning at each start.
+# The module logs the first three problems elsewhere. The others are improvements, which do not
+# justify a warning at each start.
 NOT_AT_START = ("module", "routes", "Synapse", "MSC4222", "x_forwarded", "secret file")
 
 # LiveKit may be started later, or with another configuration.
@@ -48,17 +48,17 @@ class StartChecks:
         """Must be constructed before the module changes Synapse's configuration.
 
         Args:
-            homeserver: runs the checks; one process of it does.
+            homeserver: runs the checks, on the process that runs background tasks.
             config: the module's configuration.
         """
         self._homeserver = homeserver
         self._findings: list[Finding] = []
         self.report: Mapping[str, Any] = {"settings": {}, "problems": []}
         self._livekit: LiveKitChecks | None = None
-        # The findings of the last check of LiveKit. The seconds between two clocks always change.
+        # The findings of the last check of LiveKit, without texts: clock differences always change.
         self._found: set[tuple[str, Verdict]] = set()
-        # Whether LiveKit is known to enforce the access rule. One try is enough: each is an error
-        # in its log.
+        # Whether LiveKit is known to enforce the access rule. It is tested once, because LiveKit
+        # logs each test as an error.
         self._is_enforced = False
         try:
             setup = from_synapse(homeserver.config, config)
@@ -66,8 +66,8 @@ class StartChecks:
             self.report = {"settings": setup.settings(), "problems": _problems(self._findings)}
             self._livekit = _livekit_checks(setup, homeserver)
         except Exception as e:
-            # The checks read much of Synapse's configuration that nothing else needs, and its form
-            # may change. Tokens are issued without them.
+            # The checks read many options of Synapse that no other part needs, and their form may
+            # change. The module issues tokens without these checks.
             logger.warning(
                 "Skipped the checks at start: they cannot read the configuration of this Synapse"
                 " (%s)",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces what one user's next token request would find, up to the step that fails."""
+"""Traces one user's next token request, up to the step that fails."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _MEMBERSHIPS = {
     None: "has never been in",
     "ban": "is banned from",
     "invite": "has not accepted the invitation to",
-    "knock": "has not been let into",
+    "knock": "has knocked, but is not admitted to",
     "leave": "has left",
 }
 
@@ -51,7 +51,7 @@ class UserCheck:
             setup: the homeserver's configuration.
             livekit: LiveKit's API.
             probe: sends requests to it as Synapse does.
-            state: what the running homeserver says about this user and room.
+            state: what the running homeserver reports about this user and room.
         """
         self._user_id = user_id
         self._room_id = room_id
@@ -125,8 +125,8 @@ class UserCheck:
         if state["is_allowed"]:
             return warning(
                 "member",
-                f"{how}, and gets a token all the same, because require_room_membership is off or"
-                " the room's state is not complete yet",
+                f"{how}, but still gets a token, because require_room_membership is off or the"
+                " room's state is not complete yet",
             )
         return wrong("member", f"{how}, and only members get a token (403)")
 
@@ -145,7 +145,7 @@ class UserCheck:
         for livekit_room in self._state["livekit_rooms"]:
             rooms.setdefault(livekit_room, f"LiveKit room {livekit_room}")
         try:
-            there = [
+            connected = [
                 (livekit_room, participant)
                 for livekit_room in rooms
                 for participant in self._probe.run(self._livekit.participants(livekit_room))
@@ -155,7 +155,7 @@ class UserCheck:
             text = f"cannot be used: {e}. Run 'check' without --as to see why"
             yield wrong("LiveKit", text)
             return
-        own = [(room, p) for room, p in there if self._user_of(p, room) == self._user_id]
+        own = [(room, p) for room, p in connected if self._user_of(p, room) == self._user_id]
         for livekit_room, participant in own:
             where = rooms[livekit_room]
             since = datetime.fromtimestamp(participant.joined_at).strftime("%H:%M:%S")
@@ -165,12 +165,12 @@ class UserCheck:
                 f"since {since} as {participant.identity!r}, {where}, publishing {tracks or 'no'}"
                 f" track{'s' if tracks != 1 else ''}",
             )
-        others = len(there) - len(own)
+        others = len(connected) - len(own)
         if not own:
             yield warning(
                 "in the call",
-                f"not now; {others or 'no'} other participant{' is' if others == 1 else 's are'}"
-                " there",
+                f"not now. {others or 'No'} other participant{' is' if others == 1 else 's are'} in"
+                " it",
             )
 
     def _token(self, livekit_room: str) -> Finding:
@@ -190,7 +190,7 @@ class UserCheck:
             text = f"rejects the token ({answer.status}). Run 'check' without --as to see why"
             return wrong("LiveKit", text)
         if has_full_access:
-            text = "accepts the token, and the module creates the room when this user asks for one"
+            text = "accepts the token, and the module creates the room when this user requests one"
             return ok("LiveKit", text)
         text = (
             "has no such room: no full-access user has started the call, and this user may not"
@@ -202,13 +202,13 @@ class UserCheck:
         servers = [*self._setup.module.full_access_homeservers.entries, server]
         return warning(
             "LiveKit",
-            f"{text}. That is as configured",
+            f"{text}. The configuration intends this",
             self._setup.block,
             f"full_access_homeservers: {servers}    # to let its users start calls",
         )
 
     def _token_for_user(self, livekit_room: str) -> str:
-        """A token as this user gets it, of a device that does not exist."""
+        """A token as this user gets it, for a device that does not exist."""
         identity = device_identity(self._user_id, f"CHECK{os.urandom(4).hex()}")
         owner = ParticipantOwner(self._user_id, self._room_id, DEFAULT_SLOT)
         return self._livekit.signer.participant_token(

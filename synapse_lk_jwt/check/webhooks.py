@@ -12,13 +12,13 @@ from synapse_lk_jwt.check.public import Public
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, skipped, warning, wrong
 from synapse_lk_jwt.livekit.naming import CHECK_ROOM
 
-# How long to wait for LiveKit's webhook, and how long between two questions to Synapse, in seconds.
+# How long to wait for LiveKit's webhook, and the pause between two queries to Synapse, in seconds.
 WEBHOOK_SEC = 6
 ASK_AGAIN_SEC = 0.05
 
 
 class RoomChecks:
-    """The findings about a LiveKit room of no call, which exists for a moment."""
+    """The findings about a LiveKit room that is no call, and exists for a moment."""
 
     def __init__(
         self, livekit: LiveKit, probe: Probe, running: Running, url: str | None, public: Public
@@ -28,7 +28,7 @@ class RoomChecks:
             livekit: LiveKit's API.
             probe: sends requests as Synapse does.
             running: the homeserver.
-            url: where a process of it answers; None if there is none.
+            url: where one of its processes answers; None if none does.
             public: what clients see.
         """
         self._livekit = livekit
@@ -62,7 +62,7 @@ class RoomChecks:
         for _ in range(round(WEBHOOK_SEC / ASK_AGAIN_SEC)):
             processes = self._running.ask_process(url)["processes"]
             if any(process["webhook_ts"] >= began_ts for process in processes):
-                return ok("webhooks", "of LiveKit arrive")
+                return ok("webhooks", "from LiveKit arrive")
             is_rejected = any(process["rejected_ts"] >= began_ts for process in processes)
             time.sleep(ASK_AGAIN_SEC)
         running, setup = self._running, self._running.setup
@@ -74,15 +74,15 @@ class RoomChecks:
         if is_rejected:
             return wrong(
                 "webhooks",
-                "of LiveKit do not arrive, but Synapse rejected a request that names your API key"
-                " and has a wrong signature. If it was LiveKit's, then the secret of that key"
-                " differs in livekit.yaml. Leaves are detected late",
+                "from LiveKit do not arrive, but Synapse rejected a request that names your API key"
+                " and has a wrong signature. If LiveKit sent it, the secret of that key differs in"
+                " livekit.yaml. Leaves are detected late",
                 LIVEKIT_YAML,
                 *lines,
             )
         return wrong(
             "webhooks",
-            f"of LiveKit do not arrive: none was signed with livekit_key in the {WEBHOOK_SEC} s"
+            f"from LiveKit do not arrive: none was signed with livekit_key in the {WEBHOOK_SEC} s"
             f" after this check created a room. Leaves are detected late{_unreachable(running)}",
             LIVEKIT_YAML,
             *lines,

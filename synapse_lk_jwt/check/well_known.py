@@ -42,7 +42,7 @@ class WellKnown:
         self._url = f"https://{self._host}{PATH}"
 
     def base_url(self) -> str | None:
-        """Where the document sends clients; None if it is not there or names no plain URL."""
+        """Where the document sends clients; None without a document, or without a plain URL."""
         try:
             content = self._get().json
         except NoAnswer:
@@ -60,7 +60,7 @@ class WellKnown:
             has_these_settings: whether Synapse runs with the settings in the files.
         """
         if self._setup.module.advertise is Advertise.MSC4195:
-            text = "is not needed: advertise is msc4195, and the document cannot name that"
+            text = "is not needed: advertise is msc4195, and the document cannot name its endpoints"
             return ok(".well-known", text)
         try:
             answer = self._get()
@@ -99,10 +99,10 @@ class WellKnown:
 
     def _no_document(self, answer: Answer) -> Finding:
         if is_down_behind_proxy(answer.status, is_twirp=False):
-            text = f"{self._url} is answered {describe(answer)}: its web server forwards to nothing"
+            text = f"{self._url} is answered {describe(answer)}: its proxy gets no answer"
             return self._wrong(text, ())
         if answer.status == 200 and not answer.is_html and answer.body:
-            # There is a document, whose other entries must be kept.
+            # The document is invalid, but its other entries must be kept.
             text = f"{self._url} is not valid JSON{_place(answer.body)}"
             return self._wrong(text, (f'"{FOCI}": {json.dumps(self._foci({}))}',))
         return self._wrong(f"{self._url} is answered {describe(answer)}", self._lines({}))
@@ -123,7 +123,7 @@ class WellKnown:
         setup = self._setup
         homeserver = content.get("m.homeserver")
         named = homeserver.get("base_url") if isinstance(homeserver, dict) else None
-        # If it is not set, another check proposes this URL for it.
+        # If public_baseurl is not set, another check proposes this URL for it.
         if str(named).rstrip("/") == setup.public_baseurl or not setup.has_public_baseurl:
             return ok(".well-known", f"names the service, at {self._url}")
         text = (
@@ -139,7 +139,7 @@ class WellKnown:
     def _is_synapses(
         self, content: Mapping[str, Any], inside: Probe, synapse_url: str | None
     ) -> bool:
-        """Whether Synapse serves this document, and no file of a web server."""
+        """Whether Synapse serves this document, and not a web server from a file."""
         if synapse_url is None:
             return False
         try:
@@ -173,9 +173,9 @@ class WellKnown:
         )
 
     def _foci(self, content: Mapping[str, Any]) -> list[Any]:
-        """The module's entry, and the entries that name something else than a LiveKit."""
-        there = content.get(FOCI)
-        entries = there if isinstance(there, list) else []
+        """The module's entry, and the entries that do not name a LiveKit."""
+        foci = content.get(FOCI)
+        entries = foci if isinstance(foci, list) else []
         livekits = livekit_transports(entries)
         ours = {"type": "livekit", "livekit_service_url": self._setup.service_url}
         return [ours, *(e for e in entries if isinstance(e, dict) and e not in livekits)]
@@ -188,18 +188,18 @@ def _base_url(content: Mapping[str, Any]) -> str | None:
 
 
 def _for_nginx(content: Mapping[str, Any]) -> str:
-    """A document as JSON that nginx takes between single quotes.
+    """A document as JSON that nginx accepts between single quotes.
 
     nginx replaces `$name` by a variable, and a backslash before a quote or a backslash is its own.
     """
     text = json.dumps(content, separators=(",", ":"))
-    # These are in strings only, where JSON has another form for them.
+    # These characters are only in strings, where JSON has another form for them.
     text = text.replace("$", "\\u0024").replace("'", "\\u0027")
     return text.replace("\\", "\\\\")
 
 
 def _place(body: bytes) -> str:
-    """Where a document stops to be JSON, if that can be said."""
+    """The place where a document is not valid JSON, if it is known."""
     try:
         json.loads(body)
     except json.JSONDecodeError as e:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Subcommands of `python -m synapse_lk_jwt` beside `check`. Each one adds its own arguments."""
+"""The subcommands of `python -m synapse_lk_jwt` other than `check`."""
 
 import argparse
 from typing import TYPE_CHECKING

@@ -24,7 +24,7 @@ LOCK_TIMEOUT_SEC = 10
 
 
 class DatabaseUnavailable(Exception):
-    """There is no connection to Synapse's database. The text says why, and what to do."""
+    """Synapse's database cannot be opened. The text names the cause, and what to do."""
 
 
 class Database:
@@ -59,7 +59,7 @@ class Database:
     def drop(self, tables: Sequence[str]) -> None:
         """Drops tables in one transaction: all of them, or none."""
         with closing(self._connection.cursor()) as cursor:
-            # Both connections are in autocommit mode: sqlite3 would begin no transaction for DDL.
+            # Both drivers are in autocommit mode, because sqlite3 begins no transaction for DDL.
             cursor.execute("BEGIN")
             for table in tables:
                 cursor.execute(f'DROP TABLE "{table}"')
@@ -74,7 +74,7 @@ def connect(config_paths: Sequence[str]) -> Iterator[Database]:
         config_paths: files, and directories of `.yaml` files. Later ones win, as for Synapse.
 
     Raises:
-        DatabaseUnavailable: if there is none, or it cannot be opened.
+        DatabaseUnavailable: if the configuration names none, or it cannot be opened.
     """
     settings = _settings(config_paths)
     args = {k: v for k, v in settings.get("args", {}).items() if not k.startswith("cp_")}

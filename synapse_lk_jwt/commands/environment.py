@@ -18,7 +18,7 @@ IMAGE = "lk-jwt-service"
 
 
 class UnreadableSource(Exception):
-    """A file has no environment of lk-jwt-service. The text says why, and never quotes a value."""
+    """A file has no environment of lk-jwt-service. The text names the cause, but no value."""
 
 
 def read_env_file(path: Path) -> dict[str, str]:
@@ -38,8 +38,8 @@ def read_env_file(path: Path) -> dict[str, str]:
 def read_compose_file(path: Path, service: str | None = None) -> tuple[str, dict[str, str]]:
     """Reads what `environment` and `env_file` of a service in a Compose file set.
 
-    References to variables are replaced from this process's environment and from `.env` beside the
-    file, as `docker compose` does.
+    References to variables are replaced from this process's environment and from `.env` next to
+    the file, as `docker compose` does.
 
     Args:
         path: the Compose file.
@@ -49,7 +49,7 @@ def read_compose_file(path: Path, service: str | None = None) -> tuple[str, dict
         The name of the service and its environment.
 
     Raises:
-        UnreadableSource: if there is no such service, or more than one.
+        UnreadableSource: if no service, or more than one, runs lk-jwt-service.
     """
     try:
         content = yaml.safe_load(_read(path))
@@ -72,7 +72,7 @@ def read_compose_file(path: Path, service: str | None = None) -> tuple[str, dict
         environment |= read_env_file(path.parent / _resolved(file, outer))
     for variable, value in _pairs(settings.get("environment")):
         if value is None:
-            # Compose passes such a variable on from its own environment.
+            # Compose passes on such a variable from its own environment.
             if variable in outer:
                 environment[variable] = outer[variable]
         else:

@@ -63,8 +63,8 @@ INTERVAL = "LIVEKIT_SANITY_CHECK_INTERVAL_SECONDS"
 DROPPED = {
     "LIVEKIT_JWT_BIND": "Synapse's listeners serve the endpoints",
     "LIVEKIT_JWT_PORT": "Synapse's listeners serve the endpoints",
-    "LIVEKIT_LOG_LEVEL": "set the level of the logger `synapse_lk_jwt` in Synapse's log_config",
-    "LIVEKIT_CS_API_URL_OVERRIDES": "the module asks its own homeserver without HTTP",
+    "LIVEKIT_LOG_LEVEL": "Synapse's log_config sets the level of the logger `synapse_lk_jwt`",
+    "LIVEKIT_CS_API_URL_OVERRIDES": "the module queries its own homeserver without HTTP",
     "LIVEKIT_INSECURE_SKIP_VERIFY_TLS": "the module verifies every certificate",
     "LIVEKIT_REDIS_URL": "Synapse's database stores the state",
     "LIVEKIT_REDIS_PASSWORD": "Synapse's database stores the state",
@@ -158,7 +158,7 @@ def report(environment: Mapping[str, str], source: str, secret_path: str = SECRE
         *_bullets("Compare:", _notes(given, config)),
         "2. CHECK. Restart Synapse, then run\n\n"
         "     python -m synapse_lk_jwt check -c homeserver.yaml\n\n"
-        "   It reports that clients are still sent to lk-jwt-service. Solve everything else first.",
+        "   It reports that clients still use lk-jwt-service. Solve every other problem.",
         *_bullets("3. SWITCH. Keep a copy of each file for a roll-back:", _switches(given)),
         *_bullets("4. DELETE when clients have used the module for a day:", _deletions(given)),
     ]
@@ -180,7 +180,7 @@ def _check_complete(given: Mapping[str, str], source: str) -> None:
 def _options(given: Mapping[str, str], secret_path: str) -> dict[str, Any]:
     """The module's `config`."""
     url = given["LIVEKIT_URL"]
-    # A password has no place in a URL for clients, and must not be printed.
+    # A password must be neither in a URL for clients nor in the output.
     config: dict[str, Any] = {"livekit_url": url if "@" not in url else "wss://sfu.example.com"}
     names = dict(SAME_TEXT)
     # Where lk-jwt-service has two sources for a value, it prefers the file.
@@ -219,7 +219,7 @@ def _secret_file(given: Mapping[str, str], source: str, secret_path: str) -> Ite
 
 
 def _notes(given: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[str]:
-    """Where the module differs from what the environment says."""
+    """Differences between the module and lk-jwt-service with this environment."""
     url = given["LIVEKIT_URL"]
     if "@" in url:
         yield "livekit_url: LIVEKIT_URL contains a user name or password. Write the URL without it"

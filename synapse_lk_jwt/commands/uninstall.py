@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 
 from synapse_lk_jwt.commands.database import Database, DatabaseUnavailable, connect
+from synapse_lk_jwt.compat.module_database import PREFIX
 from synapse_lk_jwt.process_registry import GONE_MS
-
-PREFIX = "synapse_lk_jwt_"
 
 DROPPED, NOT_DROPPED, COULD_NOT_RUN = range(3)
 
@@ -19,7 +18,7 @@ DESCRIPTION = (
 )
 
 EPILOG = (
-    "Exit status: 0 if the database has none of the module's tables any more, 1 if they were kept,"
+    "Exit status: 0 if the database no longer has the module's tables, 1 if the command kept them,"
     " 2 if the database could not be used."
 )
 
@@ -113,6 +112,6 @@ def _is_confirmed(ask: Callable[[str], str]) -> bool:
     try:
         return ask("Drop them? This cannot be undone. [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
-        # No terminal, so the question has no answer.
+        # Without a terminal, the question gets no answer.
         print()
         return False

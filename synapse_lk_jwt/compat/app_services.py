@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Application services: which there are, and which users belong to them."""
+"""The homeserver's application services, and the users that belong to them."""
 
 from collections.abc import Collection, Sequence
 from typing import Protocol
@@ -11,7 +11,7 @@ from synapse_lk_jwt.compat.self_test import Feature
 
 
 class AppServiceStore(Protocol):
-    """What of Synapse's store is used here."""
+    """The parts of Synapse's store that this file uses."""
 
     def get_app_services(self) -> Sequence[ApplicationService]: ...
 
@@ -23,7 +23,7 @@ class AppServiceStore(Protocol):
 
 
 class AppServices:
-    """The application services of the homeserver; none if this Synapse lacks what this needs."""
+    """The application services of the homeserver; none if this Synapse lacks a hook for them."""
 
     def __init__(self, store: AppServiceStore, off: Collection[Feature]) -> None:
         self._store = store
@@ -41,6 +41,6 @@ class AppServices:
         if service is None:
             user = await self._store.get_user_by_id(user_id)
             if user is not None and user.appservice_id is not None:
-                # Synapse declares the ID of an application service as an `int`, and it is a `str`.
+                # Synapse declares the ID of an application service as an `int`, but it is a `str`.
                 service = self._store.get_app_service_by_id(str(user.appservice_id))
         return service

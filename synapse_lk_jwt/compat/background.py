@@ -16,7 +16,7 @@ class Background:
         """
         Args:
             api: Synapse's module API.
-            database_error: the base class of what the database's driver raises.
+            database_error: the base class of the exceptions that the database driver raises.
         """
         self._api = api
         self._database_error = database_error
@@ -60,8 +60,8 @@ class Background:
     def run_at_shutdown(self, desc: str, func: Callable[[], Awaitable[None]]) -> None:
         """Calls a function when Synapse stops, on the process that runs background tasks.
 
-        Synapse does not wait for the function. But the first transaction that it starts is
-        completed, because Twisted's thread pools run all queued calls before they end.
+        Synapse does not wait for the function. But Twisted's thread pools run all queued calls
+        before they end, so the first transaction that the function starts is completed.
 
         Args:
             desc: a name for Synapse's metrics and log.

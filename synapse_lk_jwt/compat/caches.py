@@ -11,14 +11,14 @@ __all__ = ["Caches", "ResponseCacheContext"]
 
 
 class Caches:
-    """Makes caches that Synapse's metrics and cache factors include."""
+    """Creates caches that Synapse's metrics and cache factors include."""
 
     def __init__(self, clock: Clock, server_name: str) -> None:
         self._clock = clock
         self._server_name = server_name
 
     def response_cache(self, name: str, remember_ms: int) -> ResponseCache[Any]:
-        """A cache that shares requests in flight, and keeps their results for some milliseconds."""
+        """A cache that shares requests in flight, and keeps their results for `remember_ms`."""
         if "timeout" in signature(ResponseCache).parameters:
             from synapse.util.duration import Duration
 

@@ -53,7 +53,7 @@ class SynapseConfig:
         files: the configuration files.
         server_name: the homeserver's name.
         public_baseurl: where clients reach it, without a slash at the end.
-        has_public_baseurl: whether that is set; Synapse derives it from the server name otherwise.
+        has_public_baseurl: whether it is set; otherwise Synapse derives it from the server name.
         has_delayed_events: whether users may schedule delayed events.
         max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if there are
             no delayed events.
@@ -110,7 +110,7 @@ def relevant_options(config: HomeServerConfig) -> SynapseConfig:
     """The options that concern calls.
 
     Raises:
-        Exception: if this Synapse names them in another way.
+        Exception: if this Synapse has other names for them.
     """
     server, worker = config.server, config.worker
     listeners = worker.worker_listeners if worker.worker_app else server.listeners
@@ -141,7 +141,7 @@ def relevant_options(config: HomeServerConfig) -> SynapseConfig:
 
 
 def _foci(content: Mapping[str, Any]) -> Any:
-    """The entries in homeserver.yaml; None if the option is not there.
+    """The entries in homeserver.yaml; None if the option is not set.
 
     Synapse serves an empty option as null, which names no LiveKit.
     """
@@ -178,7 +178,7 @@ def _socket_url(path: str) -> str:
 
 def _claims(config: HomeServerConfig) -> dict[str, str]:
     claims: dict[str, str] = {}
-    # Older Synapses do not have it.
+    # Older versions of Synapse do not have this option.
     if not getattr(config.experimental, "msc4512_enabled", False):
         return claims
     for name in config.appservice.app_service_config_files:

@@ -22,21 +22,21 @@ T = TypeVar("T")
 
 
 class DatabaseDriver(Protocol):
-    """What of the database's driver (PEP 249) is used here."""
+    """The parts of the database's driver (PEP 249) that this file uses."""
 
     @property
     def Error(self) -> type[Exception]: ...
 
 
 class DatabaseEngine(Protocol):
-    """What of Synapse's database engine is used here."""
+    """The parts of Synapse's database engine that this file uses."""
 
     @property
     def module(self) -> DatabaseDriver: ...
 
 
 class DatabaseStore(Protocol):
-    """What of Synapse's store is used here."""
+    """The parts of Synapse's store that this file uses."""
 
     @property
     def database_engine(self) -> DatabaseEngine: ...
@@ -49,7 +49,7 @@ class Database:
     """Runs transactions.
 
     Attributes:
-        error: the base class of what the database's driver raises.
+        error: the base class of the exceptions that the database driver raises.
         pool: Synapse's pool of connections.
     """
 
@@ -63,21 +63,21 @@ class Database:
     ) -> T:
         """Runs a function in a transaction.
 
-        Synapse runs it up to five times, where PostgreSQL reports a conflict with another
-        transaction.
+        Synapse runs it up to five times if PostgreSQL reports a conflict with another transaction.
 
         Args:
             desc: a name for Synapse's metrics and log.
             func: the function, which takes the transaction first.
-            args: what it takes besides.
-            more: as Synapse's `runInteraction` has it, such as `isolation_level`.
+            args: the function's other arguments.
+            more: keyword arguments of Synapse's `runInteraction`, such as `isolation_level`.
         """
         return await self._api.run_db_interaction(desc, func, *args, **more)
 
     async def select_matching(self, sql: str, column: str, values: Collection[str]) -> set[str]:
-        """Those of many values that a query finds.
+        """The subset of many values that a query finds.
 
-        Thousands of reads of Synapse's caches would delay other work on the reactor.
+        One query replaces thousands of reads of Synapse's caches, which would delay other work on
+        the reactor.
 
         Args:
             sql: a query of that column, which ends in WHERE or AND.

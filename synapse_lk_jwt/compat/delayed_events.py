@@ -48,7 +48,7 @@ def has_delayed_events(config: Any) -> bool:
 
 
 def max_event_delay_ms(config: Any) -> int | None:
-    """The longest delay of a delayed event in milliseconds, None if there are none."""
+    """The longest delay of a delayed event in milliseconds; None if users may schedule none."""
     server = config.server
     # Synapse 1.140 has `max_event_delay_ms` only.
     duration = getattr(server, "max_event_delay_duration", None)
@@ -146,7 +146,7 @@ class DelayedEvents:
     def _has_finalised(self, txn: LoggingTransaction) -> bool:
         """Whether this Synapse keeps delayed events that were sent or cancelled.
 
-        The column comes with https://github.com/element-hq/synapse/pull/19038.
+        https://github.com/element-hq/synapse/pull/19038 adds the column.
         """
         if self._keeps_finalised is None:
             txn.execute("SELECT * FROM delayed_events LIMIT 0")

@@ -21,25 +21,25 @@ VERSIONS_NAME_MSC4143 = (1, 156)
 
 
 class RtcConfig(Protocol):
-    """What of the section `matrix_rtc` is used here."""
+    """The parts of the section `matrix_rtc` that this file uses."""
 
     transports: list[JsonDict]
 
 
 class ExperimentalConfig(Protocol):
-    """What of the section `experimental` is used here."""
+    """The parts of the section `experimental` that this file uses."""
 
     msc4143_enabled: bool
 
 
 class ServerConfig(Protocol):
-    """What of the section `server` is used here."""
+    """The parts of the section `server` that this file uses."""
 
     extra_well_known_client_content: dict[str, Any]
 
 
 class DiscoveryConfig(Protocol):
-    """What of Synapse's configuration is used here."""
+    """The parts of Synapse's configuration that this file uses."""
 
     @property
     def matrix_rtc(self) -> RtcConfig: ...
@@ -52,7 +52,7 @@ class DiscoveryConfig(Protocol):
 
 
 class DiscoveryHomeServer(Protocol):
-    """What of Synapse's `HomeServer` is used here."""
+    """The parts of Synapse's `HomeServer` that this file uses."""
 
     @property
     def config(self) -> DiscoveryConfig: ...
@@ -82,8 +82,8 @@ class Discovery:
     ) -> str | None:
         """Adds entries to `rtc/transports` and `.well-known/matrix/client`.
 
-        The admin's entries stay. A list that names a LiveKit server already stays as it is. Must be
-        called before the listeners start, because Synapse reads these settings then.
+        The admin's entries stay, and a list that already names a LiveKit server is not changed.
+        Must be called before the listeners start, because Synapse reads these settings then.
 
         Args:
             transports: the entries for `rtc/transports`.
@@ -91,7 +91,7 @@ class Discovery:
             servlet: serves `rtc/transports` at the stable path, unless Synapse does.
 
         Returns:
-            None if the stable path will be served, else why not.
+            None if Synapse will serve the stable path, else the reason why not.
         """
         if Feature.TRANSPORTS not in self._off:
             rtc = self._config.matrix_rtc

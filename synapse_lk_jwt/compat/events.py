@@ -16,13 +16,13 @@ MAX_COMPARED_EVENTS = 100
 
 
 class EventStore(Protocol):
-    """What of Synapse's store is used here."""
+    """The parts of Synapse's store that this file uses."""
 
     async def is_guest(self, user_id: str) -> bool: ...
 
 
 class EventCreationHandler(Protocol):
-    """What of Synapse's handler is used here."""
+    """The parts of Synapse's handler that this file uses."""
 
     async def create_and_send_nonmember_event(
         self, requester: Requester, event_dict: dict[str, Any]
@@ -30,7 +30,7 @@ class EventCreationHandler(Protocol):
 
 
 class EventHomeServer(Protocol):
-    """What of Synapse's `HomeServer` is used here."""
+    """The parts of Synapse's `HomeServer` that this file uses."""
 
     def get_event_creation_handler(self) -> EventCreationHandler: ...
 

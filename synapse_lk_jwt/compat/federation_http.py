@@ -55,10 +55,10 @@ class FederationHttp:
     ) -> IResponse:
         """Sends a request to another homeserver, and returns its response with the body unread.
 
-        Uses the agent of a federation client of Synapse's, so that server discovery, TLS policy and
-        IP block lists apply. The client's own method would write the query into the log, count an
-        error against the server, after which Synapse sends it no request for ten minutes, and read
-        a body of any size. No redirect is followed. The caller must limit the time.
+        Uses the agent of Synapse's federation client, so that server discovery, TLS policy and IP
+        block lists apply. The client's own method would write the query into the log, and read a
+        body of any size. It would also count an error against the server, to which Synapse then
+        sends no request for ten minutes. No redirect is followed. The caller must limit the time.
 
         Args:
             method: the HTTP verb.
@@ -138,8 +138,8 @@ def bounded_client(hs: HomeServer) -> MatrixFederationHttpClient:
 class BoundedTls(FederationPolicyForHTTPS):
     """Synapse's TLS policy, with connections that are bounded in time and in size.
 
-    In time, because an orderly end of TLS needs the other side's consent: a hostile server would
-    keep the connection open for ever. In size, because Twisted's client reads headers without limit
+    In time, because an orderly end of TLS needs an answer of the other side: a hostile server would
+    keep the connection open forever. In size, because Twisted's client reads headers without limit
     and keeps them: a hostile server made Synapse grow by 400 MiB within ten seconds.
     """
 
@@ -161,7 +161,7 @@ class _BoundedConnectionCreator:
         receive, received = tls_protocol.dataReceived, 0
 
         def abort() -> None:
-            # Does nothing if the connection has ended.
+            # This has no effect if the connection has ended.
             tls_protocol.transport.abortConnection()
 
         def receive_bounded(data: bytes) -> None:

@@ -46,14 +46,14 @@ class ProxySettings(Protocol):
 
 
 class ProxyServerConfig(Protocol):
-    """What of the section `server` is used here."""
+    """The parts of the section `server` that this file uses."""
 
     @property
     def proxy_config(self) -> ProxySettings: ...
 
 
 class ProxyConfig(Protocol):
-    """What of Synapse's configuration is used here."""
+    """The parts of Synapse's configuration that this file uses."""
 
     @property
     def server(self) -> ProxyServerConfig: ...

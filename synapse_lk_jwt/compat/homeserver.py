@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The homeserver that the module runs in: one object for each topic, and no behaviour of its own.
+"""The homeserver that the module runs in: one object for each topic, without own behaviour.
 
 Each topic has its own file in this folder. These files are the only ones that use private names of
 Synapse. `self_test.py` lists these names.
@@ -42,14 +42,14 @@ class Homeserver:
         config: Synapse's configuration.
         check_command: a sentence that names the command to find the cause of a problem.
         background: runs functions outside of requests.
-        caches: makes caches.
+        caches: creates caches.
         database: runs transactions.
         delayed_events: delayed events of local users.
         discovery: what Synapse announces to clients.
         events: sends and finds events.
         federation: requests to other homeservers.
         http: requests to other services.
-        rate_limits: makes rate limiters.
+        rate_limits: creates rate limiters.
         rooms: Matrix rooms and their members.
         servlets: registers endpoints.
         state_changes: follows changes to the state of rooms.
@@ -60,7 +60,7 @@ class Homeserver:
         """
         Args:
             api: Synapse's module API.
-            off: the features that this Synapse lacks something for.
+            off: the features that are off because this Synapse lacks hooks for them.
         """
         hs = api._hs
         # Synapse's decorators for cached functions have types that mypy only understands with a
@@ -95,7 +95,7 @@ class Homeserver:
         self.discovery = Discovery(hs, off)
 
     def is_own_name(self, server_name: str) -> bool:
-        """Whether a server name is this homeserver's. DNS ignores case, and so does this."""
+        """Whether a server name is this homeserver's. DNS ignores case, so this does too."""
         return server_name.lower() == self.server_name.lower()
 
 

@@ -41,9 +41,9 @@ NETWORK_ERRORS = (
     TimedOut,
     BodyTooLarge,
     FederationDeniedError,
-    # Of sockets. DNSLookupError is one.
+    # Sockets raise this. DNSLookupError is a subclass.
     OSError,
-    # Of DNS. The latter is not the built-in exception of that name.
+    # DNS raises these. The latter is not the built-in exception of that name.
     ResolverError,
     defer.TimeoutError,
     ConnectError,
@@ -59,7 +59,7 @@ NETWORK_ERRORS = (
 
 
 async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]]) -> T:
-    """Awaits `call()`, and cancels it when its time is over.
+    """Awaits `call()`, and cancels it when the time limit has passed.
 
     Args:
         seconds: how long it may take.
@@ -76,7 +76,7 @@ async def within(seconds: float, clock: Clock, call: Callable[[], Awaitable[T]])
             timeout_deferred(deferred=deferred, timeout=seconds, clock=clock)
         )
     except Exception:
-        # The cancelled call decides what it raises: CancelledError or something else.
+        # A cancelled call can raise CancelledError or any other exception.
         if clock.time() >= deadline:
             raise TimedOut() from None
         raise
@@ -103,8 +103,8 @@ async def read_body(response: IResponse, max_bytes: int) -> bytes:
 async def stream_body(response: IResponse, receive: Callable[[bytes], None]) -> None:
     """Passes the body of a response to a function, piece by piece.
 
-    Cancelling closes the connection. Twisted's and Synapse's readers have no limit that does so: an
-    endless body would be received for ever.
+    Cancelling closes the connection. The readers of Twisted and Synapse have no limit that does so,
+    and would read an endless body forever.
 
     Args:
         response: the response, its body unread.
@@ -128,8 +128,8 @@ class _BodyReader(Protocol):
 
     def _abort(self) -> None:
         # Twisted's transport for bodies can only close a connection in order, which under TLS needs
-        # the consent of the other side. A hostile server does not consent, so this aborts the
-        # connection below.
+        # an answer of the other side. A hostile server sends none, so this aborts the connection
+        # below.
         transport = getattr(self.transport, "_producer", None) or self.transport
         abort = getattr(transport, "abortConnection", None) or getattr(
             transport, "loseConnection", None
@@ -153,7 +153,7 @@ class _BodyReader(Protocol):
         if self.done.called:
             return
         with PreserveLoggingContext():
-            # Without a length the end of the connection is the end of the body.
+            # Without a Content-Length, the end of the connection is the end of the body.
             if reason.check(ResponseDone, PotentialDataLoss):
                 self.done.callback(None)
             else:

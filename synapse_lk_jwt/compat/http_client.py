@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to other services than homeservers, through Synapse's HTTP client."""
+"""Requests to services that are not homeservers, through Synapse's HTTP client."""
 
 from copy import copy
 from typing import Any
@@ -26,7 +26,7 @@ class HttpClient:
         self._config = config
 
     def forward_proxy(self, url: str) -> ForwardProxy | None:
-        """The proxy that requests to a URL pass, None if there is none.
+        """The proxy for requests to a URL; None if Synapse connects directly.
 
         Raises:
             ValueError: if Synapse cannot use the proxy either.

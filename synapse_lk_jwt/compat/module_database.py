@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module's own tables in the homeserver's database, SQLite or PostgreSQL.
 
-They hold what must survive a restart, and what Synapse's processes must know of each other. The
-schema is here, and so is what all classes for single tables need to run transactions.
+The tables hold what must survive a restart, and what Synapse's processes must know about each
+other. This file has the schema, and runs the transactions of the classes for single tables.
 """
 
 from collections.abc import Callable, Collection
@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 PREFIX = "synapse_lk_jwt_"
 
-# The version of the tables below. A change of them adds one, and a step that `_create_tables` takes
-# from the version before.
+# The version of the tables below. A change to the tables increases it by one, and adds a step from
+# the version before to `_create_tables`.
 SCHEMA_VERSION = 1
 
 # Columns whose names end in `_ts` are milliseconds since the epoch, with 0 for never. Truth values
-# are 0 or 1 in a SMALLINT: `synapse_port_db` fails at BOOLEAN columns that it does not know.
+# are 0 or 1 in a SMALLINT: `synapse_port_db` fails on BOOLEAN columns that it does not know.
 SCHEMA = (
     """
     CREATE TABLE synapse_lk_jwt_calls (
@@ -128,9 +128,9 @@ class ModuleDatabase:
 
         Args:
             desc: a name for Synapse's metrics and log.
-            func: gets the transaction, and the arguments that follow. Synapse may call it again.
-            args: see there.
-            more: passed on to Synapse.
+            func: gets the transaction, and then `args`. Synapse may call it again.
+            args: the function's other arguments.
+            more: keyword arguments of `Database.run_interaction`.
 
         Raises:
             UnsupportedSchema: if a newer version of the module has changed the tables.
@@ -144,15 +144,15 @@ class ModuleDatabase:
     async def write(self, desc: str, func: Callable[..., T], *args: object) -> T:
         """As `run`, for a function that changes rows which other processes change as well.
 
-        Under Synapse's REPEATABLE READ all but one of these processes would fail, and after five
-        attempts for good. Under READ COMMITTED a writer waits for the others, and then sees their
-        changes.
+        Under Synapse's REPEATABLE READ all but one of these processes would fail, and Synapse gives
+        up after five attempts. Under READ COMMITTED a writer waits for the others, and then sees
+        their changes.
         """
         return await self.run(desc, func, *args, isolation_level=IsolationLevel.READ_COMMITTED)
 
 
 def unsupported_schema(api: ModuleApi) -> UnsupportedSchema | None:
-    """What keeps this version of the module from using the database; None if nothing does.
+    """Why this version of the module cannot use the database; None if it can.
 
     Opens a connection of its own, as Synapse does at start: modules are loaded before Synapse's
     connections can be used.
@@ -208,9 +208,9 @@ def _version(txn: LoggingTransaction) -> int | None:
 
 
 def lock_name(txn: LoggingTransaction, name: str) -> None:
-    """Lets this transaction wait for those of other processes that have locked the same name.
+    """Makes this transaction wait for transactions of other processes that locked the same name.
 
-    SQLite has one writer at a time, and one process.
+    A Synapse on SQLite has one process, and SQLite has one writer at a time.
     """
     if isinstance(txn.database_engine, PostgresEngine):
         txn.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (f"synapse_lk_jwt {name}",))

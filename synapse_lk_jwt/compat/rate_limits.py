@@ -13,7 +13,7 @@ __all__ = ["RateLimits", "RatelimitSettings", "Ratelimiter"]
 
 
 class RateLimits:
-    """Makes rate limiters, and names the users that they do not apply to."""
+    """Creates rate limiters, and names the users that they do not apply to."""
 
     def __init__(
         self, api: ModuleApi, store: DataStore, clock: Clock, app_services: AppServices

@@ -12,7 +12,7 @@ from synapse_lk_jwt.compat.self_test import Feature
 
 
 class RoomStore(Protocol):
-    """What of Synapse's store is used here."""
+    """The parts of Synapse's store that this file uses."""
 
     async def is_room_blocked(self, room_id: str) -> bool | None: ...
 
@@ -26,26 +26,26 @@ class RoomStore(Protocol):
 
 
 class ServerAcl(Protocol):
-    """What of Synapse's parsed `m.room.server_acl` is used here."""
+    """The parts of Synapse's parsed `m.room.server_acl` that this file uses."""
 
     def server_matches_acl_event(self, server_name: str) -> bool: ...
 
 
 class StateController(Protocol):
-    """What of Synapse's controller of room state is used here."""
+    """The parts of Synapse's controller of room state that this file uses."""
 
     async def get_server_acl_for_room(self, room_id: str) -> ServerAcl | None: ...
 
 
 class StorageControllers(Protocol):
-    """What of Synapse's storage controllers is used here."""
+    """The parts of Synapse's storage controllers that this file uses."""
 
     @property
     def state(self) -> StateController: ...
 
 
 class RoomHomeServer(Protocol):
-    """What of Synapse's `HomeServer` is used here."""
+    """The parts of Synapse's `HomeServer` that this file uses."""
 
     def get_storage_controllers(self) -> StorageControllers: ...
 
@@ -113,7 +113,7 @@ class Rooms:
         )
 
     async def select_blocked(self, room_ids: Collection[str]) -> set[str]:
-        """Those of many rooms that the admin has blocked; a database read."""
+        """The subset of many rooms that the admin has blocked; a database read."""
         return await self._database.select_matching(
             "SELECT room_id FROM blocked_rooms WHERE", "room_id", room_ids
         )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which private names of Synapse the package uses, and which feature needs each of them.
 
-At start the module logs the names that this Synapse lacks, and does without the features that need
+At start the module logs the names that this Synapse lacks, and turns off the features that need
 them. Columns of Synapse's tables are not in this list, because a check of them needs the database.
 """
 
@@ -163,7 +163,7 @@ def missing_hooks(api: ModuleApi) -> dict[Feature, list[str]]:
 
 
 def missing_in_installed_synapse() -> dict[Feature, list[str]]:
-    """As `missing_hooks`, without a running homeserver, as far as Synapse's classes show it."""
+    """As `missing_hooks`, without a running homeserver: only the hooks that classes show."""
     classes = {"hs": HomeServer, "store": DataStore}
     hooks = {
         feature: [name for name in names if not name.startswith(_INSTANCE_ONLY)]

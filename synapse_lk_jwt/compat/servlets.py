@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Endpoints below `/_matrix` and elsewhere, which Synapse serves for the module.
 
-A module cannot mount resources below `/_matrix`, but Synapse builds both trees from registries,
-which it reads when the listeners start, after the modules were loaded. There is one registry in
-each Python process, and a test can have several homeservers in one process. So our entries in the
-registries look up what was registered for the homeserver that is being built.
+A module cannot mount resources below `/_matrix`. But Synapse builds the client and the federation
+tree from registries, which it reads when the listeners start, after the modules were loaded. A
+Python process has one registry for each tree, and a test can have many homeservers in one process.
+So our entries in the registries look up what was registered for the homeserver that is being built.
 """
 
 import logging
@@ -35,13 +35,13 @@ Register = Callable[[HttpServer], None]
 
 
 class FederationServlet(Protocol):
-    """What Synapse calls of a servlet."""
+    """The method of a servlet that Synapse calls."""
 
     def register(self, server: HttpServer) -> None: ...
 
 
 class FederationServletFactory(Protocol):
-    """Makes a servlet from the arguments that Synapse makes its own servlets with."""
+    """Creates a servlet from the arguments that Synapse passes to its own servlets."""
 
     def __call__(
         self, *, hs: Any, authenticator: Any, ratelimiter: Any, server_name: str
@@ -49,14 +49,14 @@ class FederationServletFactory(Protocol):
 
 
 class ServletsConfig(Protocol):
-    """What of Synapse's configuration is used here."""
+    """The parts of Synapse's configuration that this file uses."""
 
     @property
     def experimental(self) -> object: ...
 
 
 class ServletsHomeServer(Protocol):
-    """What of Synapse's `HomeServer` is used here."""
+    """The parts of Synapse's `HomeServer` that this file uses."""
 
     @property
     def config(self) -> ServletsConfig: ...
@@ -72,7 +72,7 @@ class _Registered:
     Attributes:
         client: registers servlets below `/_matrix/client` before Synapse's own, by name.
         fallback: the same, after Synapse's own.
-        federation: makes the servlet below `/_matrix/federation`.
+        federation: creates the servlet below `/_matrix/federation`.
     """
 
     client: dict[str, Register] = attr.Factory(dict)
@@ -104,7 +104,7 @@ class Servlets:
         self._has_web_resources = Feature.PATHS not in off
 
     def register_web_resource(self, path: str, resource: Resource) -> bool:
-        """Serves a resource; returns False if another module has taken its path."""
+        """Serves a resource; returns False if another module serves its path."""
         self._api.register_web_resource(path, resource)
         if not self._has_web_resources:
             return True
@@ -120,12 +120,12 @@ class Servlets:
 
         Args:
             client: the client-server servlets.
-            federation: makes the server-server servlet.
+            federation: creates the server-server servlet.
             prefix: the path prefix of these servlets, such as `rtc/livekit`. They are not served if
                 an application service claims it (MSC4512).
 
         Returns:
-            None if they will be served, else why not.
+            None if Synapse will serve them, else the reason why not.
 
         Raises:
             ImportError: if this Synapse has no registries. The caller checks that first.
@@ -184,7 +184,7 @@ def register_client_servlets(
 
 
 def _put_first(groups: dict[str, Any], servlet: Any) -> None:
-    """Puts our group before all others: Synapse tries hundreds of patterns in this order."""
+    """Registers our group first, because Synapse tries hundreds of patterns in this order."""
     others = {name: servlets for name, servlets in groups.items() if name != GROUP}
     groups.clear()
     groups.update({GROUP: (servlet,), **others})
@@ -217,7 +217,7 @@ def _register_fallback(hs: Any, http_server: HttpServer) -> None:
 
 
 class _FederationServlet:
-    """Our entry in Synapse's registry of federation servlets; makes the homeserver's servlet."""
+    """Our entry in Synapse's registry of federation servlets; creates the homeserver's servlet."""
 
     def __init__(self, hs: Any, **kwargs: Any) -> None:
         self._servlet: FederationServlet | None = None

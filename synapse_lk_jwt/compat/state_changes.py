@@ -21,13 +21,13 @@ class StateDelta(Protocol):
 
 
 class StreamChangeCache(Protocol):
-    """What of Synapse's cache of the stream is used here."""
+    """The parts of Synapse's cache of the stream that this file uses."""
 
     def has_any_entity_changed(self, stream_pos: int) -> bool: ...
 
 
 class StateChangesStore(Protocol):
-    """What of Synapse's store is used here."""
+    """The parts of Synapse's store that this file uses."""
 
     @property
     def _curr_state_delta_stream_cache(self) -> StreamChangeCache: ...
@@ -40,13 +40,13 @@ class StateChangesStore(Protocol):
 
 
 class Notifier(Protocol):
-    """What of Synapse's notifier is used here."""
+    """The parts of Synapse's notifier that this file uses."""
 
     def add_replication_callback(self, cb: Callable[[], None]) -> None: ...
 
 
 class StateChangesHomeServer(Protocol):
-    """What of Synapse's `HomeServer` is used here."""
+    """The parts of Synapse's `HomeServer` that this file uses."""
 
     def get_notifier(self) -> Notifier: ...
 
@@ -55,8 +55,8 @@ class StateChanges:
     """Follows the stream.
 
     Attributes:
-        are_available: whether this Synapse has what this needs. Nothing else may be called
-            otherwise.
+        are_available: whether this Synapse has the hooks for the stream. If not, no method may be
+            called.
     """
 
     def __init__(

@@ -38,10 +38,10 @@ def unsupported_synapse() -> str | None:
 
 
 class UnsupportedSynapse:
-    """Takes the module's place on an unsupported Synapse, to stop its start with a message."""
+    """Replaces the module on an unsupported Synapse, and stops its start with a message."""
 
     def __init__(self, config: Any, api: Any) -> None:
-        """Synapse never gets here, because it parses the configuration first."""
+        """Synapse never calls this, because it parses the configuration first."""
 
     @staticmethod
     def parse_config(config: Any) -> NoReturn:  # noqa: ARG004 - Synapse passes it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Users: whose token it is, whether an account is active, and what Synapse allows it."""
+"""Users: the owner of a token, whether an account is active, and what Synapse allows it."""
 
 from collections.abc import Collection, Mapping
 from contextlib import closing
@@ -17,7 +17,7 @@ from synapse_lk_jwt.compat.self_test import Feature
 
 
 class UserStore(Protocol):
-    """What of Synapse's store is used here."""
+    """The parts of Synapse's store that this file uses."""
 
     async def get_user_by_id(self, user_id: str) -> UserInfo | None: ...
 
@@ -27,19 +27,19 @@ class UserStore(Protocol):
 
 
 class AccountValidityHandler(Protocol):
-    """What of Synapse's handler is used here."""
+    """The parts of Synapse's handler that this file uses."""
 
     async def is_user_expired(self, user_id: str) -> bool: ...
 
 
 class AuthBlocking(Protocol):
-    """What of Synapse's handler is used here."""
+    """The parts of Synapse's handler that this file uses."""
 
     async def check_auth_blocking(self, *, requester: Requester) -> None: ...
 
 
 class LimitsConfig(Protocol):
-    """What of the section `server` is used here."""
+    """The parts of the section `server` that this file uses."""
 
     @property
     def hs_disabled(self) -> bool: ...
@@ -49,14 +49,14 @@ class LimitsConfig(Protocol):
 
 
 class UsersConfig(Protocol):
-    """What of Synapse's configuration is used here."""
+    """The parts of Synapse's configuration that this file uses."""
 
     @property
     def server(self) -> LimitsConfig: ...
 
 
 class UsersHomeServer(Protocol):
-    """What of Synapse's `HomeServer` is used here."""
+    """The parts of Synapse's `HomeServer` that this file uses."""
 
     @property
     def config(self) -> UsersConfig: ...
@@ -69,7 +69,7 @@ class UsersHomeServer(Protocol):
 
 
 class Users:
-    """The users of this homeserver, and where it says so, of others.
+    """The users of this homeserver. Some methods also accept users of other servers.
 
     Attributes:
         get_user_by_req: Synapse's authentication of a client's request.
@@ -137,7 +137,7 @@ class Users:
         )
 
     async def select_inactive(self, user_ids: Collection[str]) -> set[str]:
-        """Those of many local users who are deactivated, locked or suspended; a database read."""
+        """The subset of local users who are deactivated, locked or suspended; a database read."""
         return await self._database.select_matching(
             "SELECT name FROM users WHERE (deactivated = 1 OR locked OR suspended) AND",
             "name",
@@ -157,7 +157,7 @@ class Users:
         """Rejects a local user while Synapse serves no requests of that user.
 
         `hs_disabled` applies to all users, the limit of monthly active users to those beyond it.
-        Without these options there is no database read.
+        Without these options, this reads no database.
 
         Raises:
             synapse.api.errors.ResourceLimitError: 403, as Synapse itself answers.

@@ -41,7 +41,7 @@ class Creation:
             True if the delegation is new, False if the client delegates the same event again. None
             if the user has no such delayed event in that room, or may not delegate it.
         """
-        # Clients send the request twice in a row, and each may reach another process.
+        # Clients send the request twice in a row, and the two may reach different processes.
         lock_name(txn, member.user_id)
         event = self._homeserver.delayed_events.get(txn, delay_id, member.user_id)
         if event is None or event.room_id != member.room_id:
@@ -76,7 +76,7 @@ class Creation:
         return new.event_type == ENCRYPTED_TYPE and encrypted >= MAX_ENCRYPTED
 
     def _follow_more(self, txn: LoggingTransaction, known: Record, member: CallMember) -> None:
-        """Lets a delegation follow identities that the client had not named before."""
+        """Adds identities to a delegation that the client had not named before."""
         if known.livekit_room != member.livekit_room:
             return
         followed = self._table.identities(txn, [known.delay_id])[known.delay_id]
@@ -90,8 +90,8 @@ class Creation:
     def _drop_older(self, txn: LoggingTransaction, new: Rival, member: CallMember) -> None:
         """Drops the delegations that a new one replaces.
 
-        These are of the same member, or their leave is for the same state or has the same sticky
-        key. An older leave of the latter kinds is cancelled: it would remove the new membership.
+        They belong to the same member, or their leave has the same state key or sticky key. An
+        older leave with the same key is cancelled, because it would remove the new membership.
         """
         for older in self._table.rivals(txn, member.livekit_room, member.user_id):
             is_same = _replaced_by(older) is not None and _replaced_by(older) == _replaced_by(new)
@@ -102,7 +102,7 @@ class Creation:
 
 
 def _rival(event: DelayedEvent, delay_id: str, member_identity: str) -> Rival:
-    """What decides which delegations a delayed event replaces."""
+    """The values that decide which delegations a delayed event replaces."""
     has_sticky_key = event.state_key is None and event.type != ENCRYPTED_TYPE
     return Rival(
         delay_id=delay_id,
@@ -115,7 +115,7 @@ def _rival(event: DelayedEvent, delay_id: str, member_identity: str) -> Rival:
 
 
 def _replaced_by(event: Rival) -> Sequence[str | None] | None:
-    """What two events have in common if one replaces the other; None if none replaces it."""
+    """A value that events share if one replaces the other; None if no event replaces this one."""
     if event.state_key is None and event.sticky_key is None:
         return None
     return event.event_type, event.state_key, event.sticky_key

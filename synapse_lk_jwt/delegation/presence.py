@@ -9,8 +9,8 @@ from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.livekit.client import RoomService
 from synapse_lk_jwt.livekit.participants import CallParticipant, Listing
 
-# Up to so many participants of one room are queried one by one, which other participants cannot
-# slow down. For more of them, one listing of the whole room costs less.
+# Up to this many participants of one room are queried one by one. Other participants cannot slow
+# that down. For more participants, one listing of the whole room costs less.
 MAX_QUERIED_ONE_BY_ONE = 10
 
 
@@ -22,7 +22,7 @@ class ParticipantLookup:
         self._rooms = rooms
 
     async def find(self, livekit_room: str, identities: Collection[str]) -> Listing:
-        """A listing that is complete as far as these identities are concerned.
+        """A listing that is complete with regard to these identities.
 
         Raises:
             SfuError: if LiveKit rejects the request, or does not answer in time.
@@ -42,20 +42,20 @@ def by_identity(listing: Listing) -> dict[str, CallParticipant]:
 
 
 def connected_sessions(
-    there: Mapping[str, CallParticipant], identities: Iterable[str], *, was_connected: bool
+    listed: Mapping[str, CallParticipant], identities: Iterable[str], *, was_connected: bool
 ) -> dict[str, str]:
     """The identities that are connected, with their sessions.
 
     Args:
-        there: participants of the LiveKit room, by their identities.
+        listed: participants of the LiveKit room, by their identities.
         identities: the participant identities of a delegation. Duplicate connections, which have
             identities of their own, do not count.
-        was_connected: whether one of them has been connected. Until then a participant counts when
-            it is ACTIVE: a connection that is being set up may still fail.
+        was_connected: whether one of them has been connected. Until then a participant counts only
+            if it is ACTIVE: a connection that is being set up may still fail.
     """
     disconnected = ParticipantInfo.State.DISCONNECTED
     active = ParticipantInfo.State.ACTIVE
-    found = [there[identity] for identity in identities if identity in there]
+    found = [listed[identity] for identity in identities if identity in listed]
     return {
         p.identity: p.sid
         for p in found

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delegated delayed leaves at work: loads delegations, applies signals to them, runs the tasks.
+"""The service for delegated delayed leaves: loads delegations, applies signals, and runs tasks.
 
 Each signal takes the same path: `DelegationTable` locks and loads the delegation, `transition`
 decides, `_apply` stores the result. The decision and the change to the delayed event are one
@@ -32,10 +32,10 @@ from synapse_lk_jwt.livekit.participants import Listing
 from synapse_lk_jwt.livekit.tables import CallTable
 from synapse_lk_jwt.work import WorkByKey
 
-# A LiveKit room that is reported as finished has been created again if its call was noted this
-# recently. A token request may have found the call noted already, so that this must be well above
-# NOTE_AGAIN_MS.
-CREATED_ANEW_MS = 10_000
+# If a call was noted this recently, its LiveKit room was recreated before LiveKit reported it as
+# finished. A token request does not note a call again within NOTE_AGAIN_MS, so this must be well
+# above that.
+RECREATED_MS = 10_000
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
@@ -60,11 +60,11 @@ Task = QuerySfu | SendLeave
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Observed:
-    """What LiveKit said about the participant of a delegation.
+    """What LiveKit reported about the participant of a delegation.
 
     Attributes:
         signal: the signal.
-        sessions: the connected identities with their sessions; some for SEEN alone.
+        sessions: the connected identities with their sessions; empty except for SEEN.
     """
 
     signal: Signal
@@ -74,7 +74,7 @@ class Observed:
 class DelegationService:
     """Follows the participants of delegations, and acts for them.
 
-    LiveKit is queried, and leaves are sent, room by room: a room that hangs delays no other one.
+    Queries to LiveKit, and leaves, are sent room by room: a room that hangs delays no other one.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class DelegationService:
             )
 
     async def _restart_connected(self) -> None:
-        """Restarts the delayed leave of each connected participant, so that its full delay is left.
+        """Restarts the delayed leave of each connected participant, so that its full delay remains.
 
-        Synapse may be down for long, or start without the module. No process restarts these
-        events then, and Synapse sends them while the participants are still connected.
+        Synapse may be down for a long time, or start without the module. Then no process restarts
+        these events, and Synapse sends them while the participants are still connected.
         """
 
         def restart(txn: LoggingTransaction) -> int:
@@ -117,7 +117,7 @@ class DelegationService:
         await self._database.write("restart_connected", restart)
 
     async def delegate(self, member: CallMember, delay_id: str) -> bool:
-        """Delegates a delayed leave. Does not depend on the SFU, and may be repeated.
+        """Delegates a delayed leave. This does not depend on the SFU, and may be repeated.
 
         Args:
             member: a local user's membership of a call, verified. Its first identity distinguishes
@@ -144,7 +144,7 @@ class DelegationService:
     async def on_joined(
         self, livekit_room: str, identity: str, sid: str, room_id: str | None
     ) -> None:
-        """Applies a webhook that says that a participant has joined.
+        """Applies a webhook that reports that a participant has joined.
 
         Args:
             livekit_room: the LiveKit room.
@@ -156,7 +156,7 @@ class DelegationService:
         def joined(txn: LoggingTransaction) -> list[Task]:
             records = self._table.lock_of_identity(txn, livekit_room, identity)
             if room_id is not None:
-                # With any number of slots: this room exists already.
+                # The number of slots is not limited here, because this room already exists.
                 self._calls.note_txn(txn, livekit_room, room_id, max_slots=None)
             now_ts = self._database.now_ts()
             for record in records:
@@ -166,7 +166,7 @@ class DelegationService:
         self.run_tasks(await self._database.write("joined", joined))
 
     async def on_session_replaced(self, livekit_room: str, identity: str, sid: str) -> None:
-        """Applies a webhook that says that a session has ended because the client reconnects.
+        """Applies a webhook about a session that has ended because the client reconnects.
 
         The next session can have any ID. If it is never set up, LiveKit still reports its end.
         """
@@ -178,7 +178,7 @@ class DelegationService:
         await self._database.write("session_replaced", replaced)
 
     async def on_left(self, livekit_room: str, identity: str, sid: str) -> None:
-        """Applies a webhook that says that a session has ended.
+        """Applies a webhook that reports that a session has ended.
 
         Delegations that have seen a later session of that identity ignore it.
         """
@@ -190,8 +190,8 @@ class DelegationService:
         self.run_tasks(await self._database.write("left", left))
 
     async def on_room_finished(self, livekit_room: str) -> None:
-        """Applies a webhook that says that a LiveKit room has ended."""
-        await self._calls.forget([livekit_room], CREATED_ANEW_MS)
+        """Applies a webhook that reports that a LiveKit room has ended."""
+        await self._calls.forget([livekit_room], RECREATED_MS)
         await self.suspect_room(livekit_room)
 
     async def suspect_room(self, livekit_room: str) -> None:
@@ -201,7 +201,7 @@ class DelegationService:
             batch = self._table.lock_of_room(txn, livekit_room, after)
             return self._apply_to_all(txn, batch.records, Signal.LEFT), batch.last
 
-        # One query answers for all of them, and so runs after the last batch.
+        # One query answers for all of them, so it runs after the last batch.
         tasks: list[Task] = []
         after: str | None = ""
         while after is not None:
@@ -216,12 +216,12 @@ class DelegationService:
             delegations: those of one LiveKit room, as they were before the listing.
             listing: the participants of that room.
         """
-        there = by_identity(listing)
+        listed = by_identity(listing)
         absent = {
             delegation.delay_id: Observed(Signal.LEFT)
             for delegation in delegations
             if delegation.is_connected
-            and not connected_sessions(there, delegation.identities, was_connected=True)
+            and not connected_sessions(listed, delegation.identities, was_connected=True)
         }
         await self._apply_observed(absent)
 
@@ -243,21 +243,21 @@ class DelegationService:
             listing: the participants of that room. If it is not complete, participants that it
                 lacks may be connected.
         """
-        there = by_identity(listing)
+        listed = by_identity(listing)
         observed = {}
         for delegation in delegations:
             sessions = connected_sessions(
-                there, delegation.identities, was_connected=delegation.is_connected
+                listed, delegation.identities, was_connected=delegation.is_connected
             )
             is_known = delegation.is_settled and sessions.items() <= delegation.identities.items()
             if sessions and not is_known:
                 observed[delegation.delay_id] = Observed(Signal.SEEN, sessions)
             elif not sessions and delegation.is_connected and listing.is_complete:
                 observed[delegation.delay_id] = Observed(Signal.ABSENT_AT_POLL)
-        await self._apply_observed(observed, listing.asked_ms)
+        await self._apply_observed(observed, listing.requested_ts)
 
     async def poll_participants(self, livekit_room: str, delegations: Collection[Tracked]) -> None:
-        """Queries the SFU for the participants of delegations alone, and applies the answer.
+        """Queries the SFU for only the participants of delegations, and applies the answer.
 
         Raises:
             SfuError: if LiveKit rejects the request, or does not answer in time.
@@ -270,7 +270,7 @@ class DelegationService:
     async def process_due(self) -> None:
         """Applies DUE to all delegations that are overdue.
 
-        To all of them: a rest that is left to the next call would grow with each call.
+        It processes all of them: a remainder for the next call could grow with each call.
         """
 
         def due(txn: LoggingTransaction) -> tuple[list[Task], str | None]:
@@ -289,11 +289,11 @@ class DelegationService:
     async def _apply_observed(
         self, observed: Mapping[str, Observed], queried_ts: int | None = None
     ) -> None:
-        """Applies what LiveKit said about delegations, a batch of them in each transaction.
+        """Applies what LiveKit reported about delegations, a batch in each transaction.
 
         Args:
-            observed: what it said, by delay IDs.
-            queried_ts: when it was queried; None if it reported without a query.
+            observed: what it reported, by delay IDs.
+            queried_ts: when the module queried LiveKit; None if LiveKit reported by itself.
         """
 
         def apply(txn: LoggingTransaction, delay_ids: Collection[str]) -> list[Task]:
@@ -320,7 +320,7 @@ class DelegationService:
         signals: Iterable[tuple[Record, Signal]],
         queried_ts: int | None,
     ) -> list[Task]:
-        """Applies signals to locked delegations; returns the tasks that are left to do."""
+        """Applies signals to locked delegations; returns the tasks that remain."""
         applied = [
             (record, *self._apply_one(txn, record, signal, queried_ts))
             for record, signal in signals
@@ -356,12 +356,12 @@ class DelegationService:
         return action, leave
 
     def _signal_when_due(self, txn: LoggingTransaction, record: Record) -> Signal:
-        """What a delegation that is due gets instead of DUE if the database shows its end."""
+        """DUE, or another signal if the database shows that a due delegation has ended."""
         phase, leave = record.delegation.phase, record.leave
         if phase is Phase.WAITING:
             event = self._homeserver.delayed_events.get(txn, record.delay_id, record.user_id)
             return Signal.DUE if event is not None else Signal.EVENT_GONE
-        # A process that sends a leave may die before it stores that.
+        # A process that sends a leave may die before it stores the result.
         if leave is not None and self._homeserver.events.has_sent(txn, leave.event, leave.since):
             return Signal.ALREADY_SENT
         return Signal.DUE
@@ -401,24 +401,24 @@ class DelegationService:
         try:
             listing = await self._lookup.find(livekit_room, identities)
         except SfuError:
-            # It has been logged, and says nothing about the participants. The delegations become
-            # due again.
+            # The client has logged the failure. It does not mean that a participant is absent. The
+            # delegations become due again.
             return
-        there = by_identity(listing)
+        listed = by_identity(listing)
         observed = {}
         for delay_id, task in tasks.items():
-            sessions = connected_sessions(there, task.identities, was_connected=task.was_connected)
+            sessions = connected_sessions(listed, task.identities, was_connected=task.was_connected)
             if sessions:
                 observed[delay_id] = Observed(Signal.SEEN, sessions)
             elif listing.is_complete:
                 observed[delay_id] = Observed(Signal.ABSENT)
-        await self._apply_observed(observed, listing.asked_ms)
+        await self._apply_observed(observed, listing.requested_ts)
 
 
 def _task(
     record: Record, action: Action, leave: Leave | None, identities: Collection[str]
 ) -> Task | None:
-    """What an action leaves to do outside of the database, if anything."""
+    """The task for an action that needs LiveKit or the room; None for other actions."""
     if action is Action.QUERY:
         return QuerySfu(
             delay_id=record.delay_id,

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delegated delayed leaves (MSC4195, 'Delegation of delayed leave events'): what to do when.
+"""The state machine of delegated delayed leaves (MSC4195, 'Delegation of delayed leave events').
 
 A client schedules its own leave as a delayed event (MSC4140) and delegates it to this module. While
-the participant is connected to the SFU, the module restarts the delayed event in time. As soon as
-the participant is gone, the module sends it.
+the participant is connected to the SFU, the module restarts the delayed event in time. When the
+participant has left, the module sends it.
 
-This file knows nothing of Twisted, HTTP or databases. `transition` takes a delegation and a signal.
-It returns the delegation that follows, and the action to take. No other file decides about that.
+This file uses neither Twisted nor HTTP nor a database. `transition` gets a delegation and a signal.
+It returns the next state of the delegation, and the next action. No other file decides about these.
 """
 
 import json
@@ -48,7 +48,7 @@ MAX_WAIT_MS = 3_600_000
 
 FIRST_QUERY_MS = 1_000
 
-# The delayed event is restarted after a third of its delay, but neither more nor less often.
+# The module restarts the delayed event after a third of its delay, within these bounds.
 MIN_RESTART_MS = 1_000
 MAX_RESTART_MS = 300_000
 
@@ -64,7 +64,7 @@ REJOIN_GRACE_MS = 1_000
 SENDING_MS = 10_000
 MAX_SEND_PAUSE_MS = 300_000
 
-# With the pauses above this takes a day. A leave that is later has no use.
+# With the pauses above this takes a day. A later leave would be useless.
 MAX_SEND_ATTEMPTS = 300
 
 
@@ -75,7 +75,7 @@ class Phase(Enum):
     """The participant has not connected yet."""
     CONNECTED = "connected"
     LEAVING = "leaving"
-    """The module has taken the delayed event from Synapse, and sends it."""
+    """The module has removed the delayed event from Synapse's table, and sends it."""
 
 
 class Signal(Enum):
@@ -88,17 +88,17 @@ class Signal(Enum):
     ABSENT = auto()
     """The module queried the SFU for this delegation, and none of its identities is connected."""
     ABSENT_AT_POLL = auto()
-    """The same, found by a poll, without a reason to suspect it."""
+    """A poll found that none of the identities is connected, without an earlier suspicion."""
     DUE = auto()
     """`Delegation.due_ts` has passed."""
     EVENT_GONE = auto()
-    """Synapse does not have the delayed event any more: it was sent or cancelled."""
+    """Synapse no longer has the delayed event: it was sent or cancelled."""
     ALREADY_SENT = auto()
     """The room has the leave, or a newer membership that this leave does not belong to."""
     SENT = auto()
     """The room accepted the leave."""
     REJECTED = auto()
-    """The room rejected the leave for good."""
+    """The room rejected the leave permanently."""
     SEND_FAILED = auto()
     """The leave could not be sent, and may be accepted later."""
 
@@ -116,11 +116,11 @@ class Action(Enum):
     RESTART = auto()
     """Restart the delayed event. If Synapse does not have it, EVENT_GONE follows."""
     TAKE_AND_SEND = auto()
-    """Take the delayed event from Synapse, and send it. If Synapse does not have it, EVENT_GONE
-    follows, otherwise as for SEND.
+    """Remove the delayed event from Synapse's table, and send it. If Synapse does not have it,
+    EVENT_GONE follows, otherwise the signals of SEND.
     """
     SEND = auto()
-    """Send the leave that was taken. SENT, REJECTED or SEND_FAILED follows."""
+    """Send the leave that TAKE_AND_SEND removed. SENT, REJECTED or SEND_FAILED follows."""
 
 
 class Trigger(Enum):
@@ -144,8 +144,8 @@ class Delegation:
         due_ts: when DUE is next.
         restarted_ts: when the delayed event was last restarted; 0 for never.
         connected_ts: since when it is CONNECTED; 0 before.
-        suspected_gone_ts: since when there is a reason to suspect that the participant is gone; 0
-            for none.
+        suspected_gone_ts: since when the module suspects that the participant has left; 0 if it
+            does not.
         attempts: queries, or attempts to send, in a row without success.
     """
 
@@ -216,7 +216,8 @@ def sticky_key(content: Mapping[str, Any]) -> str | None:
 def delegate(delay_ms: int, has_multiple_identities: bool, now_ts: int) -> Delegation:
     """A new delegation.
 
-    The caller queries the SFU at once: no webhook follows for a participant who is connected.
+    The caller queries the SFU immediately, because no webhook will report a participant who is
+    already connected.
     """
     return Delegation(
         delay_ms=delay_ms,
@@ -229,7 +230,8 @@ def delegate(delay_ms: int, has_multiple_identities: bool, now_ts: int) -> Deleg
 def follow_more(d: Delegation, now_ts: int) -> Delegation:
     """The delegation after the client delegated it again with new identities.
 
-    A participant who is not connected is queried for at once, and as often as at first.
+    If the participant is not connected, the next query is due now, and the pauses between queries
+    start from the shortest again.
     """
     d = attr.evolve(d, has_multiple_identities=True)
     return attr.evolve(d, due_ts=now_ts, attempts=0) if d.phase is Phase.WAITING else d
@@ -248,7 +250,7 @@ def transition(
             query neither confirms nor clears a suspicion.
 
     Returns:
-        The delegation from now on, None when it has ended, and the action to take.
+        The next state of the delegation, None if it has ended, and the next action.
     """
     if signal in _LAST:
         return None, Action.NOTHING
@@ -260,7 +262,7 @@ def transition(
         case Signal.SEEN:
             return _seen(d, now_ts)
         case Signal.LEFT if d.phase is Phase.CONNECTED:
-            # In WAITING it means nothing: a late webhook may be about an earlier session.
+            # In WAITING, LEFT is ignored: a late webhook may be about an earlier session.
             return _suspect(d, now_ts)
         case Signal.ABSENT:
             return _absent(d, now_ts)

@@ -33,13 +33,13 @@ UNREADABLE_PAUSE_MS = 3_600_000
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
 class Leave:
-    """A leave that was taken from Synapse's delayed events, to be sent.
+    """A leave that was removed from Synapse's delayed events, to be sent.
 
     Attributes:
         event: the event, as `create_and_send_event_into_room` takes it.
         since: the stream ordering of the newest event when the leave was taken.
-        gone_ts: when the first sign was that the participant is gone, in milliseconds since the
-            epoch.
+        gone_ts: when the module first suspected that the participant had left, in milliseconds
+            since the epoch.
     """
 
     event: JsonDict
@@ -56,7 +56,7 @@ class Record:
         user_id: the user who delegated it.
         livekit_room: the LiveKit room.
         delegation: the state.
-        leave: the leave; there is one in the phase LEAVING alone.
+        leave: the leave; None except in the phase LEAVING.
     """
 
     delay_id: str
@@ -68,7 +68,7 @@ class Record:
 
 @attr.s(auto_attribs=True, frozen=True, slots=True)
 class Batch:
-    """Some of the rows that were asked for.
+    """Some of the rows that match a query.
 
     Attributes:
         records: the readable rows.
@@ -106,7 +106,7 @@ class Tracked:
         delay_id: the delayed event.
         livekit_room: the LiveKit room.
         is_connected: whether one of its identities is connected.
-        is_settled: whether it is connected without a suspicion that the participant is gone.
+        is_settled: whether it is connected, and no sign suggests that the participant has left.
         identities: the participant identities that it follows, with the last known session of each.
     """
 
@@ -132,7 +132,7 @@ class DelegationTable:
 
     @staticmethod
     def connected() -> tuple[str, Sequence[object]]:
-        """A query for the delay IDs of participants who are connected without a doubt."""
+        """A query for the delay IDs of participants who are certainly connected."""
         sql = f"SELECT delay_id FROM {DELEGATIONS} WHERE phase = ? AND suspected_gone_ts = 0"
         return sql, (Phase.CONNECTED.value,)
 
@@ -162,7 +162,7 @@ class DelegationTable:
         return self._lock(txn, condition, (livekit_room, identity, sid, sid)).records
 
     def lock_of_room(self, txn: LoggingTransaction, livekit_room: str, after: str) -> Batch:
-        """Locks and reads the delegations of a LiveKit room behind a delay ID."""
+        """Locks and reads the delegations of a LiveKit room after a delay ID."""
         return self._lock(txn, "livekit_room = ? AND delay_id > ?", (livekit_room, after))
 
     def lock_due(self, txn: LoggingTransaction) -> Batch:
@@ -196,8 +196,8 @@ class DelegationTable:
     def _read(self, txn: LoggingTransaction, row: Mapping[str, Any]) -> Record | None:
         """A row as a record; None if it is not readable.
 
-        A newer version of the module may have written such a row. It must neither stop the others
-        nor stay the longest overdue one.
+        A newer version of the module may have written such a row. It must not stop the other rows,
+        so it becomes due again much later.
         """
         delay_id = row["delay_id"]
         try:
@@ -229,7 +229,7 @@ class DelegationTable:
         delegation: Delegation | None,
         leave: Leave | None,
     ) -> None:
-        """Stores what has become of a locked delegation. One that has ended is deleted."""
+        """Stores the new state of a locked delegation, or deletes one that has ended."""
         if delegation is None:
             self.delete(txn, record.delay_id)
         elif delegation != record.delegation:
@@ -303,7 +303,7 @@ class DelegationTable:
     def add_identities(
         self, txn: LoggingTransaction, livekit_room: str, delay_id: str, identities: Iterable[str]
     ) -> None:
-        """Lets a delegation follow more identities."""
+        """Adds identities to a delegation."""
         for identity in identities:
             row = {"livekit_room": livekit_room, "identity": identity, "delay_id": delay_id}
             DatabasePool.simple_insert_txn(txn, IDENTITIES, row)
@@ -333,7 +333,7 @@ class DelegationTable:
         }
         DatabasePool.simple_update_txn(txn, IDENTITIES, row, {"sid": None})
 
-    # Reads alone
+    # Reads without a lock
 
     async def identities_of_user(self, livekit_room: str, user_id: str) -> list[str]:
         """The identities in a LiveKit room that a user's delegations follow."""
@@ -361,7 +361,7 @@ class DelegationTable:
     def _tracked(
         self, txn: LoggingTransaction, livekit_room: str | None, after: str
     ) -> tuple[list[Tracked], str | None]:
-        """`READ_BATCH` delegations behind a delay ID, and the last one if there may be more."""
+        """`READ_BATCH` delegations after a delay ID, and the last one if there may be more."""
         condition = "" if livekit_room is None else "livekit_room = ? AND"
         args = [] if livekit_room is None else [livekit_room]
         txn.execute(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose participant it is, where participants can replace what their token says.
+"""The users of participants, if participants can replace the attributes of their token.
 
 With `can_update_own_metadata: true`, LiveKit lets participants replace their attributes before the
 first webhook, and with them the sealed owner. So the module notes the owner of each identity in the
@@ -44,7 +44,7 @@ class ParticipantOwners:
     async def resolve(
         self, livekit_room: str, participants: Sequence[CallParticipant]
     ) -> Sequence[CallParticipant]:
-        """The participants, each with the noted user if there is one."""
+        """The participants, each with the noted user if one is noted."""
         noted = await self._table.in_room(livekit_room) if self._is_on else {}
         if not noted:
             return participants
@@ -61,12 +61,12 @@ class ParticipantOwners:
         return attr.evolve(listing, participants=participants)
 
     async def keep(self, livekit_room: str, participants: Iterable[CallParticipant]) -> None:
-        """Keeps the owners of participants who are in a call from being forgotten."""
+        """Notes that participants are in a call, so that `forget_unseen` keeps their owners."""
         if self._is_on:
             bases = {base for p in participants for base in possible_bases(p.identity)}
             await self._table.keep(livekit_room, bases)
 
     async def forget_unseen(self) -> None:
-        """Forgets the owners of identities that can be in no call any more."""
+        """Forgets the owners of identities that can no longer be in a call."""
         if self._is_on:
             await self._table.forget(self._kept_ms)

@@ -72,7 +72,7 @@ class ParticipantEnforcer:
             homeserver: the server name and the clock.
             rooms: the SFU.
             access: the rule that decides.
-            owners: the users of participants that can replace what their token says.
+            owners: the users of participants who can replace the attributes of their token.
             rechecks: the rooms in which a removed user may join again with an older token.
         """
         self._homeserver = homeserver
@@ -108,14 +108,14 @@ class ParticipantEnforcer:
             changed: the users whose membership has changed, each with a reason of its own.
 
         Returns:
-            Whether there was a participant to remove.
+            Whether a participant had to be removed.
 
         Raises:
             SfuError: if LiveKit did not remove one of them. All others are removed.
         """
         removals = await self._refused(room_id, listing, reason, changed or {})
         if removals:
-            # LiveKit has sent each of these participants a token with the connection.
+            # LiveKit has sent each of these participants a token that works after the removal.
             self._rechecks.add(room_id)
         removals += _too_long(listing)
         await self.remove(livekit_room, room_id, removals)
@@ -154,7 +154,7 @@ class ParticipantEnforcer:
         await self.remove(livekit_room, room_id, _too_long(listing))
 
     async def remove(self, livekit_room: str, room_id: str, removals: Collection[Removal]) -> None:
-        """Removes participants: all that LiveKit removes, even if it fails to remove one of them.
+        """Removes participants. If LiveKit fails to remove one, the others are still removed.
 
         Args:
             livekit_room: the LiveKit room.
@@ -165,7 +165,7 @@ class ParticipantEnforcer:
             SfuError: if LiveKit did not remove one of them.
         """
         failures: list[SfuError] = []
-        # A participant can have hundreds of duplicate connections: one line for all of them.
+        # A participant can have hundreds of duplicate connections, which get one log line.
         removed: Counter[tuple[str, str]] = Counter()
 
         async def remove(removal: Removal) -> None:
@@ -189,7 +189,7 @@ class ParticipantEnforcer:
 
 
 def _too_long(listing: Listing) -> list[Removal]:
-    reason = Reason("identity_too_long", listing.asked_ms)
+    reason = Reason("identity_too_long", listing.requested_ts)
     return [
         Removal(
             identity,

@@ -5,14 +5,14 @@ from collections.abc import Collection
 
 from synapse_lk_jwt.compat.homeserver import Homeserver
 
-# LiveKit hands a connected client tokens of its own, which are usable for this long.
+# LiveKit sends its own tokens to a connected client. They are usable for this long.
 REFRESHED_TOKEN_MS = 600_000
 
 
 def tokens_usable_ms(token_lifetime_ms: int) -> int:
     """How long a participant that was removed may hold a token, in milliseconds.
 
-    LiveKit sends a new token with every connection, also with one that it ends at once.
+    LiveKit sends a new token with every connection, even with one that it ends immediately.
 
     Args:
         token_lifetime_ms: the lifetime of the module's own tokens, in milliseconds.
@@ -38,7 +38,7 @@ class RecheckList:
         self._until_ms: dict[str, int] = {}
 
     def add(self, room_id: str) -> None:
-        """Adds a Matrix room, or starts its time anew."""
+        """Adds a Matrix room, or restarts its time."""
         if self._homeserver.runs_background_tasks:
             self._until_ms[room_id] = self._homeserver.clock.time_msec() + self._usable_ms
 

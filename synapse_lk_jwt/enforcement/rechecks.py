@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lists the calls of a Matrix room every two seconds after a removal, while tokens are usable.
 
-A self-hosted LiveKit does not revoke tokens, and sends no webhook for a participant that brings up
-no media. Each removal starts the time anew, because LiveKit sends a new token with every
-connection.
+A self-hosted LiveKit does not revoke tokens, and sends no webhook for a participant without media.
+Each removal restarts the time, because LiveKit sends a new token with every connection.
 """
 
 from collections.abc import Collection
@@ -37,7 +36,7 @@ class Rechecker:
             calls: the calls of a Matrix room.
             rooms: the Matrix rooms to recheck.
             enforcer: checks the participants.
-            removals: the removals that are under way. They list the calls of their room as well.
+            removals: the unfinished removals. They list the calls of their room as well.
         """
         self._homeserver = homeserver
         self._calls = calls
@@ -63,5 +62,5 @@ class Rechecker:
             # The client has logged the failure, and the next recheck lists the call again.
             with suppress(SfuError):
                 listing = await self._enforcer.list_participants(livekit_room)
-                reason = Reason("recheck", listing.asked_ms)
+                reason = Reason("recheck", listing.requested_ts)
                 await self._enforcer.check_participants(livekit_room, room_id, listing, reason)

@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 # Synapse's main thread, for which everything else waits. A room can have very many calls.
 CONCURRENT_CALLS = 3
 
-# How often a room is listed in a row that has more participants, or longer identities, than one
-# listing can hold.
+# How many times in a row a room is listed if it has more participants, or longer identities, than
+# one listing can hold.
 MAX_LISTINGS = 5
 
 RETRY_MS = 2_000
 
-# Stands for all users of a room.
+# A change with this key concerns all users of a room.
 ALL_USERS = "*"
 
 
@@ -67,7 +67,7 @@ class RoomRemovals:
             calls: the calls of a Matrix room.
             delegations: the identities that users may have.
             rooms: ends calls.
-            access: the rule that decides who may stay.
+            access: the rule that decides which users may stay.
             enforcer: checks and removes the participants of one call.
             rechecks: the rooms in which a removed user may join again with an older token.
         """
@@ -83,7 +83,7 @@ class RoomRemovals:
         )
 
     def start(self) -> None:
-        """Starts to retry what failed, on the process that runs background tasks."""
+        """Starts to retry failed removals, on the process that runs background tasks."""
         self._homeserver.background.repeat(RETRY_MS, "synapse_lk_jwt_retry", self._retry)
 
     async def _retry(self) -> None:
@@ -99,7 +99,7 @@ class RoomRemovals:
         self._work.add(room_id, changed)
 
     def __contains__(self, room_id: str) -> bool:
-        """Whether there are changes of a Matrix room that are not processed yet."""
+        """Whether some changes of a Matrix room are not processed yet."""
         return room_id in self._work
 
     def unprocessed(self) -> Iterator[Change]:
@@ -110,12 +110,12 @@ class RoomRemovals:
         """Removes users from the calls of a Matrix room.
 
         Raises:
-            NotDone: if LiveKit did not do all of it. It is retried later.
+            NotDone: if a request to LiveKit failed. The work is retried later.
         """
         try:
             await self._process_room_or_fail(room_id, changed)
         except SfuError:
-            # The client has logged it.
+            # The client has logged the failure.
             raise NotDone() from None
 
     async def _process_room_or_fail(self, room_id: str, changed: Mapping[str, Change]) -> None:
@@ -125,7 +125,7 @@ class RoomRemovals:
             for livekit_room in livekit_rooms:
                 await self._end_call(livekit_room, room_id)
             return
-        # Most members whose membership changes may stay. They cause no request to LiveKit.
+        # Most users whose membership changes may stay. They cause no request to LiveKit.
         out = {
             user_id: Reason("left", change.since_ms)
             for user_id, change in changed.items()
@@ -167,7 +167,7 @@ class RoomRemovals:
         # The tokens of its users still work, because LiveKit's room stays.
         self._rechecks.add(room_id)
         why = "this homeserver has left the room"
-        reason = Reason("left", listing.asked_ms)
+        reason = Reason("left", listing.requested_ts)
         removals = [
             Removal(p.identity, p.user_id, why, reason)
             for p in listing.participants
@@ -203,8 +203,8 @@ class RoomRemovals:
     ) -> None:
         """Removes users from a call that cannot be listed as a whole.
 
-        First by the identities that are known without a listing. If the rest of the call still
-        cannot be listed, the call ends: a call that a user cannot be removed from must not go on.
+        This first removes the identities that are known without a listing. If the rest of the call
+        still cannot be listed, this ends the call, because it may contain a user who must leave.
         """
         why = "the user may not be in the call any more"
         for user_id, reason in out.items():
@@ -217,7 +217,7 @@ class RoomRemovals:
             await self._end_unlistable_call(livekit_room, room_id, listing.participants)
 
     async def _known_identities(self, livekit_room: str, user_id: str) -> Collection[str]:
-        """The identities that a user may have in a call, as far as the database has them."""
+        """The identities in the database that a user may have in a call."""
         known = set(await self._delegations.identities_of_user(livekit_room, user_id))
         for device_id in await self._homeserver.users.device_ids(user_id):
             known.add(device_identity(user_id, device_id))
@@ -226,7 +226,7 @@ class RoomRemovals:
     async def _end_unlistable_call(
         self, livekit_room: str, room_id: str, listed: Iterable[CallParticipant]
     ) -> None:
-        """Ends a call, unless it is another homeserver's as well."""
+        """Ends a call, unless another homeserver uses it as well."""
         if is_shared(listed, self._homeserver.server_name):
             logger.warning(
                 "LiveKit's list of the participants of a call of %r is too long to find the users"

@@ -17,12 +17,12 @@ from synapse_lk_jwt.livekit.tables import CallTable
 
 logger = logging.getLogger(__name__)
 
-# How often to store how far the stream was followed.
+# How often to store the position in the stream.
 STORE_MS = 5_000
 
 
 class RoomChanges:
-    """Hands changes of memberships and ACLs, in rooms that have calls, to `RoomRemovals`.
+    """Passes changes of memberships and ACLs, in rooms that have calls, to `RoomRemovals`.
 
     Attributes, all private:
         _position: up to where the stream has been read; None until the stored position is read.
@@ -57,7 +57,7 @@ class RoomChanges:
         homeserver = self._homeserver
         if homeserver.runs_background_tasks and homeserver.state_changes.are_available:
             homeserver.state_changes.on_new_data(self._on_new_data)
-            # For the changes that happened while this process was down.
+            # This reads the changes that happened while this process was down.
             homeserver.background.run("synapse_lk_jwt_follow", self._follow)
             homeserver.background.repeat(STORE_MS, "synapse_lk_jwt_follow", self._follow_and_store)
 
@@ -109,7 +109,7 @@ class RoomChanges:
         await self._follow()
         if self._position is None:
             return
-        # Changes that are not processed yet would be forgotten with this process.
+        # A restart of this process would lose changes that are not processed yet.
         unprocessed = (change.position for change in self._removals.unprocessed())
         done = min(unprocessed, default=self._position)
         if done != self._stored:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the stream of state changes has been followed, so that a restart misses no change."""
+"""The stored position in the stream of state changes, so that a restart misses no change."""
 
 from synapse.module_api import DatabasePool, LoggingTransaction
 
@@ -9,7 +9,7 @@ STREAM = "synapse_lk_jwt_stream"
 
 
 class StreamPosition:
-    """The one position in Synapse's event stream up to which changes have been processed."""
+    """The position in Synapse's event stream up to which changes have been processed."""
 
     def __init__(self, database: ModuleDatabase) -> None:
         self._database = database

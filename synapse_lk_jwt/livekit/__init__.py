@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said to LiveKit, the SFU: names, access tokens, and its server API."""
+"""LiveKit, the SFU: names of rooms and participants, access tokens, and its server API."""

@@ -42,15 +42,16 @@ def _room_admin(livekit_room: str) -> VideoGrants:
 class RoomService:
     """LiveKit's API for rooms.
 
-    Every method raises SfuError if LiveKit refuses, or does not answer in time: within ten seconds
-    unless it says otherwise. Requests about the same room or participant are shared, as
-    `SharedQuestions` describes: when a large call ends, many callers need the same answer at once.
+    Every method raises SfuError if LiveKit rejects the request, or does not answer in time. The
+    limit is ten seconds unless the method states another one. `SharedQuestions` shares requests
+    about the same room or participant, because many callers need the same answer when a large call
+    ends.
     """
 
     def __init__(self, homeserver: Homeserver, twirp: TwirpClient, sealer: OwnerSealer) -> None:
         """
         Args:
-            homeserver: whose clock to use.
+            homeserver: provides the clock.
             twirp: sends the requests.
             sealer: opens the owners of participants.
         """
@@ -87,7 +88,7 @@ class RoomService:
         """The participants of a room at a time after this call; none if it does not exist.
 
         Raises:
-            NoNode: if the room exists, and the node that had it does not answer.
+            NoNode: if the room exists, and the node that hosts it does not answer.
         """
 
         async def ask() -> Listing:
@@ -96,13 +97,13 @@ class RoomService:
         return await self._listings.ask(livekit_room, ask)
 
     async def get_participant(self, livekit_room: str, identity: str) -> CallParticipant | None:
-        """A participant of a room at a time after this call; None if it is not there.
+        """A participant of a room at a time after this call; None if it is absent.
 
         Unlike a listing, the answer's size does not depend on other participants. LiveKit has five
         seconds to answer.
 
         Raises:
-            NoNode: if the room exists, and the node that had it does not answer.
+            NoNode: if the room exists, and the node that hosts it does not answer.
         """
 
         async def ask() -> CallParticipant | None:
@@ -114,7 +115,7 @@ class RoomService:
         """Ends a participant's connection. Its token can still be used for another one.
 
         Returns:
-            Whether the participant was there.
+            Whether the participant was in the room.
         """
 
         async def ask() -> bool:
@@ -175,9 +176,9 @@ class RoomService:
     async def _remove_participant(self, livekit_room: str, identity: str) -> bool:
         request = RoomParticipantIdentity(room=livekit_room, identity=identity)
         if hasattr(request, "revoke_token_ts"):
-            # In seconds. Without a time, a LiveKit that revokes tokens also rejects those of the
-            # next minute, and so users who are invited again. Older livekit-protocol packages do
-            # not have the field.
+            # In seconds. Without a time, a LiveKit that revokes tokens also rejects the tokens of
+            # the next minute, such as those of users who are invited again. Older livekit-protocol
+            # packages do not have the field.
             request.revoke_token_ts = self._clock.time_msec() // 1000
         try:
             await self._twirp.call(
@@ -190,14 +191,14 @@ class RoomService:
         except NotFound:
             return False
         except (NoNode, NoAnswer) as e:
-            # LiveKit waits in vain for a participant that is leaving by itself.
+            # For a participant who is just leaving, LiveKit waits in vain, and then fails.
             if await self._get_participant(livekit_room, identity) is not None:
                 self._twirp.report("RemoveParticipant", e)
                 raise
         return True
 
     async def _exists(self, livekit_room: str) -> bool:
-        """Whether a room exists, for answers that no node gave.
+        """Whether a room exists, after LiveKit reported that no node answers for it.
 
         With LiveKit's `enable_psrpc_for_get_list_participants` no node answers for a room that does
         not exist, either.

@@ -9,9 +9,12 @@ from twisted.web.iweb import IResponse
 from synapse_lk_jwt.livekit.proxies import is_down_behind_proxy, redirected_url
 from synapse_lk_jwt.livekit.tokens import rejected_option
 
+# What an admin does if another server answers.
+SET_URL = "Set livekit_internal_url to LiveKit's own URL"
+
 
 class SfuError(Exception):
-    """A request to LiveKit failed. The text says why, for the log alone.
+    """A request to LiveKit failed. The text says why, for the log only.
 
     Attributes:
         cause: the kind of failure, a label of the metric `sfu_failures`.
@@ -39,13 +42,13 @@ class Unauthorized(SfuError):
 
 
 class NotLiveKit(SfuError):
-    """The answer does not come from LiveKit's API."""
+    """The answer is not one of LiveKit's API."""
 
     cause = "not_livekit"
 
 
 class Refused(SfuError):
-    """LiveKit works, and refused this one request.
+    """LiveKit works, but rejected this request.
 
     Attributes:
         code: LiveKit's error code.
@@ -76,14 +79,14 @@ def error_of_redirect(response: IResponse, path: str) -> SfuError:
     location = (response.headers.getRawHeaders("Location") or [""])[0]
     url = redirected_url(location, path)
     if url is None:
-        return NotLiveKit(f"it redirects to another page ({response.code}); is this LiveKit's API?")
+        return NotLiveKit(f"it redirects to another page ({response.code}). {SET_URL}")
     where = "https" if url.startswith("https:") else "another URL"
     text = f"it redirects to {where} ({response.code}). Write livekit_internal_url: {url}"
     return NotLiveKit(text)
 
 
 def error_of_answer(status: int, content_type: str, body: bytes, token: str) -> SfuError:
-    """The error for an HTTP response that is no success, of LiveKit or of a server before it.
+    """The error for an HTTP response that is no success, from LiveKit or a proxy in front of it.
 
     Args:
         status: the HTTP status.
@@ -120,5 +123,5 @@ def _error_of_proxy(status: int, content_type: str) -> SfuError:
     if status == 407:
         return Unreachable("the proxy requires a user and a password (407)")
     if content_type.startswith("text/html"):
-        return NotLiveKit(f"a web page ({status}) answers; does a proxy stand in front of it?")
-    return NotLiveKit(f"it answers {status}; is this LiveKit's API?")
+        return NotLiveKit(f"a web page ({status}) answers. {SET_URL}")
+    return NotLiveKit(f"it answers {status}. {SET_URL}")

@@ -4,7 +4,7 @@
 import attr
 from twisted.internet.interfaces import IReactorTime
 
-# A failure that keeps returning is logged once in this time.
+# A failure that ends and returns is logged at most once in this time.
 LOG_AGAIN_SEC = 60
 MAX_FAILURES = 100
 
@@ -18,8 +18,7 @@ class _Failure:
 class FailureLog:
     """Remembers which failures were logged.
 
-    A failure is logged once for as long as it lasts. Failures have a scope, and end together with
-    all others of their scope.
+    A failure is logged once while it lasts. The failures of one scope end together.
     """
 
     def __init__(self, reactor: IReactorTime) -> None:
@@ -28,7 +27,7 @@ class FailureLog:
         self._failures: dict[tuple[str, str], _Failure] = {}
 
     def is_due(self, scope: str, text: str) -> bool:
-        """Whether a failure is to be logged now; if so, it counts as logged.
+        """Whether to log a failure now. If so, it counts as logged.
 
         Args:
             scope: the failures that end together with this one.

@@ -81,16 +81,16 @@ async def read_participant(response: IResponse) -> ParticipantInfo:
 class ListingReader:
     """Reads an answer to ListParticipants."""
 
-    def __init__(self, livekit_room: str, sealer: OwnerSealer, asked_ms: int) -> None:
+    def __init__(self, livekit_room: str, sealer: OwnerSealer, requested_ts: int) -> None:
         """
         Args:
             livekit_room: the LiveKit room.
             sealer: opens the owners of participants.
-            asked_ms: the time of the request, in milliseconds since the epoch.
+            requested_ts: the time of the request, in milliseconds since the epoch.
         """
         self._livekit_room = livekit_room
         self._sealer = sealer
-        self._asked_ms = asked_ms
+        self._requested_ts = requested_ts
         self._begin()
 
     def _begin(self) -> None:
@@ -106,25 +106,25 @@ class ListingReader:
         Raises:
             Unreadable: if the answer is no protobuf message, or incomplete.
         """
-        # A first attempt may have failed half way.
+        # A first attempt may have failed halfway.
         self._begin()
         await _read_items(response, ItemsReader(PARTICIPANT_FIELDS, self._receive))
         return self._listing(self._is_complete)
 
     def partial(self) -> Listing | None:
-        """The participants so far of an answer that did not end in time; None if there are none.
+        """The participants read so far of an answer that did not end in time; None without any.
 
-        How long an answer takes depends on its size, which the participants choose.
+        The time of an answer depends on its size, which the participants choose.
         """
         return self._listing(is_complete=False) if self._has_begun else None
 
     def empty(self) -> Listing:
         """The listing of a room that does not exist."""
-        return Listing(self._asked_ms, ())
+        return Listing(self._requested_ts, ())
 
     def _listing(self, is_complete: bool) -> Listing:
         return Listing(
-            self._asked_ms, tuple(self._participants), tuple(self._too_long), is_complete
+            self._requested_ts, tuple(self._participants), tuple(self._too_long), is_complete
         )
 
     def _receive(self, item: bytes, too_long: frozenset[int]) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LiveKit room names and participant identities, derived from Matrix IDs.
 
-MSC4195 gives the derivation. Most of them are hashes, so that the SFU learns neither rooms nor
-users. Every homeserver and client must derive the same ones. Each endpoint has an identity of its
-own: a client with the wrong one joins the call, and the other clients cannot decrypt its media.
+MSC4195 defines the derivation. Most names are hashes, so that the SFU learns neither rooms nor
+users. Every homeserver and client must derive the same names. Each endpoint has its own form of
+identity: a client with the wrong one joins the call, but the others cannot decrypt its media.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ DEFAULT_SLOT = "m.call#ROOM"
 # LiveKit rejects tokens with longer identities.
 MAX_IDENTITY_BYTES = 256
 
-# The check command and the checks at start use LiveKit rooms of no call, with this prefix.
+# The check command and the checks at start use LiveKit rooms with this prefix, which are no calls.
 CHECK_ROOM = "synapse-lk-jwt-check-"
 
 # Digits between two colons are the port of the server: the endpoints issue no token to a device
@@ -60,10 +60,10 @@ def is_connection_of(identity: str, base: str) -> bool:
 def possible_bases(identity: str) -> Iterator[str]:
     """The identities whose noted owner may own this connection, itself among them.
 
-    A hash contains no `#`, so that a duplicate connection of a hashed identity is the hash up to
-    the first `#`. Identities in plain text may contain more of them, and name their user
-    themselves: see `user_of_device_identity`. A participant can choose an identity with hundreds of
-    `#`, so that trying each of them would be hundreds of hashes.
+    A hash contains no `#`, so the hash of a duplicate connection ends at the first `#`. Identities
+    in plain text may contain more of them, but they name their user: see `user_of_device_identity`.
+    A participant can choose an identity with hundreds of `#`. Trying each would take hundreds of
+    hashes.
     """
     yield identity
     base, separator, _ = identity.partition("#")
@@ -72,7 +72,7 @@ def possible_bases(identity: str) -> Iterator[str]:
 
 
 def hash_of_identity(identity: str) -> str:
-    """The key of an identity in the table of owners: PostgreSQL's indexes take no long strings."""
+    """The key of an identity in the table of owners: PostgreSQL cannot index long strings."""
     return _hash(identity)
 
 

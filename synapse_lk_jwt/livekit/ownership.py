@@ -50,7 +50,7 @@ class ParticipantOwner:
         return self.issuer in (None, server_name)
 
     def concerns(self, server_name: str) -> bool:
-        """Whether a homeserver issued the token, or the user is one of that homeserver."""
+        """Whether a homeserver issued the token, or is the user's homeserver."""
         return self.is_issued_by(server_name) or get_domain_from_id(self.user_id) == server_name
 
 
@@ -78,8 +78,8 @@ class OwnerSealer:
         """The owner of a participant, from its attributes.
 
         Returns:
-            None if no holder of the secret sealed it, or if it was sealed for another identity that
-            this is no duplicate connection of.
+            None if no holder of the secret sealed it. Also None if it was sealed for an identity
+            that is neither this one nor the one that this duplicates.
         """
         sealed = attributes.get(ATTRIBUTE)
         if sealed is None:

@@ -30,14 +30,14 @@ class CallParticipant:
     Attributes:
         identity: the participant identity, `MAX_WHOLE_IDENTITY_BYTES` at most.
         sid: LiveKit's name for the session.
-        state: how far its connection is, a `ParticipantInfo.State`.
+        state: the state of its connection, a `ParticipantInfo.State`.
         disconnect_reason: why the session ended, a `DisconnectReason`.
         joined_at: when it joined, in seconds since the epoch.
         owner: the owner that was sealed into the token for this very LiveKit room; None if neither
             this homeserver nor another one with the same secret sealed it.
-        user_id: the user, None if unknown. By the sealed owner, else by an identity in plain text:
-            lk-jwt-service seals no owner into its tokens. `ParticipantOwners` replaces it where
-            participants can replace the sealed owner.
+        user_id: the user, None if unknown. The sealed owner names the user, else an identity in
+            plain text does: lk-jwt-service seals no owner into its tokens. `ParticipantOwners`
+            replaces the user if participants can replace the sealed owner.
     """
 
     identity: str
@@ -50,7 +50,7 @@ class CallParticipant:
 
     @property
     def can_be_stored(self) -> bool:
-        """Whether PostgreSQL stores the identity: a duplicate connection can have a NUL in it."""
+        """Whether PostgreSQL can store the identity. That of a duplicate can contain a NUL."""
         return is_clean(self.identity)
 
     def is_issued_by(self, server_name: str) -> bool:
@@ -63,21 +63,21 @@ class Listing:
     """The participants of a LiveKit room at some time.
 
     Attributes:
-        asked_ms: when LiveKit was asked, in milliseconds since the epoch.
-        participants: all participants of users but those below.
-        too_long: whole identities above `MAX_WHOLE_IDENTITY_BYTES`. No client has one. Their only
-            use is to remove these participants.
+        requested_ts: when the module requested it, in milliseconds since the epoch.
+        participants: all participants of users, except those in `too_long`.
+        too_long: whole identities above `MAX_WHOLE_IDENTITY_BYTES`. No client has one. They are
+            listed only to remove these participants.
         is_complete: False if there are more participants, or identities too long to be named.
     """
 
-    asked_ms: int
+    requested_ts: int
     participants: Sequence[CallParticipant]
     too_long: Sequence[str] = ()
     is_complete: bool = True
 
 
 def matrix_room(participants: Iterable[CallParticipant], server_name: str) -> str | None:
-    """The Matrix room of a call, by the owners who concern a homeserver; None without any."""
+    """The Matrix room of a call, from the owners that concern a homeserver; None without any."""
     owners = (participant.owner for participant in participants)
     return next((o.room_id for o in owners if o and o.concerns(server_name)), None)
 
@@ -90,7 +90,7 @@ def is_shared(participants: Iterable[CallParticipant], server_name: str) -> bool
 def is_of_user(info: ParticipantInfo) -> bool:
     """Whether a participant may be a user's: agents, recorders, SIP callers and the like are not.
 
-    LiveKit takes the kind from the token, and this module signs tokens of the standard kind only.
+    LiveKit reads the kind from the token, and this module signs tokens of the standard kind only.
     """
     return info.kind == ParticipantInfo.Kind.STANDARD
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to LiveKit's RoomService, for whichever HTTP client sends them.
+"""Requests to LiveKit's RoomService, independent of the HTTP client that sends them.
 
 LiveKit's server API is Twirp, which is protobuf over HTTP POST
 (https://docs.livekit.io/reference/other/roomservice-api/).

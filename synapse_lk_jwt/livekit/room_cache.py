@@ -24,7 +24,7 @@ class RoomCache:
     ) -> None:
         """
         Args:
-            homeserver: whose clock and caches to use.
+            homeserver: provides the clock and the cache.
             rooms: creates and deletes rooms.
             note_call: called with the LiveKit room and the Matrix room before a room is created.
         """
@@ -43,7 +43,7 @@ class RoomCache:
             room_id: the Matrix room that it belongs to.
 
         Raises:
-            SfuError: if LiveKit refuses, or does not answer within ten seconds.
+            SfuError: if LiveKit rejects the request, or does not answer within ten seconds.
         """
         await self._existing.wrap(
             livekit_room, self._create, livekit_room, room_id, cache_context=True
@@ -58,7 +58,7 @@ class RoomCache:
         """Ends a call for all of its participants.
 
         Raises:
-            SfuError: if LiveKit refuses, or does not answer within ten seconds.
+            SfuError: if LiveKit rejects the request, or does not answer within ten seconds.
         """
         await self._rooms.delete_room(livekit_room)
         self.forget(livekit_room)
@@ -66,14 +66,14 @@ class RoomCache:
     async def _create(
         self, livekit_room: str, room_id: str, cache_context: ResponseCacheContext[str]
     ) -> None:
-        # Older Synapses would remember failures as well.
+        # Older versions of Synapse would remember failures as well.
         cache_context.should_cache = False
         await self._note_call(livekit_room, room_id)
         room = await self._rooms.create_room(livekit_room)
-        # LiveKit returns an existing room unchanged. One that its last participant left 19 seconds
-        # ago is gone a second later, so a room is remembered only if LiveKit's answer allows it.
+        # LiveKit returns an existing room unchanged. If its last participant left 19 seconds ago,
+        # LiveKit deletes it a second later. So only some answers allow to remember a room.
         age_ms = self._clock.time_msec() - room.creation_time * 1000
-        # LiveKit counts whole seconds. A room from the future shows that the clocks differ, and
-        # that its age is unknown.
+        # LiveKit counts whole seconds. A creation time in the future shows that the clocks differ,
+        # so that the age is unknown.
         is_young = -1000 < age_ms < REMEMBER_MS
         cache_context.should_cache = room.num_participants > 0 or is_young

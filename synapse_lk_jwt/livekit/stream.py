@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 # The first field of ListRoomsResponse and ListParticipantsResponse holds the items.
 ITEMS_FIELD = 1
 
-# An item up to this size is copied whole, which is faster than a choice among its fields.
+# An item up to this size is copied whole, which is faster than copying chosen fields.
 SMALL_ITEM_BYTES = 4096
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the module notes about LiveKit's rooms: whose calls they are, and whose participants."""
+"""What the module notes about LiveKit rooms: their Matrix rooms, and the users of identities."""
 
 from collections.abc import Collection, Iterable
 
@@ -15,12 +15,12 @@ BATCH = 100
 # How many identities of one user in one call are noted.
 MAX_OWNED = 100
 
-# How many live slots of one Matrix room are created, and when a client may ask again for another.
+# How many live slots of one Matrix room are created, and when a client may request another again.
 MAX_SLOTS = 20
 SLOTS_RETRY_AFTER_MS = 60_000
 
-# A call that was noted less than this ago is not noted again: hundreds of participants, on many
-# processes, would write the same row.
+# A call that was noted less than this ago is not noted again. Otherwise hundreds of requests, on
+# many processes, would write the same row.
 NOTE_AGAIN_MS = 5_000
 
 CALLS = "synapse_lk_jwt_calls"
@@ -53,14 +53,14 @@ class CallTable:
         try:
             await self._database.write("note_call", note)
         except self._database.error:
-            # An error would fail all requests that share the CreateRoom. The pool may have handed
-            # out a connection that had been closed, which a second attempt does not get.
+            # An error would fail all requests that share the CreateRoom. If the pool returned a
+            # closed connection, a second attempt gets another one.
             await self._database.write("note_call", note)
 
     def note_txn(
         self, txn: LoggingTransaction, livekit_room: str, room_id: str, max_slots: int | None
     ) -> None:
-        """As `note`, within a transaction that READ COMMITTED applies to.
+        """As `note`, within a transaction under READ COMMITTED.
 
         Args:
             txn: the transaction.
@@ -128,7 +128,7 @@ class CallTable:
 
         Args:
             livekit_rooms: their LiveKit rooms.
-            unseen_for_ms: calls that were noted within so many milliseconds are kept.
+            unseen_for_ms: calls that were noted within this many milliseconds are kept.
         """
 
         def forget(txn: LoggingTransaction, batch: Collection[str]) -> None:
@@ -145,7 +145,7 @@ class CallTable:
 
 
 class OwnerTable:
-    """Whose the participants are, where a participant can change what LiveKit says of that."""
+    """The users of identities, noted if participants can replace the sealed owner."""
 
     def __init__(self, database: ModuleDatabase) -> None:
         self._database = database

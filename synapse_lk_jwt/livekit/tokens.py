@@ -33,7 +33,7 @@ MUST_NOT_CREATE = "synapse_lk_jwt.must_not_create"
 
 
 class InvalidSignature(Exception):
-    """LiveKit has not signed a webhook. The text says why, for the log alone.
+    """LiveKit has not signed a webhook. The text names the cause, for the log only.
 
     Attributes:
         cause: `bad_signature`, `wrong_time` or `wrong_body`.
@@ -106,7 +106,7 @@ class TokenSigner:
         return self._sign(Claims(video=grants).asdict(), API_TOKEN_LIFETIME_SEC, identity="")
 
     def verify_webhook(self, authorization: str) -> str:
-        """Checks that LiveKit has signed a webhook, within the last minutes.
+        """Checks that LiveKit has signed a webhook recently.
 
         The rules are livekit-api's `WebhookReceiver`, which reads the machine's clock
         (https://docs.livekit.io/home/server/webhooks/).
@@ -118,7 +118,7 @@ class TokenSigner:
             The hash of the body that LiveKit has signed, for `verify_webhook_body`.
 
         Raises:
-            InvalidSignature: if LiveKit has not signed it, or too long ago.
+            InvalidSignature: if LiveKit has not signed it, or has signed it too long ago.
         """
         key, secret = self.key, self.secret
         named = unverified_claims(authorization).get("iss")
@@ -196,7 +196,7 @@ def _video_claim(can_publish: bool, can_update_own_metadata: bool) -> Mapping[st
 
 
 def rejected_option(body: bytes) -> str | None:
-    """The option that LiveKit's answer 401 is about, by its text.
+    """The option that LiveKit's 401 concerns, according to its text.
 
     LiveKit 1.13.6 changed `invalid token` to `invalid authorization token`.
 

@@ -21,6 +21,7 @@ from synapse_lk_jwt import metrics
 from synapse_lk_jwt.compat.homeserver import Homeserver
 from synapse_lk_jwt.compat.http import NETWORK_ERRORS, BodyTooLarge, TimedOut, read_body, within
 from synapse_lk_jwt.livekit.errors import (
+    SET_URL,
     NoAnswer,
     NotFound,
     NotLiveKit,
@@ -44,7 +45,7 @@ T = TypeVar("T")
 TIMEOUT_SEC = 10
 MAX_ANSWER_BYTES = 1024 * 1024
 
-# Synapse's client logs the first argument of an exception, and fails where there is none.
+# Synapse's client logs the first argument of an exception, and raises IndexError if it has none.
 _CONNECTION_ERRORS = (*NETWORK_ERRORS, IndexError)
 
 # The scope of the failures that make LiveKit as a whole unusable; other scopes are methods.
@@ -59,7 +60,7 @@ class TwirpClient:
     ) -> None:
         """
         Args:
-            homeserver: whose HTTP client and clock to use.
+            homeserver: provides the HTTP client and the clock.
             api_url: the URL of LiveKit's API, `http(s)://`, without a slash at the end.
             signer: the SFU's API key.
             proxy_url: the forward proxy between this process and LiveKit, for the log.
@@ -90,11 +91,11 @@ class TwirpClient:
             request: its argument.
             grants: what the API token of the request allows.
             read: reads the body of a successful answer. It is called again for a second attempt.
-            expected: failures that the caller deals with, and that are not reported here.
+            expected: failures that the caller handles, and that are not reported here.
             timeout_sec: how long all of it may take, in seconds.
 
         Raises:
-            SfuError: if LiveKit refuses, or does not answer in time.
+            SfuError: if LiveKit rejects the request, or does not answer in time.
         """
         signed_request = room_service_request(self._api_url, method, request, grants, self._signer)
 
@@ -116,18 +117,18 @@ class TwirpClient:
         return answer
 
     def report(self, method: str, error: SfuError) -> None:
-        """Counts and logs a failure that was expected, and that the caller cannot deal with."""
+        """Counts and logs a failure. Callers report expected ones that they cannot handle."""
         metrics.sfu_failures.labels(method, error.cause).inc()
         text, check_command = str(error).rstrip("."), self._homeserver.check_command
         if not isinstance(error, Refused):
             if self._failures.is_due(_ALL, text):
                 logger.error(
-                    "LiveKit at %s cannot be used, calls cannot be started: %s. %s",
+                    "LiveKit at %s cannot be used, so calls cannot be started: %s. %s",
                     self._livekit,
                     text,
                     check_command,
                 )
-        # The text of a refusal can name a room, so its code distinguishes it from others.
+        # The text of such an error can name a room, so its code distinguishes it from others.
         elif self._failures.is_due(method, error.code):
             logger.error(
                 "LiveKit at %s rejected %s: %s. %s", self._livekit, method, text, check_command
@@ -141,7 +142,7 @@ class TwirpClient:
     async def _in_time(
         self, method: str, post: Callable[[], Awaitable[T]], timeout_sec: float
     ) -> T:
-        """Sends a request, and once more if the connection breaks before the time is over.
+        """Sends a request, and once more if the connection breaks within the time limit.
 
         Raises:
             SfuError: for every failure of LiveKit or of the network.
@@ -168,7 +169,7 @@ class TwirpClient:
         except TimedOut:
             raise NoAnswer(f"no answer within {timeout_sec} s") from None
         except BodyTooLarge:
-            raise NotLiveKit("its answer is endless; is this LiveKit's API?") from None
+            raise NotLiveKit(f"its answer is too large. {SET_URL}") from None
         except (ConnectError, DNSLookupError) as e:
             raise Unreachable(f"no connection: {e}") from None
         except _CONNECTION_ERRORS as e:
@@ -202,7 +203,7 @@ class TwirpClient:
         try:
             return await read(response)
         except (DecodeError, Unreadable):
-            raise NotLiveKit("its answer cannot be read; is this LiveKit's API?") from None
+            raise NotLiveKit(f"its answer cannot be read. {SET_URL}") from None
 
 
 def message(answer: type[M]) -> Callable[[IResponse], Awaitable[M]]:

@@ -245,7 +245,7 @@ def log_problems(play: Play) -> list[str]:
         for record in re.split(r"\n(?=\d{4}-\d\d-\d\d )", process.log_text()):
             if not re.search(r"^[^\n]* - (ERROR|CRITICAL) - |Traceback", record):
                 continue
-            if "cannot be used, calls cannot be started" in record:
+            if "cannot be used, so calls cannot be started" in record:
                 # LiveKit itself answers 503 when it is overloaded.
                 unusable += "it answers 503" not in record
             elif not (

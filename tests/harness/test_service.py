@@ -437,11 +437,11 @@ class RoomTests(ModuleTestCase):
             "no connection",
             "a proxy answers 502: LiveKit is down behind it",
             "rejected livekit_secret (401)",
-            "answers 404; is this LiveKit's API?",
+            "answers 404. Set livekit_internal_url",
             "answers 500 'internal': 'no luck'",
             "cannot be read",
-            "endless",
-            "answers 200; is this LiveKit's API?",
+            "too large",
+            "answers 200. Set livekit_internal_url",
             "can be used again",
         ]
         assert len(logs.output) == len(causes), logs.output

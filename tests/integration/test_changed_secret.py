@@ -114,7 +114,7 @@ def test_check_after_secret_changed_in_the_files_reports_that_synapse_has_anothe
     # LiveKit accepts both secrets, and Synapse was not restarted.
     assert report.the("ok", "LiveKit")
     finding = report.the("wrong", "processes")
-    assert "runs with another livekit_secret than is in these files" in finding.text
+    assert "runs with another livekit_secret than these files have" in finding.text
     assert OLD not in str(report)
     assert NEW not in str(report)
 

@@ -167,14 +167,14 @@ def test_file_that_this_user_may_not_read_names_the_user(
     assert (report.status, report.findings) == (2, [])
     assert "'homeserver.json' cannot be read (Permission denied)" in report.errors
     assert "This command runs as " in report.errors
-    assert "run it as the user that Synapse runs as" in report.errors
+    assert "Run it as Synapse's user" in report.errors
 
 
 def test_directory_without_a_file_cannot_be_checked(public: Public) -> None:
     (public.check.directory / "conf.d").mkdir(exist_ok=True)
     report = public.check.run_on(["conf.d"])
     assert (report.status, report.findings) == (2, [])
-    assert "Cannot check: there is no .yaml file in 'conf.d'" in report.errors
+    assert "Cannot check: no .yaml file in 'conf.d'" in report.errors
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_configuration_that_synapse_rejects_causes_no_traceback(
     [
         ([], "check"),
         (["check"], "-c"),
-        (["check", "-c", "x", "--as", "@a:b"], "--as and --room belong together"),
-        (["check", "-c", "x", "--room", "!a"], "--as and --room belong together"),
+        (["check", "-c", "x", "--as", "@a:b"], "--as and --room must be used together"),
+        (["check", "-c", "x", "--room", "!a"], "--as and --room must be used together"),
         (
             ["check", "-c", "x", "--as", "alice", "--room", "!a"],
             "needs a user ID such as",
@@ -311,7 +311,7 @@ def test_block_that_is_none_causes_no_traceback(block: Any, public: Public) -> N
 def test_module_under_another_spelling_names_the_right_one(name: str, public: Public) -> None:
     report = public.check.run(config={"modules": [{"module": name, "config": {}}]})
     (finding,) = report.findings
-    assert f"there is no module {name!r}" in finding.text
+    assert f"no module has the name {name!r}" in finding.text
     assert finding.lines == ["  - module: synapse_lk_jwt.LiveKitJwtModule"]
 
 
@@ -326,7 +326,7 @@ def test_block_without_config_says_where_variables_are_read_from(public: Public)
     block = {"module": "synapse_lk_jwt.LiveKitJwtModule"}
     report = public.check.run(config={"modules": [block]})
     (finding,) = report.findings
-    assert "LIVEKIT_* variables are read from this shell" in finding.text
+    assert "This command reads LIVEKIT_* variables from this shell" in finding.text
 
 
 def test_secret_file_that_this_user_may_not_read_names_the_user(
@@ -340,7 +340,7 @@ def test_secret_file_that_this_user_may_not_read_names_the_user(
     report = public.check.run(module={"livekit_secret": None, "livekit_secret_path": secret})
     (finding,) = report.findings
     assert f"{secret!r} (Permission denied)" in finding.text
-    assert "run it as the user that Synapse runs as" in finding.text
+    assert "Run it as Synapse's user" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_second_list_of_modules_is_wrong(public: Public) -> None:
     (public.check.directory / "twice.yaml").write_text(text)
     report = public.check.run_on(["twice.yaml"])
     finding = report.the("wrong", "options")
-    assert finding.text.startswith("modules is there more than once")
+    assert finding.text.startswith("modules is set more than once")
     assert finding.file == "twice.yaml"
     assert report.status == 1
 

@@ -225,7 +225,7 @@ def test_clocks_that_are_a_little_apart_are_a_warning(
     monkeypatch.setattr(command, "_now_ms", lambda: int((time.time() + ahead_sec) * 1000))
     report = public.check.run()
     assert (
-        f"s {text} this machine's. LiveKit rejects tokens from 60 s on"
+        f"s {text} this machine's. LiveKit rejects every token if they differ by 60 s"
         in report.the("warning", "clocks").text
     )
     assert report.bad == {"clocks": "warning"}, str(report)
@@ -265,7 +265,7 @@ def test_line_that_livekits_file_has_already_becomes_a_restart(
     file.write_text("room:\n  auto_create: false\n  max_participants: 5\n")
     report = public.check.run("--livekit-config", str(file), module=other.named())
     finding = report.the("warning", "auto_create")
-    assert f"{file} has the lines for this already: restart LiveKit" in finding.text
+    assert f"{file} already has the lines for this. Restart LiveKit" in finding.text
     assert finding.lines[0].startswith("systemctl restart livekit")
 
     file.write_text("room:\n  auto_create: true\n")

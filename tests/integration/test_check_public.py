@@ -97,10 +97,10 @@ def faulty(public: Public, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ("page", "/healthz is answered with a web page (200), not by the module"),
         ("odd JSON", "/healthz is answered with 200, not by the module"),
         ("an object", "/healthz is answered with 200, not by the module"),
-        ("empty object", "is answered by a service that is not this homeserver's"),
+        ("empty object", "a service that is not this homeserver's answers"),
         ("to https", "/healthz is answered with a web page (301), not by the module"),
-        ("no CORS", f"comes without {CORS}"),
-        ("two CORS", f"comes with {CORS}: *, * instead of one *"),
+        ("no CORS", f"is answered without {CORS}"),
+        ("two CORS", f"is answered with {CORS}: *, * instead of one *"),
     ],
 )
 def test_service_that_clients_do_not_reach_is_wrong(
@@ -248,7 +248,7 @@ def test_check_of_a_homeserver_with_each_advertise_is_clean(
         ("odd JSON", "is not valid JSON: it is not an object"),
         ("broken JSON", "is not valid JSON (line 1, column 6)"),
         ("static file", "does not have org.matrix.msc4143.rtc_foci"),
-        ("file without CORS", f"comes without {CORS}"),
+        ("file without CORS", f"is answered without {CORS}"),
         ("old service", "names https://old.example.com/livekit/jwt, and not https://127.0.0.1"),
         ("no foci", "does not have org.matrix.msc4143.rtc_foci"),
         ("odd foci", "does not have org.matrix.msc4143.rtc_foci"),

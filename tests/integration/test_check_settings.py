@@ -93,7 +93,7 @@ def test_check_of_entry_by_hand_that_mixes_both_kinds_warns(public: Public) -> N
     entry = {"type": "livekit", "livekit_service_url": public.service_url, "url": url}
     report = check_and_fix(public, "rtc/transports", {"matrix_rtc": {"transports": [entry]}})
     text = report.the("warning", "rtc/transports").text
-    assert "with url beside livekit_service_url" in text
+    assert "with both url and livekit_service_url" in text
     assert report.status == 0
 
 
@@ -136,10 +136,10 @@ def test_running_settings_that_differ_from_the_files_are_named(
         # What the files say is well, and what runs has no delayed events.
         assert report.the("ok", "delayed events")
         finding = report.the("wrong", "settings")
-        assert "the main process runs with other settings than are in these files" in finding.text
+        assert "the main process runs with other settings than these files have" in finding.text
         assert "max_event_delay_duration is '0s', in the files '86400s'" in finding.text
         assert "full_access_homeservers is '*', in the files empty" in finding.text
-        assert "With these, delayed events is wrong" in finding.text
+        assert "These cause problems with delayed events" in finding.text
         assert report.status == 1
         second.synapse.extra_config |= config
         second.synapse.module_config = {**second.synapse.module_config, **module}

@@ -43,8 +43,8 @@ def test_trace_of_a_member_is_ok(homeservers: Homeservers) -> None:
     assert report.the("ok", "account").text == f"{alice.user_id} is a user of this homeserver"
     assert report.the("ok", "member").text == f"is joined to {room_id}"
     assert report.the("ok", "level").text == "full access: may start calls, and publish"
-    assert "the module creates the room when this user asks" in report.the("ok", "LiveKit").text
-    assert report.the("warning", "in the call").text == "not now; no other participants are there"
+    assert "the module creates the room when this user requests" in report.the("ok", "LiveKit").text
+    assert report.the("warning", "in the call").text == "not now. No other participants are in it"
     # The trace creates no room.
     assert report.findings == trace(homeservers, alice.user_id, room_id).findings
 
@@ -59,7 +59,7 @@ def test_trace_on_livekit_that_asks_its_nodes_finds_no_room(
     livekit = LiveKit(tmp_path, key=a.key, secret=a.secret, extra_config=nodes)
     with running(livekit):
         report = trace(homeservers, alice.user_id, room_id, livekit_internal_url=livekit.api_url)
-    assert report.the("warning", "in the call").text == "not now; no other participants are there"
+    assert report.the("warning", "in the call").text == "not now. No other participants are in it"
 
 
 def test_trace_of_a_user_who_is_not_joined_ends_at_member(homeservers: Homeservers) -> None:
@@ -127,7 +127,7 @@ def test_trace_of_a_remote_user_names_the_line_for_full_access(homeservers: Home
     # The printed line gives full access.
     report = trace(homeservers, rita.user_id, room_id, **finding.pasted)
     assert report.the("ok", "level").text.startswith("full access")
-    assert "the module creates the room when this user asks" in report.the("ok", "LiveKit").text
+    assert "the module creates the room when this user requests" in report.the("ok", "LiveKit").text
 
     service.post(homeservers.a.client_url, "/sfu/get", service.sfu_get_body(alice, room_id)).ok()
     report = trace(homeservers, rita.user_id, room_id, remote_can_publish=[])
@@ -222,7 +222,7 @@ def test_trace_of_a_participant_names_identity_and_tracks(
         assert f"as {there.identity!r}, slot m.call#ROOM, publishing" in text
         assert report.bad == {}
         report = await asyncio.to_thread(trace, homeservers, bob.user_id, room_id)
-        assert report.the("warning", "in the call").text == "not now; 1 other participant is there"
+        assert report.the("warning", "in the call").text == "not now. 1 other participant is in it"
         await there.leave()
 
     asyncio.run(test())

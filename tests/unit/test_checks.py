@@ -359,7 +359,7 @@ def test_option_that_is_there_twice_is_wrong() -> None:
     setup = make_setup(duplicate_options={"homeserver.yaml": ["modules"]})
     ((verdict, text),) = found("options", setup)
     assert verdict == "wrong"
-    assert text.startswith("modules is there more than once")
+    assert text.startswith("modules is set more than once")
 
 
 def test_own_server_on_the_list_is_well() -> None:
@@ -435,7 +435,7 @@ def test_lines_that_livekits_file_has_become_a_restart(
     (advised,) = LiveKitFile("/etc/livekit.yaml", content).advise([finding])
     if has_them:
         assert advised.lines[0].startswith("systemctl restart livekit")
-        assert "has the lines for this already: restart LiveKit" in advised.text
+        assert "already has the lines for this. Restart LiveKit" in advised.text
     else:
         assert advised.lines == lines
         assert advised.file == "/etc/livekit.yaml; then restart LiveKit"

@@ -158,7 +158,7 @@ def test_config_legacy_variable_is_read_if_new_one_is_empty(empty: str) -> None:
     assert config.full_access_homeservers == ServerList(("legacy.org",))
     (warning,) = config.warnings
     assert "LIVEKIT_LOCAL_HOMESERVERS is deprecated" in warning
-    assert parse({"LIVEKIT_LOCAL_HOMESERVERS": empty}).full_access_homeservers.is_everyone
+    assert parse({"LIVEKIT_LOCAL_HOMESERVERS": empty}).full_access_homeservers.has_all
 
 
 def test_config_with_several_problems_error_lists_all() -> None:
@@ -185,7 +185,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("livekit_key", 1, "must be a string. Put the value in quotes"),
     ("livekit_secret", "", "is empty"),
     ("livekit_secret", f"{SECRET}\nmore", "must be one line"),
-    ("livekit_secret_path", "/tmp", "is given twice"),
+    ("livekit_secret_path", "/tmp", "conflicts with livekit_secret_path"),
     ("full_access_homeservers", None, "must be a list of server names"),
     ("full_access_homeservers", [1], "must be a list of server names"),
     ("full_access_homeservers", "", "is empty"),
@@ -256,7 +256,7 @@ def test_config_invalid_variable_error_names_variable(variable: str, value: str)
         (
             {"livekit_url": "wss://a.org"},
             {"LIVEKIT_KEY": "k", "LIVEKIT_SECRET": SECRET, "LIVEKIT_SECRET_FROM_FILE": "/x"},
-            "LIVEKIT_SECRET: is given twice. Remove it or remove LIVEKIT_SECRET_FROM_FILE",
+            "LIVEKIT_SECRET: conflicts with LIVEKIT_SECRET_FROM_FILE. Remove one of them",
         ),
     ],
     ids=["block", "environment", "variable and file"],
@@ -453,7 +453,7 @@ BAD_URLS: list[tuple[str, str]] = [
     ("{scheme}://a.org:x", "a port from 1 to 65535"),
     ("{scheme}://a.org:-1", "a port from 1 to 65535"),
     ("{scheme}://a.org:7880:7881", "more than one port"),
-    ("{scheme}://live_kit:7880", "an alias such as 'live-kit'"),
+    ("{scheme}://live_kit:7880", "a container alias 'live-kit'"),
     ("{scheme}://sfu.b\xfccher.example", "Write sfu.xn--bcher-kva.example"),
     ("{scheme}://sfu.stra\xdfe.example", "Write sfu.xn--strae-oqa.example"),
     ("{scheme}://\u0430.org", "are not ASCII"),
@@ -772,6 +772,6 @@ def test_remote_can_publish_variable_is_read_behind_the_block() -> None:
     environ = {"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": "a.org, *.b.org"}
     assert parse(environ).remote_can_publish == ServerList(("a.org", "*.b.org"))
     assert parse(environ, remote_can_publish=[]).remote_can_publish == ServerList(())
-    assert parse({"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": " , "}).remote_can_publish.is_everyone
+    assert parse({"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": " , "}).remote_can_publish.has_all
     message = error(SMALLEST, {"LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS": "a/b"})
     assert message.startswith("LIVEKIT_REMOTE_CAN_PUBLISH_HOMESERVERS: 'a/b' is not a server name")
