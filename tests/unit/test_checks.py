@@ -212,7 +212,7 @@ def test_well_known_that_is_too_large_only_the_entry_is_printed() -> None:
 @pytest.mark.parametrize(
     ("body", "place"),
     [
-        (b'{"m.homeserver": {},\n}', "is not valid JSON (line 2, column 1)"),
+        (b'{"m.homeserver": {},\n"a" 1}', "is not valid JSON (line 2, column 5)"),
         (b"[]", "is not valid JSON: it is not an object"),
         (b"\xff\xfe\xfd", "is not valid JSON"),
     ],
