@@ -107,7 +107,7 @@ def test_path_of_another_module_is_reported(synapse: Synapse, tmp_path: Path) ->
 def test_module_listed_twice_is_reported(synapse: Synapse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhooks, "WEBHOOK_SEC", 0)
     modules(synapse, "", "")
-    assert line(synapse, "or this one is listed twice")
+    assert line(synapse, "homeserver.yaml lists this module twice")
     report = Checker(synapse).run()
     finding = report.the("wrong", "routes")
     assert "the module is listed 2 times" in finding.text

@@ -156,7 +156,7 @@ def test_trace_of_a_user_of_an_unreachable_server_ends_at_account(homeservers: H
     alice = homeservers.user_of_a()
     text = failure(homeservers, "@rita:127.0.0.1:1", alice.create_room())
     assert text.startswith("account: this homeserver cannot verify users of 127.0.0.1:1")
-    assert text.endswith("127.0.0.1:1 could not be asked (ConnectionRefusedError)")
+    assert text.endswith("the request to 127.0.0.1:1 failed (ConnectionRefusedError)")
 
 
 def test_trace_in_a_room_that_this_homeserver_is_not_in(homeservers: Homeservers) -> None:
