@@ -134,12 +134,12 @@ class Synapse:
         Raises:
             ProcessDied: if a process ends, for example because of a wrong configuration.
         """
-        self.main.wait_until(lambda: _healthy(self.client_url), f"{self.name} ready")
+        self.main.wait_until(lambda: is_healthy(self.client_url), f"{self.name} ready")
         for worker in self.workers.values():
             worker.start()
         for name, worker in self.workers.items():
             url = f"http://127.0.0.1:{self.worker_ports[name][0]}"
-            worker.wait_until(partial(_healthy, url), f"{name} ready")
+            worker.wait_until(partial(is_healthy, url), f"{name} ready")
 
     def stop(self) -> None:
         """Stop all processes with SIGTERM."""
@@ -337,15 +337,21 @@ def _listener(port: int, resources: list[str], tls: bool = False) -> dict[str, A
     }
 
 
-def _healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether the Synapse process at a client URL answers."""
     try:
         return http("GET", f"{url}/health", timeout=5.0).status == 200
     except (OSError, HTTPException):
         return False
 
 
-def write_certificate(directory: Path) -> None:
-    """Write a self-signed certificate for 127.0.0.1 to `tls.crt`, and its key to `tls.key`."""
+def write_certificate(directory: Path, names: Sequence[str] = ()) -> None:
+    """Write a self-signed certificate to `tls.crt`, and its key to `tls.key`.
+
+    Args:
+        directory: for the two files.
+        names: DNS names of the certificate, in addition to 127.0.0.1.
+    """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -358,7 +364,12 @@ def write_certificate(directory: Path) -> None:
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=30))
         .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]),
+            x509.SubjectAlternativeName(
+                [
+                    x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+                    *(x509.DNSName(dns_name) for dns_name in names),
+                ]
+            ),
             critical=False,
         )
         .sign(key, hashes.SHA256())
