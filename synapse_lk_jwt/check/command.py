@@ -48,10 +48,12 @@ _EPILOG = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+    """Runs one of the commands and returns its exit status."""
     options = _parse(arguments)
-    if hasattr(options, "run"):
-        return int(options.run(options))
+    return int(options.run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
     # Log lines that Synapse writes while it reads its configuration are no part of the report.
     logging.disable(logging.CRITICAL)
     try:
@@ -158,13 +160,14 @@ class Command:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="synapse-lk-jwt", description=__doc__)
+    parser = argparse.ArgumentParser(prog="synapse-lk-jwt")
     parser.add_argument("--version", action="version", version=_version())
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_to(subcommands)
     check = subcommands.add_parser(
         "check", help="check the set-up", description=__doc__, epilog=_EPILOG
     )
+    check.set_defaults(run=_run)
     check.add_argument(
         "-c",
         "--config-path",
@@ -197,7 +200,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         " that cannot connect to its own public address",
     )
     options = parser.parse_args(arguments)
-    if not hasattr(options, "run"):
+    if options.run is _run:
         _check_user_options(check, options)
     return options
 

@@ -213,7 +213,7 @@ def test_configuration_that_synapse_rejects_causes_no_traceback(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "check"),
+        ([], "COMMAND"),
         (["check"], "-c"),
         (["check", "-c", "x", "--as", "@a:b"], "--as and --room must be used together"),
         (["check", "-c", "x", "--room", "!a"], "--as and --room must be used together"),
