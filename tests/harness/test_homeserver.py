@@ -374,15 +374,17 @@ class HookTests(ModuleTestCase):
         # Synapse's own connections stay as they are.
         assert own.agent._agent._pool.persistent
 
-    def test_connection_to_other_homeserver_that_lasts_too_long_is_aborted(self) -> None:
-        policy = BoundedTls(self.hs)
-        for creator in (policy.get_options(b"a.org"), policy.creatorForNetloc(b"a.org", 443)):
-            tls_protocol = Mock()
-            assert creator.clientConnectionForTLS(tls_protocol) is not None
-            self.reactor.advance(CONNECTION_LIFETIME_SEC - 1)
-            tls_protocol.transport.abortConnection.assert_not_called()
-            self.reactor.advance(1)
-            tls_protocol.transport.abortConnection.assert_called_once_with()
+    @parameterized.expand([("get_options", (b"a.org",)), ("creatorForNetloc", (b"a.org", 443))])
+    def test_connection_to_other_homeserver_that_lasts_too_long_is_aborted(
+        self, method: str, args: tuple[Any, ...]
+    ) -> None:
+        creator = getattr(BoundedTls(self.hs), method)(*args)
+        tls_protocol = Mock()
+        assert creator.clientConnectionForTLS(tls_protocol) is not None
+        self.reactor.advance(CONNECTION_LIFETIME_SEC - 1)
+        tls_protocol.transport.abortConnection.assert_not_called()
+        self.reactor.advance(1)
+        tls_protocol.transport.abortConnection.assert_called_once_with()
 
     def test_connection_to_other_homeserver_that_sends_too_much_is_aborted(self) -> None:
         tls_protocol = Mock()

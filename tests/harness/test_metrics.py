@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,8 @@ from testbed.metrics import own_samples
 from tests.harness.base import ModuleTestCase, counting, response
 from tests.harness.test_delegating import HOUR_MS, DelegationTestCase
 from tests.harness.test_following import FollowingTestCase
+
+FORGED = {"access_token": "x", "matrix_server_name": "test"}
 
 
 def refused(endpoint: str, cause: str) -> dict[str, float]:
@@ -89,40 +92,48 @@ class TokensTests(ModuleTestCase):
 class RefusalsTests(DelegationTestCase):
     module_config = {"rc_openid": {"per_second": 0.001, "burst_count": 1}}
 
-    def test_refusal_is_counted_by_endpoint_and_cause(self) -> None:
-        elsewhere = {"room": "!elsewhere:test"}
-        stranger = self.homeserver_body(user_id="@x:stranger.example.com")
-        delegation = self.homeserver_body(delay_id="x")
-        forged = {"access_token": "x", "matrix_server_name": "test"}
+    def post_sfu_get(self, **more: Any) -> Any:
+        return self.post("/sfu/get", self.sfu_get_body(**more))
+
+    @parameterized.expand(
+        [
+            ("sfu_get", "bad_request", lambda self: self.post("/sfu/get", b"{")),
+            ("get_token", "bad_request", lambda self: self.post("/get_token", b"x" * 70_000)),
+            ("sfu_get", "unauthorized", lambda self: self.post_sfu_get(openid_token=FORGED)),
+            ("client_get_token", "unauthorized", lambda self: self.post_homeserver({}, "x")),
+            ("sfu_get", "not_in_room", lambda self: self.post_sfu_get(room="!elsewhere:test")),
+            (
+                "federation_get_token",
+                "forbidden",
+                lambda self: self.post_federation(self.homeserver_body(user_id="@x:stranger.org")),
+            ),
+            (
+                "client_get_token",
+                "other_sfu",
+                lambda self: self.post_homeserver(self.homeserver_body(url="wss://x")),
+            ),
+            ("delegate_delayed_leave", "no_such_delayed_event", lambda self: self.delegate("x")),
+            (
+                "client_delegate_delayed_leave",
+                "no_such_delayed_event",
+                lambda self: self.delegate_homeserver(self.homeserver_body(delay_id="x")),
+            ),
+        ]
+    )
+    def test_refusal_is_counted_by_endpoint_and_cause(
+        self, endpoint: str, cause: str, ask: Callable[[Any], Any]
+    ) -> None:
+        with counting("refusals_total", "tokens_total") as counted:
+            assert ask(self).code >= 400
+        assert counted == refused(endpoint, cause)
+
+    def test_refusal_beyond_the_rate_limit_is_counted(self) -> None:
         away = {"access_token": "x", "matrix_server_name": self.OTHER_SERVER_NAME}
         for _ in range(2):
-            self.post("/sfu/get", self.sfu_get_body(openid_token=away))
-        asks: dict[tuple[str, str], Any] = {
-            ("sfu_get", "bad_request"): lambda: self.post("/sfu/get", b"{"),
-            ("get_token", "bad_request"): lambda: self.post("/get_token", b"x" * 70_000),
-            ("sfu_get", "unauthorized"): lambda: self.post(
-                "/sfu/get", self.sfu_get_body(openid_token=forged)
-            ),
-            ("client_get_token", "unauthorized"): lambda: self.post_homeserver({}, "not-a-token"),
-            ("sfu_get", "not_in_room"): lambda: self.post(
-                "/sfu/get", self.sfu_get_body(**elsewhere)
-            ),
-            ("federation_get_token", "forbidden"): lambda: self.post_federation(stranger),
-            ("sfu_get", "rate_limited"): lambda: self.post(
-                "/sfu/get", self.sfu_get_body(openid_token=away)
-            ),
-            ("client_get_token", "other_sfu"): lambda: self.post_homeserver(
-                self.homeserver_body(url="wss://x")
-            ),
-            ("delegate_delayed_leave", "no_such_delayed_event"): lambda: self.delegate("x"),
-            ("client_delegate_delayed_leave", "no_such_delayed_event"): lambda: (
-                self.delegate_homeserver(delegation)
-            ),
-        }
-        for (endpoint, cause), ask in asks.items():
-            with counting("refusals_total", "tokens_total") as counted:
-                assert ask().code >= 400
-            assert counted == refused(endpoint, cause)
+            self.post_sfu_get(openid_token=away)
+        with counting("refusals_total", "tokens_total") as counted:
+            assert self.post_sfu_get(openid_token=away).code == 429
+        assert counted == refused("sfu_get", "rate_limited")
 
     def test_refusal_because_of_sfu_or_bug_is_counted(self) -> None:
         body = self.sfu_get_body()

@@ -103,22 +103,23 @@ class MembershipTests(RoomAccessTestCase):
         assert self.of_request(REMOTE, required=False) is ALLOWED
 
     @parameterized.expand(
-        [
+        (membership, access, is_issued_here)
+        for membership, access in (
             (None, NOT_JOINED),
             ("join", ALLOWED),
             ("invite", ALLOWED),
             ("leave", NOT_JOINED),
             ("ban", BANNED),
-        ]
+        )
+        for is_issued_here in (True, False)
     )
     def test_participant_without_required_membership_who_left_is_refused(
-        self, membership: str | None, access: RoomAccess
+        self, membership: str | None, access: RoomAccess, is_issued_here: bool
     ) -> None:
         self.set_membership(REMOTE, membership)
-        for is_issued_here in (True, False):
-            more: dict[str, Any] = {"required": False, "is_issued_here": is_issued_here}
-            assert self.of_participant(REMOTE, **more) is ALLOWED
-            assert self.of_participant(REMOTE, has_membership_changed=True, **more) is access
+        more: dict[str, Any] = {"required": False, "is_issued_here": is_issued_here}
+        assert self.of_participant(REMOTE, **more) is ALLOWED
+        assert self.of_participant(REMOTE, has_membership_changed=True, **more) is access
 
 
 class ShutOutTests(RoomAccessTestCase):

@@ -76,6 +76,8 @@ def expressions(where: Any) -> Iterator[str]:
             yield from expressions(value)
 
 
+PANELS = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+ALERTS = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
 DASHBOARD_EXPRESSIONS = list(expressions(json.loads(DASHBOARD.read_text())))
 RULE_EXPRESSIONS = list(expressions(yaml.safe_load(RULES.read_text())))
 
@@ -158,39 +160,32 @@ def test_metric_label_values_are_in_the_documentation(name: str) -> None:
     assert {value for value in values if f"`{value}`" not in DOCS.read_text()} == set()
 
 
-def test_panels_have_description_unit_and_instance() -> None:
+def test_dashboard_has_two_variables_and_unique_panel_ids() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "instance"]
-    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-    for panel in panels:
-        assert panel["description"].endswith("."), panel["title"]
-        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
-        assert panel["datasource"]["uid"] == "${datasource}", panel["title"]
-        for target in panel["targets"]:
-            assert 'instance=~"$instance"' in target["expr"], panel["title"]
-            grouped = set(
-                re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"])))
-            )
-            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped
 
 
-def test_alerts_have_description_and_documentation() -> None:
-    alerts = [
-        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
-    ]
-    documented = DOCS.read_text()
-    for alert in alerts:
-        row = f"| `{alert['alert']}` | {alert['labels']['severity']} |"
-        assert row in documented, alert["alert"]
-        assert alert["annotations"]["summary"]
-        assert len(alert["annotations"]["description"]) > 100
-        for page, anchor in re.findall(
-            r"docs/([\w-]+\.md)(?:#([\w-]+))?", alert["annotations"]["description"]
-        ):
-            text = (ROOT / "docs" / page).read_text()
-            headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-            assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_panel_has_description_unit_and_instance(panel: dict[str, Any]) -> None:
+    assert panel["description"].endswith(".")
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["datasource"]["uid"] == "${datasource}"
+    for target in panel["targets"]:
+        assert 'instance=~"$instance"' in target["expr"]
+        grouped = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"]))))
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= grouped
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
+def test_alert_has_description_and_documentation(alert: dict[str, Any]) -> None:
+    assert f"| `{alert['alert']}` | {alert['labels']['severity']} |" in DOCS.read_text()
+    assert alert["annotations"]["summary"]
+    description = alert["annotations"]["description"]
+    assert len(description) > 100
+    for page, anchor in re.findall(r"docs/([\w-]+\.md)(?:#([\w-]+))?", description):
+        headings = re.findall(r"^#+ (.*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+        assert not anchor or anchor in {h.lower().replace(" ", "-") for h in headings}
 
 
 @pytest.fixture
