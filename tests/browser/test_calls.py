@@ -117,7 +117,7 @@ def test_crashed_tab_is_removed_when_livekit_notices(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_kick_ends_the_call_of_the_user_within_a_second(mode: str, scene: Scene) -> None:
+def test_kick_of_a_user_ends_the_users_call_within_a_second(mode: str, scene: Scene) -> None:
     alice, bob, room_id = call_of_two(scene, mode)
 
     alice.user.kick(room_id, bob.user.user_id)
@@ -153,7 +153,7 @@ def auto_create(request: pytest.FixtureRequest, stage: BrowserStage) -> Iterator
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_restricted_user_joins_a_running_call_and_starts_none(
+def test_restricted_user_can_join_a_running_call_and_start_none(
     mode: str, auto_create: bool, scene: Scene
 ) -> None:
     alice, rita = scene.of_a("alice"), scene.of_b("rita")

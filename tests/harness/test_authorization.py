@@ -73,11 +73,11 @@ class AuthorizationTests(ModuleTestCase):
     def join(self, user_id: str, access_token: str) -> None:
         self.helper.join(self.room_id, user_id, tok=access_token)
 
-    def test_endpoints_serve_local_members_only(self) -> None:
+    def test_endpoints_with_local_user_serve_members_only(self) -> None:
         self.check("local member", self.alice, self.alices_token, self.openid_token())
         self.check("local non-member", *self.local("stranger"))
 
-    def test_endpoints_serve_guests_in_the_room_only(self) -> None:
+    def test_endpoints_with_guest_serve_members_only(self) -> None:
         self.get_success(self.store.register_user("@guest:test", make_guest=True))
         self.get_success(
             self.store.add_access_token_to_user("@guest:test", "guest_token", None, None)
@@ -90,7 +90,7 @@ class AuthorizationTests(ModuleTestCase):
         self.check("guest in the room", "@guest:test", "guest_token", openid_token)
 
     @parameterized.expand(["locked", "suspended", "deactivated"])
-    def test_endpoints_reject_inactive_user(self, status: str) -> None:
+    def test_endpoints_with_inactive_user_reject_the_request(self, status: str) -> None:
         user_id, access_token, openid_token = self.local(status)
         self.join(user_id, access_token)
         set_status = getattr(self.store, f"set_user_{status}_status")
@@ -99,7 +99,7 @@ class AuthorizationTests(ModuleTestCase):
             self.get_success(self.store.user_delete_access_tokens(user_id))
         self.check(status, user_id, access_token, openid_token)
 
-    def test_endpoints_serve_application_service_user(self) -> None:
+    def test_endpoints_with_user_of_application_service_serve_the_request(self) -> None:
         service = ApplicationService(
             "as_token",
             id="bridge",
@@ -130,7 +130,7 @@ class AuthorizationTests(ModuleTestCase):
         user = UserID(localpart, "test")
         return user if _sender_is_user_id() else user.to_string()
 
-    def test_endpoints_serve_remote_members_only(self) -> None:
+    def test_endpoints_with_remote_user_serve_members_only(self) -> None:
         self.check("remote non-member", self.rita, None, self.remote_token(self.rita))
         self.check("of a server not in the room", self.rita, None, self.remote_token(self.rita))
         self.join_remotely(self.rita)
@@ -143,7 +143,7 @@ class AuthorizationTests(ModuleTestCase):
         )
         self.check("of a server shut out by the ACL", self.rita, None, self.remote_token(self.rita))
 
-    def test_endpoints_reject_server_that_names_a_user_of_another_server(self) -> None:
+    def test_endpoints_with_server_that_names_a_user_of_another_server_reject_it(self) -> None:
         for user_id in ("@user:elsewhere.org", self.alice):
             self.others.always(response(200, json.dumps({"sub": user_id}).encode()))
             token = {"access_token": "t", "matrix_server_name": self.OTHER_SERVER_NAME}

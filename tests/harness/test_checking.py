@@ -151,7 +151,7 @@ class RejectedWebhookTests(DelegationTestCase):
         )
         return max(rows, default=0)
 
-    def test_request_that_names_our_key_is_noted(self) -> None:
+    def test_request_that_names_the_key_of_the_module_is_noted(self) -> None:
         self.advance_by(100)
         self.reject()
         assert self.rejected_ms() > 0

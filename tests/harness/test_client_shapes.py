@@ -197,13 +197,15 @@ class DelegateTests(DelegationTestCase):
         assert (channel.code, channel.json_body) == (200, {}), channel.result
         assert len(self.rows()) == 1
 
-    def test_service_delegate_probed_with_empty_body_is_not_there(self) -> None:
+    def test_service_delegate_probed_with_empty_body_is_404(self) -> None:
         channel = self.post("/delegate_delayed_leave", b"")
         self.assert_error(channel, 404, Codes.UNRECOGNIZED)
         assert channel.headers.getRawHeaders("Access-Control-Allow-Origin") == ["*"]
 
     @parameterized.expand([(b"{}", Codes.BAD_JSON), (b" ", Codes.NOT_JSON)])
-    def test_service_delegate_with_a_body_is_there(self, body: bytes, errcode: str) -> None:
+    def test_service_delegate_with_a_wrong_body_is_rejected_with_400(
+        self, body: bytes, errcode: str
+    ) -> None:
         self.assert_error(self.post("/delegate_delayed_leave", body), 400, errcode)
 
     @parameterized.expand(["v1", "unstable/io.element.msc4195"])
@@ -252,7 +254,7 @@ class PeerTests(ModuleTestCase):
         ]
 
     @parameterized.expand(["M_NOT_JSON", "M_BAD_JSON"])
-    def test_peer_that_rejects_member_id_is_asked_with_member(self, errcode: str) -> None:
+    def test_peer_that_rejects_member_id_gets_a_request_with_member(self, errcode: str) -> None:
         self.errcode = errcode
         channel = self.ask(member={"id": "other", "claimed_device_id": "not signed"})
         assert (channel.code, channel.json_body) == (200, {"jwt": JWT}), channel.result
@@ -267,7 +269,7 @@ class PeerTests(ModuleTestCase):
             "member": nested,
         }
 
-    def test_peer_that_was_upgraded_is_asked_with_member_id_again(self) -> None:
+    def test_peer_that_was_upgraded_gets_a_request_with_member_id_again(self) -> None:
         assert self.ask().code == 200
         self.others.requests.clear()
         assert self.ask().code == 200
@@ -277,7 +279,7 @@ class PeerTests(ModuleTestCase):
         assert self.ask().code == 200
         assert self.asked() == [(UNSTABLE, {"id": "member"}), (UNSTABLE, "member")]
 
-    def test_peer_that_rejects_both_forms_is_asked_three_times(self) -> None:
+    def test_peer_that_rejects_both_forms_gets_three_requests(self) -> None:
         self.accepts = set()
         self.assert_error(self.ask(), 502, Codes.UNKNOWN)
         assert len(self.others.requests) == 3

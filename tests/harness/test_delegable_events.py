@@ -356,7 +356,7 @@ class LimitedEncryptedTests(EncryptedTestCase):
         config["rc_message"] = {"per_second": 0.1, "burst_count": 10}
         return config
 
-    def test_encrypted_leave_of_a_user_at_the_rate_limit_is_tried_again(self) -> None:
+    def test_encrypted_leave_of_a_user_at_the_rate_limit_is_retried(self) -> None:
         self.lose()
         path = f"rooms/{self.room_id}/send/m.sticker/limit"
         codes = [
@@ -391,7 +391,7 @@ class DelegatedAgainTests(EventsTestCase):
         self.leaves(alice)
         assert not self.is_in_call()
 
-    def test_known_delay_id_asks_the_sfu_within_a_second(self) -> None:
+    def test_known_delay_id_queries_livekit_within_a_second(self) -> None:
         delay_id = self.delayed()
         delay = {"delay_id": delay_id, "delay_timeout": HOUR_MS}
         self.assert_token(self.post("/sfu/get", self.sfu_get_body(**delay)))

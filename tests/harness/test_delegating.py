@@ -604,7 +604,7 @@ class LeavingTests(DelegationTestCase):
         assert not self.is_in_call()
         assert self.rows() == []
 
-    def test_livekit_that_restarts_during_a_call_gets_the_room_again(self) -> None:
+    def test_livekit_that_restarts_during_a_call_gets_the_room_recreated(self) -> None:
         self.advance_by(31)
         self.sfu.people.clear()
         made = len(self.sfu.requests)
@@ -708,7 +708,7 @@ class LeavingTests(DelegationTestCase):
             self.leaves(self.participant)
         assert (self.rows(), self.sent()) == ([], 0)
 
-    def test_leave_that_cannot_be_sent_is_tried_again(self) -> None:
+    def test_leave_that_cannot_be_sent_is_retried(self) -> None:
         errors = [SynapseError(500, "no luck"), SynapseError(429, "slowly"), OSError("no network")]
         with (
             patch.object(Events, "send", side_effect=errors) as send,

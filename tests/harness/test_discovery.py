@@ -60,11 +60,11 @@ class AdvertiseTests(DiscoveryTestCase):
             config["modules"][0]["config"]["advertise"] = self.advertise
         return config
 
-    def test_client_at_unstable_path_finds_the_entries(self) -> None:
+    def test_rtc_transports_at_unstable_path_has_the_entries(self) -> None:
         channel = self.ask(UNSTABLE)
         assert (channel.code, channel.json_body) == (200, {"rtc_transports": self.transports})
 
-    def test_client_at_stable_path_finds_the_entries_by_both_names(self) -> None:
+    def test_rtc_transports_at_stable_path_has_the_entries_by_both_names(self) -> None:
         channel = self.ask(STABLE)
         assert channel.code == 200
         assert channel.json_body == {
@@ -73,15 +73,15 @@ class AdvertiseTests(DiscoveryTestCase):
         }
 
     @parameterized.expand([UNSTABLE, STABLE])
-    def test_client_without_access_token_is_rejected_with_401(self, path: str) -> None:
+    def test_rtc_transports_without_access_token_is_rejected_with_401(self, path: str) -> None:
         channel = self.make_request("GET", path)
         self.assert_error(channel, 401, Codes.MISSING_TOKEN)
         assert channel.headers.getRawHeaders("Access-Control-Allow-Origin") == ["*"]
 
-    def test_client_that_looks_at_well_known_finds_services_only(self) -> None:
+    def test_well_known_with_each_advertise_names_services_only(self) -> None:
         assert self.foci() == self.foci_added
 
-    def test_client_that_looks_at_versions_finds_msc4143_and_all_of_synapses_features(self) -> None:
+    def test_versions_with_each_advertise_names_msc4143_and_all_of_synapses_features(self) -> None:
         features = self.features()
         assert features["org.matrix.msc4143"] is True
         assert features["org.matrix.label_based_filtering"] is True
@@ -101,7 +101,7 @@ class OffTests(DiscoveryTestCase):
         assert self.foci() is None
         assert not self.features().get("org.matrix.msc4143")
 
-    def test_two_homeservers_in_one_process_are_discovered_apart(self) -> None:
+    def test_two_homeservers_in_one_process_announce_their_own_entries(self) -> None:
         config = super().default_config()
         config["server_name"] = "second"
         config["modules"][0]["config"]["advertise"] = "both"
@@ -148,7 +148,7 @@ class AdminsOwnTests(DiscoveryTestCase):
         config["modules"][0]["config"]["advertise"] = self.advertise
         return config
 
-    def test_entries_that_the_admin_has_set_stay_as_they_are(self) -> None:
+    def test_entries_of_the_admin_stay_unchanged(self) -> None:
         for path in (UNSTABLE, STABLE):
             assert self.ask(path).json_body["rtc_transports"] == self.own
         assert self.foci() == self.own
@@ -161,7 +161,7 @@ class OtherTransportTests(DiscoveryTestCase):
     }
 
     @override_config({"matrix_rtc": {"transports": [other]}})
-    def test_entries_go_behind_one_of_another_type(self) -> None:
+    def test_entries_with_one_of_another_type_are_added_behind_it(self) -> None:
         assert self.ask(STABLE).json_body["transports"] == [self.other, SERVICE]
 
 
@@ -196,7 +196,7 @@ class NotServedTests(DiscoveryTestCase):
 
 
 class SynapseThatServesTheStablePathTests(DiscoveryTestCase):
-    def test_synapses_own_servlet_is_asked(self) -> None:
+    def test_rtc_transports_with_synapses_own_servlet_is_answered_by_it(self) -> None:
         groups = list(client_servlets.SERVLET_GROUPS)
         assert groups.index("client") < groups.index("_synapse_lk_jwt_discovery")
 
@@ -212,7 +212,7 @@ class VersionsOfAnOldSynapseTests(DiscoveryTestCase):
         with patch.object(discovery_module, "synapse_version", return_value=(1, 155)):
             return super().create_resource_dict()
 
-    def test_versions_names_msc4143_beside_synapses_features(self) -> None:
+    def test_versions_keeps_synapses_features_and_names_msc4143(self) -> None:
         features = self.features()
         assert features["org.matrix.msc4143"] is True
         assert features["org.matrix.label_based_filtering"] is True

@@ -80,7 +80,7 @@ class ModerationTestCase(ModuleTestCase):
 class BlockedRoomTests(ModerationTestCase):
     module_config = {"full_access_homeservers": "*"}
 
-    def test_token_for_blocked_room_is_refused_to_members(self) -> None:
+    def test_token_for_member_of_blocked_room_is_refused(self) -> None:
         self.join_remotely(self.rita)
         self.block(self.room_id)
         self.assert_all_forbidden(self.ask_as_local_user())
@@ -102,7 +102,7 @@ class BlockedRoomTests(ModerationTestCase):
 class BlockedRoomWithoutMembershipTests(ModerationTestCase):
     module_config = {"require_room_membership": False}
 
-    def test_token_for_blocked_room_is_refused(self) -> None:
+    def test_token_without_required_membership_for_blocked_room_is_refused(self) -> None:
         self.block(self.room_id)
         self.assert_all_forbidden(self.ask_as_local_user())
 
@@ -110,7 +110,7 @@ class BlockedRoomWithoutMembershipTests(ModerationTestCase):
 class BlockedCallTests(DelegationTestCase):
     module_config = {"full_access_homeservers": "*"}
 
-    def test_participants_are_removed_when_their_room_is_blocked(self) -> None:
+    def test_participants_in_room_that_is_blocked_are_removed(self) -> None:
         self.join_remotely(self.rita)
         rita_asks = self.sfu_get_body(openid_token=self.remote_token(self.rita))
         for body in (self.sfu_get_body(), rita_asks):
@@ -121,7 +121,7 @@ class BlockedCallTests(DelegationTestCase):
         self.advance_by(SWEEP_SEC)
         assert not people
 
-    def test_remote_participants_are_removed_when_a_room_elsewhere_is_blocked(self) -> None:
+    def test_remote_participant_in_room_elsewhere_that_is_blocked_is_removed(self) -> None:
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita), room=ELSEWHERE)
         self.sfu.join(self.post("/sfu/get", body).json_body["jwt"])
         (people,) = self.sfu.people.values()
@@ -134,14 +134,16 @@ class BlockedCallTests(DelegationTestCase):
 
 class PartialStateTests(ModerationTestCase):
     @parameterized.expand(["leave", "ban"])
-    def test_remote_user_known_to_be_out_is_refused(self, membership: str) -> None:
+    def test_token_for_remote_user_known_to_have_left_is_refused(self, membership: str) -> None:
         self.join_remotely(self.rita)
         self.join_remotely(self.rita, membership)
         self.set_partial_state()
         self.assert_all_forbidden(self.ask_as_remote_user(self.room_id))
 
     @parameterized.expand([None, "invite", "join"])
-    def test_remote_user_who_may_be_joined_is_believed(self, membership: str | None) -> None:
+    def test_token_for_remote_user_who_may_be_joined_is_issued(
+        self, membership: str | None
+    ) -> None:
         if membership is not None:
             self.join_remotely(self.rita, membership)
         self.set_partial_state()
@@ -152,10 +154,10 @@ class PartialStateTests(ModerationTestCase):
 class RoomsElsewhereTests(ModerationTestCase):
     module_config = {"rooms_elsewhere": "refuse"}
 
-    def test_remote_user_is_refused_in_room_elsewhere(self) -> None:
+    def test_token_for_remote_user_in_room_elsewhere_is_refused(self) -> None:
         self.assert_all_forbidden(self.ask_as_remote_user(ELSEWHERE))
 
-    def test_remote_member_is_served_in_room_here(self) -> None:
+    def test_token_for_remote_member_of_room_here_is_issued(self) -> None:
         self.join_remotely(self.rita)
         for _, ask in self.ask_as_remote_user(self.room_id):
             self.assert_token(ask())
@@ -164,13 +166,13 @@ class RoomsElsewhereTests(ModerationTestCase):
 class RoomsElsewhereWithoutMembershipTests(ModerationTestCase):
     module_config = {"rooms_elsewhere": "refuse", "require_room_membership": False}
 
-    def test_users_are_refused_in_room_elsewhere(self) -> None:
+    def test_token_without_required_membership_in_room_elsewhere_is_refused(self) -> None:
         body = self.sfu_get_body(room=ELSEWHERE)
         self.assert_error(self.post("/sfu/get", body), 403, Codes.FORBIDDEN)
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita), room=ELSEWHERE)
         self.assert_error(self.post("/sfu/get", body), 403, Codes.FORBIDDEN)
 
-    def test_users_need_not_be_joined_to_room_here(self) -> None:
+    def test_token_without_required_membership_in_room_here_is_issued(self) -> None:
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita))
         self.assert_token(self.post("/sfu/get", body))
 
@@ -180,7 +182,7 @@ class AccountValidityTests(ModerationTestCase):
         validity = {"enabled": True, "period": "6w"}
         return {**super().default_config(), "account_validity": validity}
 
-    def test_expired_user_is_refused_on_all_endpoints(self) -> None:
+    def test_endpoints_with_expired_user_reject_the_request(self) -> None:
         ways = self.ask_as_local_user()
         self.get_success(self.store.set_account_validity_for_user(self.alice, 0, email_sent=False))
         for way, ask in ways:
@@ -191,7 +193,7 @@ class AccountValidityTests(ModerationTestCase):
             else:
                 self.assert_error(channel, 401, Codes.UNAUTHORIZED)
 
-    def test_user_of_application_service_does_not_expire(self) -> None:
+    def test_token_for_expired_user_of_application_service_is_issued(self) -> None:
         user_id = "@bridged:test"
         self.get_success(self.store.register_user(user_id, appservice_id="bridge"))
         self.get_success(self.store.set_account_validity_for_user(user_id, 0, email_sent=False))
@@ -202,7 +204,7 @@ class AccountValidityTests(ModerationTestCase):
 
 
 class AccountValidityModuleTests(ModerationTestCase):
-    def test_user_expired_by_a_module_is_refused(self) -> None:
+    def test_token_for_user_expired_by_a_module_is_refused(self) -> None:
         token = self.openid_token()
         expired = {self.alice}
 
@@ -226,7 +228,7 @@ class DisabledHomeserverTests(ModerationTestCase):
             said = (channel.json_body["errcode"], channel.json_body["limit_type"])
             assert said == (Codes.RESOURCE_LIMIT_EXCEEDED, limit_type), way
 
-    def test_disabled_homeserver_refuses_local_users(self) -> None:
+    def test_endpoints_of_disabled_homeserver_reject_local_users(self) -> None:
         ways = self.ask_as_remote_user(ELSEWHERE)[:2]
         self.hs.config.server.hs_disabled = True
         self.hs.get_auth_blocking()._hs_disabled = True
@@ -236,14 +238,14 @@ class DisabledHomeserverTests(ModerationTestCase):
         for _, ask in ways:
             self.assert_token(ask())
 
-    def test_user_beyond_the_limit_of_active_users_is_refused(self) -> None:
+    def test_endpoints_with_user_beyond_the_limit_of_active_users_reject_the_request(self) -> None:
         self.hs.config.server.limit_usage_by_mau = True
         blocking = self.hs.get_auth_blocking()
         blocking._limit_usage_by_mau = True
         blocking._max_mau_value = 0
         self.assert_limited("monthly_active_user")
 
-    def test_user_of_application_service_is_exempt(self) -> None:
+    def test_token_of_disabled_homeserver_for_user_of_application_service_is_issued(self) -> None:
         user_id = "@bridged:test"
         self.get_success(self.store.register_user(user_id, appservice_id="bridge"))
         self.join_remotely(user_id)

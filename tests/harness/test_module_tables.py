@@ -106,7 +106,7 @@ class NoteCallTests(TablesTestCase):
 
         return patch.object(self.homeserver.database, "run_interaction", or_fail)
 
-    def test_note_call_after_one_database_error_is_tried_again(self) -> None:
+    def test_note_call_after_one_database_error_is_retried(self) -> None:
         with self.errors(1):
             self.get_success(self.table.note(LIVEKIT_ROOM, ROOM))
         assert self.get_success(self.table.all()) == {LIVEKIT_ROOM: ROOM}

@@ -60,7 +60,7 @@ class LongIdentityTests(AttackTestCase):
         self.pump()
         assert self.identities() == []
 
-    def test_rooms_of_other_tools_keep_their_participants(self) -> None:
+    def test_poll_room_of_another_tool_keeps_its_participants(self) -> None:
         self.sfu.people["recordings"] = {"r" * 1_000: ParticipantInfo(identity="r" * 1_000)}
         self.advance_by(61)
         assert self.identities() == ["r" * 1_000]
@@ -129,7 +129,7 @@ class SilentParticipantTests(AttackTestCase):
             assert self.identities() == [self.alices_identity]
             self.advance_by(250)
 
-    def test_after_tokens_have_expired_nothing_is_asked(self) -> None:
+    def test_recheck_after_tokens_have_expired_sends_no_request(self) -> None:
         self.connect("alice")
         self.join_remotely(self.bob, "ban")
         self.advance_by(3_601)
@@ -214,7 +214,7 @@ class PostponedTests(AttackTestCase):
 
 
 class LostCallTests(AttackTestCase):
-    def test_one_room_that_fails_in_the_poll_does_not_keep_it_from_the_others(self) -> None:
+    def test_poll_with_one_room_that_fails_polls_the_others(self) -> None:
         other = livekit_room_name(self.room_id, "other")
         self.connect("bob in another slot")
         self.connect("bob on one device")
@@ -281,7 +281,7 @@ class LargeWebhookTests(AttackTestCase):
 
 
 class ForeignAbortTests(AttackTestCase):
-    def test_webhooks_of_a_long_identity_that_broke_off_ask_for_no_other_participant(self) -> None:
+    def test_webhooks_of_a_long_identity_that_broke_off_query_no_other_participant(self) -> None:
         alice = self.connect("alice")
         assert (
             self.post(
@@ -417,7 +417,7 @@ class QuietRoomTests(AttackTestCase):
 
 
 class SlotTests(AttackTestCase):
-    def test_leave_removes_the_user_from_all_slots(self) -> None:
+    def test_leave_of_user_in_several_slots_removes_the_user_from_all(self) -> None:
         for name in ("bob on one device", "bob in another slot", "rita"):
             self.connect(name)
         self.join_remotely(self.bob, "leave")

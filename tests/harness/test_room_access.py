@@ -156,7 +156,7 @@ class ElsewhereTests(RoomAccessTestCase):
             ({"required": False, "elsewhere": False}, NOT_JOINED),
         ]
     )
-    def test_request_of_remote_user_for_room_elsewhere(
+    def test_request_of_remote_user_for_room_elsewhere_follows_the_options(
         self, more: dict[str, bool], access: RoomAccess
     ) -> None:
         assert self.of_request(REMOTE, ELSEWHERE, **more) is access
@@ -179,14 +179,14 @@ class PartialStateTests(RoomAccessTestCase):
             ("ban", BANNED),
         ]
     )
-    def test_request_of_remote_user_while_members_are_not_all_known(
+    def test_request_of_remote_user_with_partial_state_follows_the_known_membership(
         self, membership: str | None, access: RoomAccess
     ) -> None:
         self.set_membership(REMOTE, membership)
         self.set_partial_state()
         assert self.of_request(REMOTE) is access
 
-    def test_request_of_local_user_while_members_are_not_all_known(self) -> None:
+    def test_request_of_local_user_with_partial_state_is_not_joined(self) -> None:
         self.set_membership(LOCAL, None)
         self.set_partial_state()
         assert self.of_request(LOCAL) is NOT_JOINED

@@ -98,7 +98,7 @@ class EndpointTests(ModuleTestCase):
         assert channel.headers.getRawHeaders("Access-Control-Allow-Origin") == ["*"]
 
     @parameterized.expand([("GET", 200), ("HEAD", 200), ("POST", 405)])
-    def test_healthz_is_for_get_and_head(self, method: str, code: int) -> None:
+    def test_healthz_with_get_or_head_is_answered(self, method: str, code: int) -> None:
         assert self.make_request(method, f"{P}/healthz", shorthand=False).code == code
 
     @parameterized.expand(
@@ -394,7 +394,7 @@ class RoomTests(ModuleTestCase):
             (-3600, 0, False),
         ]
     )
-    def test_room_is_remembered_if_it_is_young_or_in_use(
+    def test_room_that_is_young_or_in_use_is_remembered(
         self, age: int, participants: int, is_remembered: bool
     ) -> None:
         self.sfu.answer = self.sfu.room(age=age, participants=participants)

@@ -68,13 +68,13 @@ class SharedTestCase(FollowingTestCase):
 class TheirCallTests(SharedTestCase):
     """A call of a room that this homeserver is not in."""
 
-    def test_webhook_and_poll_leave_their_call_alone(self) -> None:
+    def test_webhook_and_poll_of_a_call_elsewhere_change_nothing(self) -> None:
         carl = self.theirs(self.carl, THEIR_ROOM)
         self.advance_by(61)
         assert self.identities() == {carl.identity}
         assert self.rows("calls") == []
 
-    def test_poll_their_lost_room_is_not_recreated(self) -> None:
+    def test_poll_lost_room_of_another_homeserver_is_not_recreated(self) -> None:
         self.theirs(self.carl, THEIR_ROOM, announce=False)
         self.advance_by(61)
         made = len(self.sfu.requests)
@@ -82,7 +82,7 @@ class TheirCallTests(SharedTestCase):
         self.advance_by(61)
         assert len(self.sfu.requests) == made
 
-    def test_poll_our_user_with_their_token_who_is_in_no_such_room_is_removed(self) -> None:
+    def test_poll_local_user_with_a_foreign_token_in_room_elsewhere_is_removed(self) -> None:
         carl = self.theirs(self.carl, THEIR_ROOM)
         self.theirs(self.bob, THEIR_ROOM, announce=False)
         self.advance_by(31)
@@ -93,7 +93,7 @@ class RefusingTests(SharedTestCase):
     module_config = {"rooms_elsewhere": "refuse"}
 
     @parameterized.expand([(True,), (False,)])
-    def test_rooms_elsewhere_refused_here_their_call_goes_on(self, announce: bool) -> None:
+    def test_rooms_elsewhere_refused_the_call_elsewhere_continues(self, announce: bool) -> None:
         carl = self.theirs(self.carl, THEIR_ROOM, announce=announce)
         self.advance_by(61)
         assert self.identities() == {carl.identity}
@@ -102,7 +102,7 @@ class RefusingTests(SharedTestCase):
 class SharedRoomTests(SharedTestCase):
     """A call of a Matrix room that both homeservers are in: one LiveKit room for both."""
 
-    def test_last_local_user_leaves_their_participants_stay(self) -> None:
+    def test_last_local_user_leaves_participants_of_the_other_homeserver_stay(self) -> None:
         carl = self.theirs(self.carl, self.room_id)
         self.mine("alice")
         self.mine("bob on one device")
@@ -110,7 +110,7 @@ class SharedRoomTests(SharedTestCase):
         assert self.identities() == {carl.identity}
         assert ("DeleteRoom", self.room) not in self.sfu.asked
 
-    def test_last_local_user_left_and_comes_back_with_an_old_token_is_removed(self) -> None:
+    def test_last_local_user_left_and_reconnects_with_an_old_token_is_removed(self) -> None:
         carl = self.theirs(self.carl, self.room_id)
         self.mine("alice")
         self.leave_with_all_local_users()
@@ -119,20 +119,20 @@ class SharedRoomTests(SharedTestCase):
         self.advance_by(5)
         assert self.identities() == {carl.identity}
 
-    def test_last_local_user_leaves_a_call_of_ours_alone_ends_it(self) -> None:
+    def test_last_local_user_leaves_a_call_without_others_ends_it(self) -> None:
         self.mine("alice")
         self.leave_with_all_local_users()
         assert self.sfu.people == {}
         assert self.rows("calls") == []
 
-    def test_room_blocked_here_their_participants_stay(self) -> None:
+    def test_room_blocked_here_participants_of_the_other_homeserver_stay(self) -> None:
         carl = self.theirs(self.carl, self.room_id)
         self.mine("alice")
         self.get_success(self.store.block_room(self.room_id, self.alice))
         self.advance_by(61)
         assert self.identities() == {carl.identity}
 
-    def test_ban_removes_the_user_and_no_participant_of_theirs(self) -> None:
+    def test_ban_in_a_shared_call_removes_the_user_and_no_other_participant(self) -> None:
         carl = self.theirs(self.carl, self.room_id)
         alice = self.mine("alice")
         self.mine("bob on one device")
@@ -140,12 +140,12 @@ class SharedRoomTests(SharedTestCase):
         self.pump()
         assert self.identities() == {carl.identity, alice.identity}
 
-    def test_user_who_is_not_in_the_room_is_removed_with_a_token_of_theirs(self) -> None:
+    def test_user_not_in_the_room_with_a_foreign_token_is_removed(self) -> None:
         alice = self.mine("alice")
         self.theirs("@mallory:third.example.com", self.room_id)
         assert self.identities() == {alice.identity}
 
-    def test_their_lost_room_with_their_participants_alone_is_not_recreated(self) -> None:
+    def test_lost_room_with_foreign_participants_only_is_not_recreated(self) -> None:
         alice = self.mine("alice")
         self.theirs(self.carl, self.room_id)
         self.advance_by(31)
@@ -158,7 +158,7 @@ class SharedRoomTests(SharedTestCase):
         self.advance_by(61)
         assert len(self.sfu.requests) == made
 
-    def test_lost_room_with_participants_of_ours_is_recreated(self) -> None:
+    def test_lost_room_with_own_participants_is_recreated(self) -> None:
         self.mine("alice")
         self.theirs(self.carl, self.room_id)
         self.advance_by(61)

@@ -447,7 +447,7 @@ def test_synapse_that_does_not_run_is_one_problem(public: Public) -> None:
     assert report.the("ok", "livekit_url")
 
 
-def test_listener_with_tls_is_asked_without_verifying_it(
+def test_listener_with_tls_is_queried_without_verifying_it(
     public: Public, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "WEBHOOK_SEC", 1)
@@ -460,7 +460,7 @@ def test_listener_with_tls_is_asked_without_verifying_it(
     assert "its certificate is not valid" in report.the("wrong", "service").text
 
 
-def test_listener_on_a_unix_socket_is_asked(
+def test_listener_on_a_unix_socket_is_queried(
     public: Public, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # LiveKit sends its webhooks to another homeserver.

@@ -73,7 +73,7 @@ def other(public: Public, tmp_path: Path) -> Iterator[Other]:
         ("http://127.0.0.1:{media}", "the connection broke (Connection reset by peer)"),
     ],
 )
-def test_livekit_that_is_not_there_is_one_problem(url: str, text: str, public: Public) -> None:
+def test_livekit_that_does_not_run_is_one_problem(url: str, text: str, public: Public) -> None:
     url = url.format(
         livekit=public.livekit.port,
         synapse=public.synapse.client_url.rpartition(":")[2],
@@ -162,7 +162,7 @@ def test_check_livekit_rejects_the_token_in_old_or_new_words_names_the_secret(
         ("APIrealparts: {secret}", "looks like 'key: secret'"),
     ],
 )
-def test_secret_file_with_a_slip_is_named_with_the_slip(
+def test_secret_file_with_a_mistake_is_named_with_the_mistake(
     content: str, hint: str | None, public: Public, tmp_path: Path
 ) -> None:
     file = tmp_path / "livekit_secret"
@@ -255,7 +255,7 @@ def test_auto_create_on_restricting_list_is_a_warning(public: Public, other: Oth
     assert public.check.run(module=other.named()).bad == {}
 
 
-def test_line_that_livekits_file_has_already_becomes_a_restart(
+def test_line_that_livekits_file_has_already_is_replaced_by_a_restart(
     public: Public, other: Other, tmp_path: Path
 ) -> None:
     other.livekit.auto_create = True
@@ -313,7 +313,7 @@ def test_livekit_that_creates_rooms_for_restricted_users_is_wrong(
 
 
 @pytest.mark.parametrize("refusal", ["return 404 'no page'", "return 403", "deny all"])
-def test_livekit_without_whip_is_tried_at_rtc(
+def test_access_rule_on_livekit_without_whip_is_checked_at_rtc(
     refusal: str, public: Public, other: Other, tmp_path: Path
 ) -> None:
     (tmp_path / "front").mkdir()

@@ -203,7 +203,7 @@ def test_entry_that_cannot_be_a_server_name_is_a_warning(entry: str, public: Pub
     assert report.status == 0
 
 
-def test_own_server_on_the_list_is_well(public: Public) -> None:
+def test_full_access_list_with_the_own_server_is_ok(public: Public) -> None:
     own = public.synapse.server_name.upper()
     report = public.check.run(module={"full_access_homeservers": [own, "a.example"]})
     assert report.bad == {}, str(report)
@@ -270,7 +270,7 @@ def test_federation_without_a_listener_is_wrong(names: list[str], public: Public
         {"resources": [{"names": ["client"]}, {"names": ["federation"]}]},
     ],
 )
-def test_listener_of_each_kind_is_asked(changes: dict[str, Any], public: Public) -> None:
+def test_listener_of_each_kind_is_queried(changes: dict[str, Any], public: Public) -> None:
     port = int(public.synapse.client_url.rpartition(":")[2])
     listener = {
         "port": port,
@@ -298,7 +298,7 @@ def test_configuration_without_a_listener_is_a_warning(
 # In a Synapse that starts
 
 
-def test_each_problem_is_logged_once_at_start(tmp_path: Path) -> None:
+def test_start_with_several_problems_logs_each_once(tmp_path: Path) -> None:
     config = {
         "livekit_url": "wss://127.0.0.1:1",
         "livekit_key": "APIkey",
@@ -338,7 +338,7 @@ def test_each_problem_is_logged_once_at_start(tmp_path: Path) -> None:
     assert "Traceback" not in synapse.log_text()
 
 
-def test_clean_start_logs_no_problem(public: Public) -> None:
+def test_start_without_problems_logs_none(public: Public) -> None:
     log_of = public.synapse.log_text
     wait_until(lambda: "/rtc/validate: 404" in log_of(), "check of LiveKit")
     log = [line for line in public.synapse.log_text().splitlines() if " - synapse_lk_jwt" in line]

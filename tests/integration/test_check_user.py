@@ -159,7 +159,7 @@ def test_trace_of_a_user_of_an_unreachable_server_ends_at_account(homeservers: H
     assert text.endswith("the request to 127.0.0.1:1 failed (ConnectionRefusedError)")
 
 
-def test_trace_in_a_room_that_this_homeserver_is_not_in(homeservers: Homeservers) -> None:
+def test_trace_in_a_room_elsewhere_names_the_option_that_decides(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = rita.create_room()
     text = failure(homeservers, alice.user_id, room_id)

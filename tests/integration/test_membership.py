@@ -26,7 +26,7 @@ REMOVALS: dict[str, Callable[[User, User, str], None]] = {
 
 @pytest.mark.parametrize("how", REMOVALS)
 @pytest.mark.parametrize("local", [True, False])
-def test_user_no_longer_joined_gets_no_token(
+def test_token_for_user_who_left_is_refused(
     how: str, local: bool, homeservers: Homeservers
 ) -> None:
     alice = homeservers.user_of_a()
@@ -43,7 +43,7 @@ def test_user_no_longer_joined_gets_no_token(
     assert (answer.status, answer.json["errcode"]) == (403, "M_FORBIDDEN"), answer
 
 
-def test_users_of_server_denied_by_acl_get_no_token(homeservers: Homeservers) -> None:
+def test_token_for_user_of_server_denied_by_acl_is_refused(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
     ask(homeservers, rita, room_id).ok()
@@ -54,7 +54,7 @@ def test_users_of_server_denied_by_acl_get_no_token(homeservers: Homeservers) ->
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_user_never_in_the_room_gets_no_token(local: bool, homeservers: Homeservers) -> None:
+def test_token_for_user_who_never_joined_is_refused(local: bool, homeservers: Homeservers) -> None:
     room_id = homeservers.user_of_a().create_room()
     stranger = homeservers.user_of_a("bob") if local else homeservers.user_of_b()
     answer = ask(homeservers, stranger, room_id)

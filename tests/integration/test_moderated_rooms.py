@@ -35,7 +35,7 @@ def shut_down(admin: User, room_id: str) -> None:
     wait_until(lambda: admin.call("GET", status).ok()["status"] == "complete", "shut down")
 
 
-def test_shut_down_room_gets_no_token_and_its_call_ends(homeservers: Homeservers) -> None:
+def test_room_that_was_shut_down_gets_no_token_and_its_call_ends(homeservers: Homeservers) -> None:
     admin, alice = homeservers.user_of_a("admin", admin=True), homeservers.user_of_a()
     rita = homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
@@ -60,7 +60,7 @@ def test_shut_down_room_gets_no_token_and_its_call_ends(homeservers: Homeservers
     asyncio.run(scenario())
 
 
-def test_blocked_room_of_another_server_gets_no_token(homeservers: Homeservers) -> None:
+def test_token_for_blocked_room_of_another_server_is_refused(homeservers: Homeservers) -> None:
     admin, rita = homeservers.user_of_a("admin", admin=True), homeservers.user_of_b()
     room_id = rita.create_room()
     ask(homeservers.a.client_url, rita, room_id).ok()
@@ -88,7 +88,7 @@ def expiring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Synapse]:
             yield synapse
 
 
-def test_expired_account_gets_no_token_from_any_process(expiring: Synapse) -> None:
+def test_token_for_expired_account_is_refused_by_every_process(expiring: Synapse) -> None:
     admin, alice = expiring.register("admin", admin=True), expiring.register("alice")
     room_id = alice.create_room()
     body = service.sfu_get_body(alice, room_id)
@@ -110,7 +110,7 @@ def test_expired_account_gets_no_token_from_any_process(expiring: Synapse) -> No
     assert "Traceback" not in expiring.log_text()
 
 
-def test_server_name_in_capitals_gets_no_500(homeservers: Homeservers) -> None:
+def test_token_with_server_name_in_capitals_is_issued(homeservers: Homeservers) -> None:
     alice, rita = homeservers.user_of_a(), homeservers.user_of_b()
     room_id = homeservers.room_of_both(alice, rita)
     url = homeservers.livekit_b.url
@@ -121,7 +121,7 @@ def test_server_name_in_capitals_gets_no_500(homeservers: Homeservers) -> None:
     assert service.homeserver_get_token(alice, body).ok()["jwt"]
 
 
-def test_room_id_with_a_line_break_is_rejected(homeservers: Homeservers) -> None:
+def test_token_for_room_id_with_a_line_break_is_rejected(homeservers: Homeservers) -> None:
     rita = homeservers.user_of_b()
     room_id = "!inj\n2026-01-01 00:00:00,000 CRITICAL root INJECTED LINE"
     answer = ask(homeservers.a.client_url, rita, room_id)

@@ -159,7 +159,7 @@ ANSWERS: dict[str, Callable[[ssl.SSLSocket], None]] = {
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_hostile_homeserver_gets_401_within_bounds_of_time_and_memory(
+def test_openid_token_of_hostile_homeserver_gets_401_within_bounds_of_time_and_memory(
     kind: str, homeservers: Homeservers, hostile: Callable[..., str]
 ) -> None:
     alice = homeservers.user_of_a()
@@ -192,7 +192,7 @@ ODD_SERVERS = {
 
 
 @pytest.mark.parametrize("kind", ODD_SERVERS)
-def test_unreachable_homeserver_gets_401_and_no_traceback(
+def test_openid_token_of_unreachable_homeserver_gets_401_and_no_traceback(
     kind: str, homeservers: Homeservers
 ) -> None:
     alice = homeservers.user_of_a()
@@ -214,7 +214,7 @@ LINGER: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", LINGER)
-def test_openid_requests_leave_no_connections_open(
+def test_openid_requests_to_hostile_homeservers_leave_no_connections_open(
     kind: str, homeservers: Homeservers, tmp_path: Path
 ) -> None:
     """Requests with 300 server names of a host that never closes a connection."""
@@ -263,7 +263,7 @@ def test_openid_requests_leave_no_connections_open(
             open_socket.close()
 
 
-def test_hostile_homeserver_cannot_claim_local_users(
+def test_openid_token_of_hostile_homeserver_for_local_user_is_rejected(
     homeservers: Homeservers, hostile: Callable[..., str]
 ) -> None:
     alice = homeservers.user_of_a()

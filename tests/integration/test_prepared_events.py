@@ -170,7 +170,7 @@ def connected(synapse: Synapse) -> int:
     return delegations(synapse).count("connected")
 
 
-def test_control_user_who_is_not_suspended_sends_these_events(synapse: Synapse) -> None:
+def test_user_who_is_not_suspended_sends_the_prepared_events(synapse: Synapse) -> None:
     mallory = Mallory(synapse)
     user: User = mallory.user
     path = f"/_matrix/client/v3/rooms/{mallory.room_id}/send"

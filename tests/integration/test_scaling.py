@@ -63,7 +63,7 @@ PROCESSES = ("main", "worker1", "worker2", "background")
 
 
 @pytest.mark.parametrize("process", [*PROCESSES, "proxy"])
-def test_every_endpoint_on_every_process_issues_tokens(
+def test_endpoints_of_every_process_issue_tokens(
     process: str, servers: Scaled, other: Synapse
 ) -> None:
     alice, rita = servers.user("alice"), other.register(f"rita-of-{process}")
@@ -98,7 +98,7 @@ def federation_get_token(
     return http("POST", url + path, body, {"Authorization": signed})
 
 
-def test_proxy_routes_module_paths_to_the_workers(servers: Scaled) -> None:
+def test_proxy_of_the_set_up_routes_module_paths_to_the_workers(servers: Scaled) -> None:
     alice = servers.user("alice")
     body = service.get_token_body(alice, room(servers, alice))
     synapse = servers.synapse

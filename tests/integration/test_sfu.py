@@ -32,7 +32,9 @@ def ask(synapse: Synapse, alice: User, slot: str) -> Answer:
     return service.post(synapse.client_url, "/get_token", body)
 
 
-def test_sfu_outage_rejects_starts_until_it_is_back(one: tuple[Synapse, LiveKit]) -> None:
+def test_token_while_the_sfu_is_down_is_rejected_until_it_is_back(
+    one: tuple[Synapse, LiveKit],
+) -> None:
     synapse, livekit = one
     alice = synapse.register("alice")
     ask(synapse, alice, "slot").ok()
@@ -57,7 +59,9 @@ def test_sfu_outage_rejects_starts_until_it_is_back(one: tuple[Synapse, LiveKit]
 @pytest.mark.parametrize(
     "answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Type: application/protobuf\r\n\r\n"]
 )
-def test_hanging_sfu_gets_504_in_time(answer: bytes, one: tuple[Synapse, LiveKit]) -> None:
+def test_token_while_the_sfu_hangs_is_rejected_in_time(
+    answer: bytes, one: tuple[Synapse, LiveKit]
+) -> None:
     synapse, livekit = one
     connections = []
     others = []
@@ -97,7 +101,7 @@ def test_hanging_sfu_gets_504_in_time(answer: bytes, one: tuple[Synapse, LiveKit
             assert connections[0].recv(1) == b""
 
 
-def test_wrong_secret_is_reported_in_the_log(one: tuple[Synapse, LiveKit]) -> None:
+def test_token_with_a_wrong_secret_is_reported_in_the_log(one: tuple[Synapse, LiveKit]) -> None:
     synapse, livekit = one
     wrong = "another-secret-of-thirty-two-characters"
     synapse.module_config = module_config(livekit, livekit_secret=wrong)

@@ -99,7 +99,7 @@ FIELDS: dict[str, list[tuple[str, ...]]] = {
     [(endpoint, path) for endpoint, paths in FIELDS.items() for path in paths],
 )
 @pytest.mark.parametrize("poison", ["!a\0", "!a\ud800", "@a\0:x.org", "\udfff"])
-def test_strings_that_postgresql_cannot_store_are_rejected(
+def test_token_with_strings_that_postgresql_cannot_store_is_rejected(
     poison: str, endpoint: str, path: tuple[str, ...], process: str, cluster: Cluster, carol: User
 ) -> None:
     room_id = "!room:example.org"
@@ -131,7 +131,7 @@ def carol(cluster: Cluster) -> User:
 
 
 @pytest.mark.parametrize("process", PROCESSES)
-def test_delegation_and_removal_work_from_any_process(process: str, cluster: Cluster) -> None:
+def test_delegation_and_removal_at_any_process_take_effect(process: str, cluster: Cluster) -> None:
     alice, bob = cluster.user("alice"), cluster.user("bob")
     url = cluster.urls[process]
     room_id = alice.create_room(preset="public_chat", power_levels=POWER_LEVELS)

@@ -362,7 +362,7 @@ def test_option_that_is_there_twice_is_wrong() -> None:
     assert text.startswith("modules is set more than once")
 
 
-def test_own_server_on_the_list_is_well() -> None:
+def test_full_access_list_with_the_own_server_is_ok() -> None:
     setup = make_setup({"full_access_homeservers": ["EXAMPLE.com", "a.org"]})
     assert found("full access", setup) == [("ok", "your users and those of a.org may start calls")]
 
@@ -496,7 +496,7 @@ def test_connect_to_is_read_with_ipv4_and_ipv6() -> None:
 # The report
 
 
-def test_report_ends_with_a_summary() -> None:
+def test_report_of_several_findings_ends_with_a_summary() -> None:
     findings = [ok("a", "well"), warning("b", "worth it"), *skipped(["c", "d"], "a cause")]
     assert summary(findings) == "1 ok, 1 warning, 0 problems, 2 skipped"
     lines = as_text(findings, coloured=False).splitlines()

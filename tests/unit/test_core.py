@@ -23,7 +23,7 @@ from synapse_lk_jwt.livekit.ownership import ATTRIBUTE, OwnerSealer, Participant
 from synapse_lk_jwt.livekit.tokens import InvalidSignature, TokenSigner, verify_webhook_body
 
 
-def test_names_are_those_of_msc4195() -> None:
+def test_livekit_names_are_those_of_msc4195() -> None:
     alice = "@alice:example.com"
     assert (
         livekit_room_name("!roomid:example.com", "slot1234")
@@ -50,7 +50,7 @@ def test_names_are_those_of_msc4195() -> None:
         (("**",), ["example.org"], []),
     ],
 )  # fmt: skip
-def test_server_list_matches_names_and_globs(
+def test_server_list_with_names_and_globs_matches(
     entries: tuple[str, ...], matched: list[str], others: list[str]
 ) -> None:
     servers = ServerList(entries)
@@ -346,7 +346,7 @@ def test_user_id_has_255_bytes_at_most(length: int, is_valid: bool) -> None:
         ("#alias:example.org", False),
     ],
 )
-def test_room_id_is_checked(room_id: str, is_valid: bool) -> None:
+def test_room_id_of_each_form_is_valid_or_not(room_id: str, is_valid: bool) -> None:
     assert is_room_id(room_id) is is_valid
 
 
@@ -425,13 +425,13 @@ def test_seal_names_the_homeserver_that_issued_the_token() -> None:
     ("issuer", "is_issued", "concerns"),
     [("here", True, True), (None, True, True), ("there", False, False)],
 )
-def test_owner_concerns_the_issuer_of_the_token(
+def test_owner_of_remote_user_concerns_the_issuer_of_the_token(
     issuer: str | None, is_issued: bool, concerns: bool
 ) -> None:
     owner = ParticipantOwner("@user:elsewhere", "!room", "slot", issuer)
     assert (owner.is_issued_by("here"), owner.concerns("here")) == (is_issued, concerns)
 
 
-def test_owner_concerns_the_homeserver_of_the_user() -> None:
+def test_owner_of_local_user_with_a_foreign_issuer_concerns_this_homeserver() -> None:
     owner = ParticipantOwner("@user:here", "!room", "slot", "there")
     assert (owner.is_issued_by("here"), owner.concerns("here")) == (False, True)

@@ -243,7 +243,7 @@ def test_transition_single_identity_or_long_session_has_no_grace_period(
     assert transition(d, Signal.ABSENT, left_at)[1] is TAKE
 
 
-def test_transition_failed_leave_is_sent_again_with_growing_pauses() -> None:
+def test_transition_failed_leave_is_retried_with_growing_pauses() -> None:
     d, pauses = LEAVING, []
     assert d.due_ts == NOW + SENDING_MS
     for _ in range(12):

@@ -25,7 +25,7 @@ def test_failure_log_other_failures_are_due_on_their_own(clock: Clock) -> None:
     assert not log.is_due("", "down")
 
 
-def test_failure_log_failure_that_comes_and_goes_is_due_once_a_minute(clock: Clock) -> None:
+def test_failure_log_failure_that_recurs_is_due_once_a_minute(clock: Clock) -> None:
     log = FailureLog(clock)
     assert log.is_due("", "down")
     assert log.end("")

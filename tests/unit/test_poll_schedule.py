@@ -74,7 +74,7 @@ def test_schedule_lists_no_room_that_is_not_quiet() -> None:
 @pytest.mark.parametrize(
     ("name", "is_ours"), [("ours", True), ("theirs", False), ("unknown", True)]
 )
-def test_schedule_unknown_room_counts_as_ours(name: str, is_ours: bool) -> None:
+def test_schedule_unknown_room_counts_as_own(name: str, is_ours: bool) -> None:
     schedule = schedule_of("ours")
     schedule.note("theirs", ListedRoom(0, 1, frozenset(), is_ours=False))
     assert schedule.is_ours(name) is is_ours
