@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real call on real servers, told step by step: `python -m demo`."""
+"""A real call on real servers, printed step by step: `python -m demo`."""

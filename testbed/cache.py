@@ -31,11 +31,20 @@ def npm_packages(project: Path) -> Path:
     Raises:
         MissingTool
     """
-    lock = (project / "package-lock.json").read_bytes()
-    place = cache_directory() / f"{project.name}-{hashlib.sha256(lock).hexdigest()[:12]}"
+    place = _place(project)
     if not place.exists():
         _fetch(project, place)
     return place / "node_modules"
+
+
+def has_npm_packages(project: Path) -> bool:
+    """Whether the cache has the packages of an npm project."""
+    return _place(project).exists()
+
+
+def _place(project: Path) -> Path:
+    lock = (project / "package-lock.json").read_bytes()
+    return cache_directory() / f"{project.name}-{hashlib.sha256(lock).hexdigest()[:12]}"
 
 
 def _fetch(project: Path, place: Path) -> None:

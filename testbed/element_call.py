@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
-from testbed.cache import npm_packages
+from testbed.cache import has_npm_packages, npm_packages
 from testbed.matrix import User
 from testbed.process import free_port
 
@@ -33,6 +33,11 @@ def find_element_call() -> Path:
         MissingTool
     """
     return npm_packages(_PROJECT) / _PACKAGE / "dist"
+
+
+def has_element_call() -> bool:
+    """Whether Element Call is in the cache, so that npm need not fetch it."""
+    return has_npm_packages(_PROJECT)
 
 
 class ElementCall:

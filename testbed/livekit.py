@@ -1,27 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds or builds a LiveKit server, runs it, and reads its rooms."""
+"""Runs a LiveKit server and reads its rooms."""
 
 from __future__ import annotations
 
 import datetime
 import json
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from livekit import api
 
-from testbed.cache import cache_directory
 from testbed.http import http
-from testbed.process import MissingTool, Process, free_port
-
-VERSION = "1.13.5"
-_GO_PACKAGE = f"github.com/livekit/livekit-server/cmd/server@v{VERSION}"
-_GO_NEEDED = "1.26"
+from testbed.livekit_program import find_livekit
+from testbed.process import Process, free_port
 
 
 class LiveKit:
@@ -155,48 +147,3 @@ class LiveKit:
             return http("GET", self.api_url, timeout=5.0).status == 200
         except OSError:
             return False
-
-
-def find_livekit() -> Path:
-    """The LiveKit server on the PATH, or in the cache, where it is built if it is missing.
-
-    Raises:
-        MissingTool
-    """
-    installed = shutil.which("livekit-server")
-    if installed is not None:
-        return Path(installed)
-    binary = cache_directory() / f"livekit-server-{VERSION}" / "server"
-    if not binary.exists():
-        _build(binary)
-    return binary
-
-
-def _build(binary: Path) -> None:
-    go = shutil.which("go")
-    if go is None:
-        raise MissingTool(
-            f"LiveKit is missing: put livekit-server on the PATH (https://github.com/livekit/livekit"
-            f"/releases), or install Go >= {_GO_NEEDED} to build it from source"
-        )
-    print(
-        f"Building LiveKit {VERSION} with Go. This happens once and takes about two minutes",
-        flush=True,
-    )
-    binary.parent.mkdir(parents=True, exist_ok=True)
-    # Built in a temporary directory and then renamed, so that an interrupted build leaves nothing.
-    with tempfile.TemporaryDirectory(dir=binary.parent) as directory:
-        built = subprocess.run(
-            [go, "install", _GO_PACKAGE],
-            env={**os.environ, "GOBIN": directory},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            check=False,
-        )
-        if built.returncode != 0:
-            last_line = built.stdout.decode("utf-8", "replace").strip().rpartition("\n")[2]
-            raise MissingTool(
-                f"LiveKit is missing and could not be built with Go (>= {_GO_NEEDED}): {last_line}"
-            )
-        os.replace(Path(directory) / "server", binary)
