@@ -39,7 +39,7 @@ def main() -> int:
     way.add_argument(
         "--keep",
         action="store_true",
-        help="continue the call until Ctrl-C, and print commands to try",
+        help="continue the call until Ctrl-C, and print commands and LiveKit's participants",
     )
     way.add_argument(
         "--browser",

@@ -8,6 +8,8 @@ import threading
 from typing import Any
 from urllib.parse import quote
 
+from demo.self_check import SelfCheck
+from demo.story import print_check
 from testbed.element_call import ElementCall
 from testbed.matrix import User
 from testbed.stage import BrowserStage
@@ -36,6 +38,7 @@ class BrowserStory:
 
     def run(self) -> None:
         """Serve Element Call and print what to try, until interrupted."""
+        print_check(SelfCheck(self._stage.a))
         for page in self.pages:
             page.start()
         try:

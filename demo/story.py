@@ -8,7 +8,10 @@ import contextlib
 import json
 import textwrap
 from datetime import datetime
+from typing import Any
+from urllib.parse import quote
 
+from demo.self_check import SelfCheck
 from testbed import service
 from testbed.call import CallRejected, Participant
 from testbed.http import Answer
@@ -29,6 +32,18 @@ def check(is_expected: bool, problem: str) -> None:
         raise UnexpectedResult(problem)
 
 
+def print_check(self_check: SelfCheck) -> None:
+    """Check homeserver A and print the report.
+
+    Raises:
+        UnexpectedResult: if the report names a problem.
+    """
+    is_all_well, report = self_check.run()
+    check(is_all_well, f"`synapse-lk-jwt check` reports a problem:\n{report}")
+    _print_step("`synapse-lk-jwt check` finds no problem in homeserver A")
+    print(textwrap.indent(report, "    "), flush=True)
+
+
 class Story:
     """Rita of homeserver B is restricted on A. She can join Alice's call, but not start it."""
 
@@ -36,6 +51,7 @@ class Story:
         self._livekit = stage.livekit
         self._a = stage.a
         self._b = stage.b
+        self._check = SelfCheck(stage.a)
 
     async def run(self, keep: bool) -> None:
         """Make the call and print each step.
@@ -47,6 +63,7 @@ class Story:
             UnexpectedResult: if a step has another result than expected.
         """
         self._print_servers()
+        print_check(self._check)
         alice, rita, room_id = self._create_room()
         ritas_token = self._request_token_of_restricted_user(rita, room_id)
         room = service.claims(ritas_token)["video"]["room"]
@@ -63,7 +80,7 @@ class Story:
             await self._request_token_from_own_homeserver(rita, room_id, room)
             if keep:
                 self._print_commands(alice, rita, room_id, room)
-                await asyncio.Event().wait()
+                await self._print_participants(room)
 
     def _print_servers(self) -> None:
         _print_step("Three real servers are running on 127.0.0.1")
@@ -199,6 +216,19 @@ class Story:
         )
         return ", ".join(identities)
 
+    async def _print_participants(self, room: str) -> None:
+        """Print the participants that LiveKit lists, now and after each change, forever."""
+        printed = None
+        while True:
+            participants = await asyncio.to_thread(self._livekit.participants, room)
+            lines = sorted(_participant_line(participant) for participant in participants)
+            if lines != printed:
+                printed = lines
+                print(f"{datetime.now():%H:%M:%S}  LiveKit lists {_plural(len(lines))}", flush=True)
+                for line in lines:
+                    print(f"  {line}", flush=True)
+            await asyncio.sleep(0.5)
+
     def _print_commands(self, alice: User, rita: User, room_id: str, room: str) -> None:
         a = self._a.client_url
         p = a + service.PREFIX
@@ -208,6 +238,8 @@ class Story:
         get_token = json.dumps(service.get_token_body(alice, room_id))
         forged = {"access_token": "forged", "matrix_server_name": self._b.server_name}
         forged_body = json.dumps(service.sfu_get_body(rita, room_id, openid_token=forged))
+        kick_url = f"{a}/_matrix/client/v3/rooms/{quote(room_id)}/kick"
+        kick = json.dumps({"user_id": rita.user_id})
         print(
             f"""
 The call continues until Ctrl-C. Try these commands in another terminal. Their OpenID tokens are
@@ -229,12 +261,28 @@ A token for Alice, at the newer endpoint:
 A forged OpenID token of B, which A rejects:
   curl -i -d '{forged_body}' {p}/sfu/get
 
+Alice kicks Rita from the Matrix room. A removes Rita from the call:
+  curl -H 'Authorization: Bearer {alice.access_token}' -d '{kick}' '{kick_url}'
+
+Check homeserver A again:
+  {self._check.command_line()}
+
 Links: {p}/healthz
        {well_known}
        {self._livekit.api_url}  (LiveKit; the call is its room {room})
 """,
             flush=True,
         )
+
+
+def _participant_line(participant: dict[str, Any]) -> str:
+    joined = datetime.fromtimestamp(int(participant["joined_at"]))
+    names = ", ".join(track["name"] for track in participant.get("tracks", [])) or "nothing"
+    return f"{participant['identity']}  joined at {joined:%H:%M:%S}, publishes {names}"
+
+
+def _plural(participants: int) -> str:
+    return f"{participants} participant" + ("" if participants == 1 else "s")
 
 
 def _token(answer: Answer, who: str) -> str:

@@ -36,7 +36,10 @@ class Stage:
             MissingTool
         """
         self.livekit = LiveKit(directory)
+        config_of_a = {"experimental_features": {"msc4222_enabled": True}, **(config_of_a or {})}
         self.a = Synapse("a", directory, {**self.module_config(), **module}, config_of_a)
+        # `check` reads .well-known/matrix/client at an https URL.
+        self.a.tls_resources.append("client")
         self.service_url = self.a.client_url + service.PREFIX
         self.livekit.webhook_urls = [f"{self.service_url}/sfu_webhook"]
         # B's own LiveKit does not exist, because no call uses it.

@@ -36,9 +36,10 @@ _LIMITS_OFF = {"per_second": 10_000, "burst_count": 10_000}
 class Synapse:
     """A homeserver. Its `server_name` is the address of its federation listener.
 
-    Changes of `module_config`, `extra_config`, `env`, `log_level` and `without_module` take effect
-    at the next start. `without_module` has the names of processes (`main`, `worker1`, …,
-    `background`) that do not load the module.
+    Changes of `module_config`, `extra_config`, `env`, `log_level`, `tls_resources` and
+    `without_module` take effect at the next start. `tls_resources` are the resources of the
+    federation listener, the only one with TLS. `without_module` has the names of processes
+    (`main`, `worker1`, …, `background`) that do not load the module.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Synapse:
         self._replication_port = free_port()
         self._federation_port = free_port()
         self.server_name = f"{host}:{self._federation_port}"
+        self.tls_resources = ["federation", "openid"]
         self.client_url = f"http://127.0.0.1:{free_port()}"
 
         self.directory.mkdir()
@@ -235,7 +237,7 @@ class Synapse:
     def _base_config(self) -> dict[str, Any]:
         listeners = [
             _listener(int(self.client_url.rpartition(":")[2]), ["client", "metrics"]),
-            _listener(self._federation_port, ["federation", "openid"], tls=True),
+            _listener(self._federation_port, self.tls_resources, tls=True),
         ]
         if self.worker_ports:
             listeners.append(_listener(self._replication_port, ["replication"]))

@@ -2,25 +2,65 @@
 """Calls between two homeservers, in which LiveKit's own clients hear each other."""
 
 import asyncio
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from demo.story import Story
+from demo.story import Story, UnexpectedResult
 from testbed import service
 from testbed.call import CallRejected, Participant
 from testbed.matrix import User
+from testbed.process import Process
 from testbed.sets import Homeservers
 from testbed.stage import Stage
 
+ROOT = Path(__file__).resolve().parents[2]
 
-def test_demo_run_completes_every_step(tmp_path: Path) -> None:
+
+def test_demo_run_completes_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = Stage(tmp_path)
     try:
         stage.start()
         asyncio.run(Story(stage).run(keep=False))
     finally:
         stage.stop()
+    # The demo checks homeserver A, and prints the report.
+    assert re.search(r"^    \d+ ok, 0 warnings, 0 problems$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_demo_whose_check_finds_a_problem_fails_with_the_report(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.a.extra_config["max_event_delay_duration"] = None
+    try:
+        stage.start()
+        with pytest.raises(UnexpectedResult, match="✘ delayed events"):
+            asyncio.run(Story(stage).run(keep=False))
+    finally:
+        stage.stop()
+
+
+def test_kept_demo_lists_participants_until_ctrl_c(tmp_path: Path) -> None:
+    demo = Process(
+        "demo",
+        [sys.executable, "-m", "demo", "--keep"],
+        tmp_path / "demo.log",
+        directory=ROOT,
+        stop_signal=signal.SIGINT,
+        grace=30,
+    )
+    demo.start()
+    try:
+        demo.wait_until(lambda: "LiveKit lists 2 participants" in demo.log_text(), "both", 60)
+        [kick] = re.findall(r"^ +(curl .*/kick')$", demo.log_text(), re.MULTILINE)
+        subprocess.run(["sh", "-c", kick], capture_output=True, timeout=30, check=True)
+        demo.wait_until(lambda: "LiveKit lists 1 participant\n" in demo.log_text(), "one", 10)
+    finally:
+        demo.stop()
+    assert demo.log_text().endswith("\nStopped.\n")
 
 
 def test_federated_tokens_of_both_sfus_carry_audio_both_ways(
