@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A camera in front of which somebody sits and nods: with this, pictures show who is who.
+// A simulated camera with a nodding face on the user's colour, so that pictures show who is who.
 (colour) => {
     const canvas = Object.assign(document.createElement("canvas"), { width: 640, height: 360 });
     const pen = canvas.getContext("2d");

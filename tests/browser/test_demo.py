@@ -3,22 +3,26 @@
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page
-
 from demo.browser import BrowserStory
+from demo.self_check import SelfCheck
+from demo.story import print_check
 from testbed.browser import BrowserUser, Scene
+from testbed.recording import Recording
 
 CAMERA = (Path(__file__).resolve().parent / "camera.js").read_text()
 # Good enough for the pictures, although the machine has no graphics card.
 MEDIA = {"video": {"max_resolution": 360, "max_framerate": 10, "simulcast_layers": []}}
 COLOURS = ["#7fb8ad", "#d9b26f", "#b39ac9"]
+MEGABYTE = 1_000_000
 
 
 def test_browser_demo_followed_to_the_letter_behaves_as_printed(
-    scene: Scene, browser: Browser, pictures: Path
+    scene: Scene, pictures: Path
 ) -> None:
+    print_check(SelfCheck(scene.stage.a))
     story = BrowserStory(scene.stage, media_quality=MEDIA)
     text = story.text()
     log = scene.stage.a.main
@@ -34,20 +38,20 @@ def test_browser_demo_followed_to_the_letter_behaves_as_printed(
     rita.follow(links["Rita"])
     rita.join()
     rita.wait_for_text("Call creation might be restricted to authorized users only.")
-    take(rita.page, pictures / "restricted.png")
+    rita.page.screenshot(path=pictures / "restricted.png")
 
-    alice.follow(links["Alice"])
-    alice.join()
-    alice.wait_for_videos(1)
-    for participant, name in ((rita, "Rita"), (bob, "Bob")):
-        participant.follow(links[name])
-        participant.join()
+    recording = Recording(alice.page)
+    record_joins(recording, alice, links["Alice"], {rita: links["Rita"], bob: links["Bob"]})
     for participant in participants:
         participant.wait_for_videos(3)
-    take(alice.page, pictures / "call.png")
+    recording.film(1.6)
 
     [kick] = re.findall(r"^ +(curl .*/kick'$)", text, re.MULTILINE)
     subprocess.run(["sh", "-c", kick], capture_output=True, timeout=30, check=True)
+    recording.film_until(shows(alice, 2))
+    recording.film(1)
+    recording.save(pictures / "call.webp")
+    assert (pictures / "call.webp").stat().st_size < 3 * MEGABYTE
     bob.wait_for_text("You have been removed from the call")
     alice.wait_for_videos(2)
     bob.follow(links["Bob"])
@@ -56,7 +60,22 @@ def test_browser_demo_followed_to_the_letter_behaves_as_printed(
     assert "Removed '@bob:" in log.log_text(before)
 
 
-def take(page: Page, place: Path) -> None:
-    place.parent.mkdir(exist_ok=True)
-    page.screenshot(path=place)
-    assert place.stat().st_size < 200_000
+def record_joins(
+    recording: Recording, alice: BrowserUser, link: str, others: dict[BrowserUser, str]
+) -> None:
+    """Record how Alice and then the others join. The others have their own links."""
+    alice.follow(link)
+    alice.wait_for_text("Join call")
+    recording.film(1)
+    alice.join()
+    recording.film_until(shows(alice, 1))
+    recording.film(1.2)
+    for videos, (other, others_link) in enumerate(others.items(), 2):
+        other.follow(others_link)
+        other.join()
+        recording.film_until(shows(alice, videos))
+        recording.film(1.6)
+
+
+def shows(user: BrowserUser, videos: int) -> Callable[[], bool]:
+    return lambda: len(user.frames()) == videos
