@@ -10,6 +10,8 @@ from synapse.util.stringutils import parse_and_validate_server_name
 
 MAX_USER_ID_BYTES = 255
 
+_PRINTABLE_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
+
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 
 # Unicode's category Cc. In a log, these characters could forge or colour a line.
@@ -41,6 +43,11 @@ def is_server_name(name: str) -> bool:
         return False
     # Synapse reads the port with int(), which accepts signs, blanks and digits of other scripts.
     return port is None or (0 < port < 65536 and name.endswith(f":{port}"))
+
+
+def is_printable_url(url: str) -> bool:
+    """Whether a URL that another server sent may be printed as a line of homeserver.yaml."""
+    return _PRINTABLE_URL.fullmatch(url) is not None
 
 
 def is_same_url(url: str, other: str) -> bool:

@@ -60,9 +60,9 @@ class LostRooms:
     ) -> None:
         """Recreates rooms whose node is dead, and remembers what a poll has found.
 
-        A participant who reconnects takes the room to another node. Until then LiveKit cannot name
-        its participants. The first poll that finds no node recreates nothing, because LiveKit may
-        be about to close an empty room.
+        When a participant reconnects, LiveKit moves the room to another node. Until then it cannot
+        list the participants. The first poll that finds no node recreates nothing, because LiveKit
+        may be about to close an empty room.
 
         Args:
             calls: the Matrix rooms of all calls, by LiveKit room.

@@ -2,7 +2,7 @@
 """Which LiveKit rooms a poll lists.
 
 A listing costs Synapse's main thread a millisecond and more. So a poll lists the rooms in which
-something may have changed, and a share of the quiet ones: each of them is listed every five
+something may have changed, and a share of the quiet ones. Each quiet room is listed every five
 minutes.
 """
 

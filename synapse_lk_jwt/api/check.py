@@ -117,19 +117,19 @@ class CheckResource(Endpoint):
             is_allowed = True
         except NotInRoom:
             is_allowed = False
-        cannot_ask: str | None = None
+        cannot_verify: str | None = None
         if not is_mine:
             try:
                 await openid.user_of_remote_token(homeserver, server, UNKNOWN)
             except InvalidToken as e:
                 # A homeserver must reject a token that it did not issue.
-                cannot_ask = None if e.cause == "refused" else str(e)
+                cannot_verify = None if e.cause == "refused" else str(e)
         return {
             "is_mine": is_mine,
             "is_active": await homeserver.users.is_active(user_id) if is_mine else None,
             "auth_blocked": auth_blocked,
             "standing": (await homeserver.users.standing(user_id)).value,
-            "cannot_ask": cannot_ask,
+            "cannot_verify": cannot_verify,
             "is_blocked": await homeserver.rooms.is_blocked(room_id),
             "is_here": is_here,
             "membership": await homeserver.rooms.membership(user_id, room_id) if is_here else None,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How endpoints read request bodies.
 
-A body is an attrs class, and the class is the table of its fields: each attribute has the name of
-the field and the check of its value. `read_body` reads a request into such a class.
+A body is an attrs class, which is the table of its fields. Each attribute has the name of the field
+and the check of its value. `read_body` reads a request into such a class.
 
 Synapse's own body parsers log a malformed body. Our bodies hold bearer tokens, so this module has
 checks of its own, and an error message quotes nothing but the name of a field.

@@ -20,8 +20,8 @@ class Services:
         limits: limits how often a user may request a token.
         leaves: accepts delegated leaves.
         livekit_url: the SFU's URL for clients.
-        livekit_proxy: the URL of the forward proxy between this process and LiveKit; None if there
-            is none.
+        livekit_proxy: the URL of the forward proxy between this process and LiveKit; None without
+            one.
     """
 
     homeserver: Homeserver

@@ -19,7 +19,7 @@ from synapse_lk_jwt.check.files import CannotRun, DoesNotStart, read
 from synapse_lk_jwt.check.livekit import ACCESS_RULE, LiveKitChecks
 from synapse_lk_jwt.check.livekit_requests import LiveKit
 from synapse_lk_jwt.check.probe import NoAnswer, Probe
-from synapse_lk_jwt.check.processes import NoModuleThere, ProcessChecks, Running
+from synapse_lk_jwt.check.processes import NotThisModule, ProcessChecks, Running
 from synapse_lk_jwt.check.public import CHECKS, Public
 from synapse_lk_jwt.check.report import (
     Finding,
@@ -134,7 +134,7 @@ class Command:
         user_id, room_id = self._options.user_id, self._options.room
         try:
             state = running.ask_process(running.url, user_id=user_id, room_id=room_id)
-        except (NoAnswer, NoModuleThere) as e:
+        except (NoAnswer, NotThisModule) as e:
             raise CannotRun(
                 f"Synapse at {running.url} does not answer the question about the user: {e}. Run"
                 " 'check' without --as to find the cause"

@@ -94,7 +94,7 @@ def read(paths: Sequence[str]) -> Setup:
         raise CannotRun(f"Synapse does not start: {e.msg}") from None
     except OSError as e:
         cause = f"{e.filename!r} cannot be read ({e.strerror})"
-        raise CannotRun(f"{cause}{_who(str(e))}") from None
+        raise CannotRun(f"{cause}{_user_hint(str(e))}") from None
     except Exception as e:
         # Synapse reads some values without checking their type. The error may quote a secret.
         raise CannotRun(
@@ -132,7 +132,7 @@ def _load_config(files: _Files) -> HomeServerConfig:
     except ConfigError as e:
         place = f" (option {'.'.join(map(str, e.path))})" if e.path else ""
         text = _without_secrets(e.msg, files.content)
-        raise CannotRun(f"Synapse does not start{place}: {text}{_who(e.msg)}") from None
+        raise CannotRun(f"Synapse does not start{place}: {text}{_user_hint(e.msg)}") from None
 
 
 def _read_files(paths: Sequence[str]) -> _Files:
@@ -258,7 +258,7 @@ def _read_module(block: Mapping[str, Any], file: str) -> LiveKitJwtConfig:
                 " Synapse has"
             )
         )
-        text = f"Synapse does not start with this configuration: {e.msg}{hint}{_who(e.msg)}"
+        text = f"Synapse does not start with this configuration: {e.msg}{hint}{_user_hint(e.msg)}"
         raise DoesNotStart(wrong("module", text, file)) from None
 
 
@@ -303,7 +303,7 @@ def _secrets(content: Any, is_secret: bool = False) -> Iterator[str]:
             yield text
 
 
-def _who(cause: str) -> str:
+def _user_hint(cause: str) -> str:
     """The addition to a message about a file that this user may not read."""
     if "Permission denied" not in cause:
         return ""

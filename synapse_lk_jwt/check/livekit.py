@@ -39,7 +39,7 @@ ACCESS_RULE = "access rule"
 # LiveKit's own changes: 1.8.2 is the first that resolves the claim `roomPreset`.
 OLDEST_LIVEKIT = "1.8.2"
 
-# One name for all runs: a LiveKit with Redis stores a node for every name in a request to /whip/v1,
+# All runs use one name. A LiveKit with Redis stores a node for every name in a request to /whip/v1,
 # and keeps it even if the room is not created.
 ACCESS_RULE_ROOM = f"{CHECK_ROOM}access-rule"
 

@@ -46,7 +46,7 @@ _NO_BACKGROUND = (
 )
 
 
-class NoModuleThere(Exception):
+class NotThisModule(Exception):
     """The answer is not of this module with this configuration.
 
     Attributes:
@@ -87,7 +87,7 @@ class Running:
         return listeners[0].url if listeners else None
 
     def ask(self, service_url: str, **question: str) -> State:
-        """Asks a process for its state, and about a user.
+        """Requests the state of a process, and what decides about a user's calls.
 
         Args:
             service_url: where the service endpoints are.
@@ -95,7 +95,7 @@ class Running:
 
         Raises:
             NoAnswer: if no answer arrives.
-            NoModuleThere: if it is not this module with this configuration.
+            NotThisModule: if it is not this module with this configuration.
         """
         body = json.dumps(question).encode("ascii")
         signature = sign(self.setup.module.livekit_secret, body, self.time_msec())
@@ -106,7 +106,7 @@ class Running:
         if answer.status == 200 and isinstance(state, dict) and state.keys() >= STATE_KEYS:
             return state
         health = self.probe.send(Request("GET", f"{service_url}/healthz"))
-        raise NoModuleThere(answer.status, health.status == 200 and health.json == {})
+        raise NotThisModule(answer.status, health.status == 200 and health.json == {})
 
     def ask_process(self, url: str, **question: str) -> State:
         """As `ask`, at a listener of a process."""
@@ -153,7 +153,7 @@ class ProcessChecks:
         ]
 
     def _ask(self, addresses: Mapping[str, str]) -> tuple[dict[str, Finding], dict[str, Finding]]:
-        """Asks all processes.
+        """Requests the state of all processes.
 
         Returns:
             The findings about processes with a problem, and about those that this machine cannot
@@ -172,7 +172,7 @@ class ProcessChecks:
                     problems[name] = finding
                 else:
                     silent[name] = finding
-            except NoModuleThere as e:
+            except NotThisModule as e:
                 problems[name] = self._without_module(name, url, e)
         return problems, silent
 
@@ -194,16 +194,16 @@ class ProcessChecks:
         verb = "has" if len(present) == 1 else "have"
         yield from found or [ok("processes", f"{names} {verb} loaded the module")]
 
-    def _without_module(self, name: str, url: str, cause: NoModuleThere) -> Finding:
+    def _without_module(self, name: str, url: str, cause: NotThisModule) -> Finding:
         if cause.has_module and cause.status != 404:
             text = f"{_called(name)} at {url} fails to report its state ({cause}). See its log"
             return wrong("processes", text)
         if cause.has_module:
             return wrong(
                 "processes",
-                f"{_called(name)} at {url} runs with another livekit_secret than these files have,"
-                " or with another version of the module, or its clock differs from this machine's"
-                " by more than two minutes",
+                f"{_called(name)} at {url} runs with another livekit_secret than these files have."
+                " Or it has another version of the module, or its clock differs from this"
+                " machine's by more than two minutes",
                 COMMAND_LINE,
                 RESTART,
             )

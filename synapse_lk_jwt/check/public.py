@@ -9,7 +9,7 @@ import attr
 from synapse_lk_jwt.check.answers import CORS_LINES, PROXY, cors_problem, describe
 from synapse_lk_jwt.check.livekit_requests import LiveKit
 from synapse_lk_jwt.check.probe import Answer, NoAnswer, Probe, Request
-from synapse_lk_jwt.check.processes import MODULES, NoModuleThere, Running, State
+from synapse_lk_jwt.check.processes import MODULES, NotThisModule, Running, State
 from synapse_lk_jwt.check.report import Finding, Verdict, ok, skipped, warning, wrong
 from synapse_lk_jwt.check.setup import Setup
 from synapse_lk_jwt.discovery import MSC4143, Advertise
@@ -83,7 +83,7 @@ class Public:
             return wrong("service", f"{url} {problem}", PROXY, *CORS_LINES)
         try:
             state = self._running.ask(url)
-        except (NoAnswer, NoModuleThere) as e:
+        except (NoAnswer, NotThisModule) as e:
             text = f"a service that is not this homeserver's answers at {url} ({e})"
             return self._not_reached(text)
         if state["server_name"] != self._setup.server_name:
@@ -196,7 +196,7 @@ class Public:
         return wrong(
             "/versions",
             f"{url} does not name {MSC4143}, so newer clients do not request rtc/transports. The"
-            " process that the proxy forwards to has not loaded the module, or advertise is off, or"
+            " process that the proxy forwards to has not loaded the module, or advertise is off. Or"
             " a cache returned an answer that is up to an hour old",
             _PROCESS,
             *MODULES,

@@ -47,13 +47,13 @@ class Setup:
         public_baseurl: where clients reach it, without a slash at the end.
         has_public_baseurl: whether it is set; otherwise Synapse derives it from the server name.
         has_delayed_events: whether users may schedule delayed events.
-        max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if there are
-            no delayed events.
+        max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if users may
+            schedule none.
         has_msc4222: whether `state_after` in /sync (MSC4222) is on.
         rc_message: the rate limit of messages.
         rc_delayed_event_mgmt: the rate limit of restarting, sending and cancelling delayed events.
         transports: `rtc/transports` without what the module adds.
-        foci: the same for `.well-known/matrix/client`; None if there is none.
+        foci: the same for `.well-known/matrix/client`; None if it is not set.
         instance: the name of the process that this configuration is for.
         background: the name of the process that runs background tasks.
         listeners: of the process that this configuration is for.
@@ -64,7 +64,7 @@ class Setup:
         duplicate_options: top-level options that a file sets more than once, by file. `modules` is
             among them if more than one file sets it.
         credentials: where LiveKit's API key and secret were read from.
-        livekit_proxy: the forward proxy between Synapse and LiveKit, None if there is none.
+        livekit_proxy: the forward proxy between Synapse and LiveKit; None without one.
         base_url: `m.homeserver` of the public `.well-known/matrix/client`, if it was fetched.
     """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signs a request of the check command, so that Synapse answers only with the right secret.
 
-The key is derived from LiveKit's API secret and is not that secret: participants hold tokens that
-are signed with it, and none of these must pass for a request of the check command.
+The key is derived from LiveKit's API secret. It is not that secret itself, because participants
+hold tokens that are signed with the secret. None of these tokens may pass for a signature.
 """
 
 from hashlib import sha256

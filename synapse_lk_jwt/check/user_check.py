@@ -85,11 +85,11 @@ class UserCheck:
     def _account(self) -> Finding:
         server = get_domain_from_id(self._user_id)
         if not self._state["is_mine"]:
-            if self._state["cannot_ask"]:
+            if self._state["cannot_verify"]:
                 return wrong(
                     "account",
                     f"this homeserver cannot verify users of {server}, so none of them gets a"
-                    f" token: {self._state['cannot_ask']}",
+                    f" token: {self._state['cannot_verify']}",
                 )
             return ok("account", f"this homeserver can verify users of {server}")
         if self._state["auth_blocked"]:

@@ -7,14 +7,14 @@ import time
 from synapse_lk_jwt.check.livekit import is_loopback
 from synapse_lk_jwt.check.livekit_requests import LiveKit
 from synapse_lk_jwt.check.probe import NoAnswer, Probe
-from synapse_lk_jwt.check.processes import NoModuleThere, Running
+from synapse_lk_jwt.check.processes import NotThisModule, Running
 from synapse_lk_jwt.check.public import Public
 from synapse_lk_jwt.check.report import LIVEKIT_YAML, Finding, ok, skipped, warning, wrong
 from synapse_lk_jwt.livekit.naming import CHECK_ROOM
 
 # How long to wait for LiveKit's webhook, and the pause between two queries to Synapse, in seconds.
 WEBHOOK_SEC = 6
-ASK_AGAIN_SEC = 0.05
+QUERY_PAUSE_SEC = 0.05
 
 
 class RoomChecks:
@@ -53,18 +53,18 @@ class RoomChecks:
             if self._url is None:
                 return [*findings, *skipped(("webhooks",), "Synapse is not answering")]
             findings.append(self._wait_for_webhook(self._url, began_ts))
-        except (NoAnswer, NoModuleThere) as e:
+        except (NoAnswer, NotThisModule) as e:
             findings.append(warning("webhooks", f"cannot be checked: {e}"))
         return findings
 
     def _wait_for_webhook(self, url: str, began_ts: int) -> Finding:
         is_rejected = False
-        for _ in range(round(WEBHOOK_SEC / ASK_AGAIN_SEC)):
+        for _ in range(round(WEBHOOK_SEC / QUERY_PAUSE_SEC)):
             processes = self._running.ask_process(url)["processes"]
             if any(process["webhook_ts"] >= began_ts for process in processes):
                 return ok("webhooks", "from LiveKit arrive")
             is_rejected = any(process["rejected_ts"] >= began_ts for process in processes)
-            time.sleep(ASK_AGAIN_SEC)
+            time.sleep(QUERY_PAUSE_SEC)
         running, setup = self._running, self._running.setup
         lines = (
             "webhook:",

@@ -2,7 +2,6 @@
 """Checks of `.well-known/matrix/client`, where older clients find the service."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urljoin
@@ -15,6 +14,7 @@ from synapse_lk_jwt.check.processes import RESTART
 from synapse_lk_jwt.check.report import COMMAND_LINE, Finding, ok, skipped, warning, wrong
 from synapse_lk_jwt.check.setup import Setup
 from synapse_lk_jwt.discovery import FOCI, Advertise, livekit_transports
+from synapse_lk_jwt.identifiers import is_printable_url
 from synapse_lk_jwt.livekit.proxies import is_down_behind_proxy, is_redirect
 
 PATH = "/.well-known/matrix/client"
@@ -22,9 +22,6 @@ MAX_REDIRECTS = 3
 
 # A larger document is not printed as one line to paste.
 MAX_PRINTED_BYTES = 4096
-
-# What may be printed as a line of homeserver.yaml.
-_BASE_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
 
 
 class WellKnown:
@@ -184,7 +181,7 @@ class WellKnown:
 def _base_url(content: Mapping[str, Any]) -> str | None:
     homeserver = content.get("m.homeserver")
     url = homeserver.get("base_url") if isinstance(homeserver, dict) else None
-    return url if isinstance(url, str) and _BASE_URL.fullmatch(url) else None
+    return url if isinstance(url, str) and is_printable_url(url) else None
 
 
 def _for_nginx(content: Mapping[str, Any]) -> str:

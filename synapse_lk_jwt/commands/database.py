@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plain connection to Synapse's database, for commands that run beside Synapse.
+"""A plain connection to Synapse's database, for commands that run next to Synapse.
 
 The commands need no more of `homeserver.yaml` than the database, so they also work when Synapse
 rejects another part of it.

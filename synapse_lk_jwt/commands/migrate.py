@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m synapse_lk_jwt migrate`: the configuration that replaces lk-jwt-service.
 
-It reads the environment of lk-jwt-service 0.3 to 0.10, as its README documents the variables, and
-prints what to add to `homeserver.yaml` and what to delete. It changes nothing and prints no secret.
+It reads the environment of lk-jwt-service 0.3 to 0.10, with the variables of that service's README.
+It prints what to add to `homeserver.yaml` and what to delete. It changes nothing, and prints no
+secret.
 """
 
 import argparse
@@ -37,7 +38,7 @@ EPILOG = (
 
 PRINTED, COULD_NOT_RUN = 0, 2
 
-# Variables with an option that takes the same text.
+# Variables with an option that has the same text.
 SAME_TEXT = {
     "LIVEKIT_KEY": "livekit_key",
     "LIVEKIT_KEY_FROM_FILE": "livekit_key_path",

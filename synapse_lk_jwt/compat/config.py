@@ -55,13 +55,13 @@ class SynapseConfig:
         public_baseurl: where clients reach it, without a slash at the end.
         has_public_baseurl: whether it is set; otherwise Synapse derives it from the server name.
         has_delayed_events: whether users may schedule delayed events.
-        max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if there are
-            no delayed events.
+        max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if users may
+            schedule none.
         has_msc4222: whether `state_after` in /sync (MSC4222) is on.
         rc_message: the rate limit of messages.
         rc_delayed_event_mgmt: the rate limit of restarting, sending and cancelling delayed events.
         transports: the entries of `rtc/transports`.
-        foci: the list of services in `.well-known/matrix/client`; None if there is none.
+        foci: the list of services in `.well-known/matrix/client`; None if it is not set.
         instance: the name of the process that this configuration is for.
         listeners: of the process that this configuration is for.
         workers: where other processes listen for replication, by name.

@@ -125,8 +125,8 @@ class DelayedEvents:
     def remove(self, txn: LoggingTransaction, delay_id: str, user_id: str) -> bool:
         """Removes a delayed event in order to send it; returns whether it still existed.
 
-        The event is not kept as finalised: without an event ID it would count as cancelled, and
-        Synapse would answer a client that also sends it with a conflict.
+        The event is not kept as finalised. Without an event ID it would count as cancelled. If a
+        client also sends it, Synapse would answer with a conflict.
         """
         txn.execute(
             f"DELETE FROM delayed_events WHERE {self._is_pending(txn)}",

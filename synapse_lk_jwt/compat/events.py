@@ -70,8 +70,8 @@ class Events:
     def has_sent(self, txn: LoggingTransaction, event: JsonDict, since: int) -> bool:
         """Whether an event, or a newer one that replaces it, was sent to its room.
 
-        State is recognised by its type and state key, a sticky membership by its type and sticky
-        key, any other event by its type and content.
+        A state event is recognised by its type and state key, and a sticky membership by its type
+        and sticky key. Any other event is recognised by its type and content.
 
         Args:
             txn: the transaction.

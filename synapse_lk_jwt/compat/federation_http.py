@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from synapse_lk_jwt.compat.self_test import Feature
 
-# How long a connection to another homeserver may last. A little longer than its requests may take.
+# How long a connection to another homeserver may last. This is longer than a request may take.
 CONNECTION_LIFETIME_SEC = 12
 
 # How much may be received over it: TLS and HTTP headers, and a body, which has a narrower limit.

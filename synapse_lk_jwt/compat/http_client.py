@@ -38,8 +38,8 @@ class HttpClient:
     ) -> IResponse:
         """Sends a request, and returns the response with the body unread.
 
-        Cancelling closes the connection. Synapse's client does not: its own limit of 60 s shields
-        the request from the cancellation, and the request to a server that hangs stays open.
+        Cancelling closes the connection. Synapse's client does not close it: its own limit of 60 s
+        shields the request from the cancellation. The request to a server that hangs stays open.
         """
         client = copy(self._client)
         client.agent = agent = _CancellableAgent(client.agent)

@@ -76,7 +76,7 @@ class Creation:
         return new.event_type == ENCRYPTED_TYPE and encrypted >= MAX_ENCRYPTED
 
     def _follow_more(self, txn: LoggingTransaction, known: Record, member: CallMember) -> None:
-        """Adds identities to a delegation that the client had not named before."""
+        """Adds identities that the client had not named before to a delegation."""
         if known.livekit_room != member.livekit_room:
             return
         followed = self._table.identities(txn, [known.delay_id])[known.delay_id]

@@ -46,8 +46,8 @@ class LeaveSender:
     """Sends leaves, room by room: a room that is slow delays no other one.
 
     Attributes, all private:
-        _sending: the delegations whose leaves this process sends or is about to send, each with the
-            time until which no other process sends it, in milliseconds since the epoch.
+        _sending: the delegations whose leaves this process sends or will send. The values are the
+            times until which no other process sends them, in milliseconds since the epoch.
     """
 
     def __init__(

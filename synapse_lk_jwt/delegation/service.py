@@ -228,11 +228,11 @@ class DelegationService:
     # The poll
 
     async def tracked(self, livekit_room: str | None = None) -> list[Tracked]:
-        """The delegations whose participants must be polled, of one LiveKit room or of all."""
+        """The delegations whose participants a poll must find, of one LiveKit room or of all."""
         return await self._table.tracked(livekit_room)
 
     async def count(self) -> dict[Phase, int]:
-        """How many delegations there are in each phase."""
+        """The number of delegations in each phase."""
         return await self._table.count()
 
     async def on_poll(self, delegations: Iterable[Tracked], listing: Listing) -> None:

@@ -385,7 +385,7 @@ class DelegationTable:
         return list(found.values()), rows[-1][0] if is_full else None
 
     async def count(self) -> dict[Phase, int]:
-        """How many delegations there are in each phase."""
+        """The number of delegations in each phase."""
 
         def count(txn: LoggingTransaction) -> dict[Phase, int]:
             txn.execute(f"SELECT phase, COUNT(*) FROM {DELEGATIONS} GROUP BY phase")

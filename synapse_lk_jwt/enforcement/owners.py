@@ -3,7 +3,7 @@
 
 With `can_update_own_metadata: true`, LiveKit lets participants replace their attributes before the
 first webhook, and with them the sealed owner. So the module notes the owner of each identity in the
-database when it issues the token, and the noted owner takes precedence over the sealed one.
+database when it issues the token. The noted owner takes precedence over the sealed one.
 """
 
 from collections.abc import Iterable, Sequence

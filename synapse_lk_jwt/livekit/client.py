@@ -191,7 +191,7 @@ class RoomService:
         except NotFound:
             return False
         except (NoNode, NoAnswer) as e:
-            # For a participant who is just leaving, LiveKit waits in vain, and then fails.
+            # LiveKit waits for a participant who is just leaving, and then reports a failure.
             if await self._get_participant(livekit_room, identity) is not None:
                 self._twirp.report("RemoveParticipant", e)
                 raise

@@ -22,8 +22,8 @@ MAX_IDENTITY_BYTES = 256
 # The check command and the checks at start use LiveKit rooms with this prefix, which are no calls.
 CHECK_ROOM = "synapse-lk-jwt-check-"
 
-# Digits between two colons are the port of the server: the endpoints issue no token to a device
-# whose ID begins with digits and a colon.
+# Digits between two colons are the port of the server, because the endpoints issue no token to a
+# device whose ID begins with digits and a colon.
 _DEVICE_IDENTITY = re.compile(
     r"(@[^:]*:(?:\[[0-9A-Fa-f:.]+\]|[^:\[\]]+)(?::[0-9]+(?=:))?):.*", re.DOTALL
 )

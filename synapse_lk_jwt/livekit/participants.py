@@ -33,8 +33,8 @@ class CallParticipant:
         state: the state of its connection, a `ParticipantInfo.State`.
         disconnect_reason: why the session ended, a `DisconnectReason`.
         joined_at: when it joined, in seconds since the epoch.
-        owner: the owner that was sealed into the token for this very LiveKit room; None if neither
-            this homeserver nor another one with the same secret sealed it.
+        owner: the owner that was sealed into the token for this LiveKit room. None if no homeserver
+            with the same secret sealed it.
         user_id: the user, None if unknown. The sealed owner names the user, else an identity in
             plain text does: lk-jwt-service seals no owner into its tokens. `ParticipantOwners`
             replaces the user if participants can replace the sealed owner.

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recognises the answers of a proxy between Synapse and LiveKit."""
 
-import re
+from synapse_lk_jwt.identifiers import is_printable_url
 
 # A proxy answers with these while LiveKit does not answer it. Those above 504 are Cloudflare's.
 _DOWN = frozenset((502, 503, 504, 521, 522, 523, 524))
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
-
-_BASE = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,255}(/[A-Za-z0-9._~/-]{0,255})?")
 
 
 def is_down_behind_proxy(status: int, is_twirp: bool) -> bool:
@@ -39,4 +37,4 @@ def redirected_url(location: str, path: str) -> str | None:
     if not location.endswith(path):
         return None
     base = location[: -len(path)]
-    return base if _BASE.fullmatch(base) else None
+    return base if is_printable_url(base) else None
