@@ -18,7 +18,7 @@ from testbed.process import stop_all, wait_until
 from testbed.redis import Redis
 from testbed.synapse import Synapse
 
-# The number of calls in the calculation of docs/scaling.md.
+# The number of calls in the estimate of docs/performance.md.
 CALLS = 20_000
 USERS_PER_CALL = 5
 

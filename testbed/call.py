@@ -29,7 +29,7 @@ class _Os:
     """The module `os` for LiveKit's client, which sends SIGTERM to its own process on a panic.
 
     One of the native part's threads has then failed, for example one that was reconnecting while
-    LiveKit was killed. The client prints the panic. The tests of other participants go on.
+    LiveKit was killed. The client prints the panic. The tests of other participants continue.
     """
 
     @staticmethod

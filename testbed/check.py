@@ -91,7 +91,7 @@ class Checker:
         Args:
             synapse: the homeserver whose configuration is checked; it need not run.
             options: command line options of each run.
-            env: environment variables of each run beside the usual ones.
+            env: further environment variables of each run.
         """
         self.directory = synapse.directory
         self._options = list(options)
@@ -103,7 +103,7 @@ class Checker:
         module: Mapping[str, Any] | None = None,
         name: str = "changed.json",
     ) -> str:
-        """Write a changed copy of `homeserver.json` beside it, and return its name.
+        """Write a changed copy of `homeserver.json` into its directory, and return its name.
 
         Args:
             config: top-level options; None removes one.
@@ -126,7 +126,7 @@ class Checker:
         """Run it in this process, on the homeserver's own files or on a changed copy.
 
         Args:
-            options: command line options beside the usual ones.
+            options: further command line options.
             config: as that of `write`.
             module: as that of `write`.
         """
@@ -161,9 +161,9 @@ class Checker:
 
         Args:
             names: files or directories.
-            options: command line options beside the usual ones.
+            options: further command line options.
             wrapper: a program, with its arguments, that starts it.
-            env: environment variables beside the usual ones.
+            env: further environment variables.
         """
         done = subprocess.run(
             [*wrapper, *self.command(names, "--json", *options)],

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls on real servers that are killed at random, and what must be true of them all the same."""
+"""Calls on real servers that are killed at random, and what must be true of them at the end."""

@@ -18,7 +18,7 @@ WHAT = {"passed": 0.7, "lost": 0.1, "delayed": 0.1, "repeated": 0.1}
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
-        # A LiveKit that is killed breaks its requests off.
+        # A LiveKit that is killed aborts its requests.
         pass
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module in Synapse's own test harness, with an SFU and other homeservers that are made up."""
+"""The module in Synapse's own test harness, with a stub LiveKit and stubs of other homeservers."""
 
 import json
 from base64 import urlsafe_b64decode
@@ -42,7 +42,7 @@ URL = "wss://sfu.example.com"
 SECRET = "the-secret-that-must-never-be-in-a-log"
 SLOT = "m.call#ROOM"
 
-# All series there ever may be.
+# All series that the module can have.
 for phase in Phase:
     metrics.delegations.labels(phase.value)
 SERIES = own_samples().keys()
@@ -50,12 +50,12 @@ SERIES = own_samples().keys()
 
 @attr.s(auto_attribs=True)
 class Sfu:
-    """Answers for LiveKit, and remembers what it was asked.
+    """A stub of LiveKit, which records the requests.
 
     Attributes:
         requests: the requests to make a room.
         answer: what it does with the next of these; a list is used up one by one.
-        people: who is in each room there is.
+        participants: the participants of each room, by identity.
         asked: the names of the methods that were called for other reasons, and for which room.
         is_down: whether connections to it are refused.
         stuck: identities that it does not remove.
@@ -67,7 +67,7 @@ class Sfu:
     reactor: Any
     requests: list[tuple[str, CreateRoomRequest]] = attr.Factory(list)
     answer: Any = None
-    people: dict[str, dict[str, ParticipantInfo]] = attr.Factory(dict)
+    participants: dict[str, dict[str, ParticipantInfo]] = attr.Factory(dict)
     asked: list[tuple[str, str]] = attr.Factory(list)
     is_down: bool = False
     stuck: set[str] = attr.Factory(set)
@@ -100,7 +100,7 @@ class Sfu:
         if self.is_down:
             raise ConnectionRefusedError()
         room = self.requests[-1][1].name
-        self.people.setdefault(room, {})
+        self.participants.setdefault(room, {})
         self.without_node.discard(room)
         return answer or self.room(room)
 
@@ -111,26 +111,28 @@ class Sfu:
         missing = response(404, b'{"code": "not_found", "msg": ""}')
         if name == "ListRooms":
             self.asked.append((name, ""))
-            names = ListRoomsRequest.FromString(data).names or self.people
+            names = ListRoomsRequest.FromString(data).names or self.participants
             answer = ListRoomsResponse(
                 rooms=[
-                    Room(name=room, num_participants=len(people))
-                    for room, people in self.people.items()
+                    Room(name=room, num_participants=len(present))
+                    for room, present in self.participants.items()
                     if room in names
                 ]
             )
         elif name == "ListParticipants":
             room = ListParticipantsRequest.FromString(data).room
             self.asked.append((name, room))
-            if self.has_nodes and (room not in self.people or room in self.without_node):
+            if self.has_nodes and (room not in self.participants or room in self.without_node):
                 return response(503, b'{"code": "unavailable", "msg": "no response from servers"}')
-            answer = ListParticipantsResponse(participants=self.people.get(room, {}).values())
+            answer = ListParticipantsResponse(participants=self.participants.get(room, {}).values())
         elif name == "GetParticipant":
             who = RoomParticipantIdentity.FromString(data)
             self.asked.append((name, who.room))
-            if self.has_nodes and (who.room not in self.people or who.room in self.without_node):
+            if self.has_nodes and (
+                who.room not in self.participants or who.room in self.without_node
+            ):
                 return response(503, b'{"code": "unavailable", "msg": "no response from servers"}')
-            answer = self.people.get(who.room, {}).get(who.identity)
+            answer = self.participants.get(who.room, {}).get(who.identity)
             if answer is None:
                 return missing
         elif name == "RemoveParticipant":
@@ -138,30 +140,30 @@ class Sfu:
             self.asked.append((name, who.room))
             if who.identity in self.stuck:
                 return response(500, b'{"code": "internal", "msg": "no luck"}')
-            if self.people.get(who.room, {}).pop(who.identity, None) is None:
+            if self.participants.get(who.room, {}).pop(who.identity, None) is None:
                 return missing
             answer = RemoveParticipantResponse()
         else:
             assert name == "DeleteRoom"
             room = DeleteRoomRequest.FromString(data).room
             self.asked.append((name, room))
-            if self.people.pop(room, None) is None:
+            if self.participants.pop(room, None) is None:
                 return missing
             answer = DeleteRoomResponse()
         return protobuf(answer.SerializeToString())
 
-    def join(self, jwt: str, twin: str = "") -> ParticipantInfo:
-        """Lets the holder of a token in, as LiveKit does."""
+    def join(self, jwt: str, duplicate: str = "") -> ParticipantInfo:
+        """Adds the participant of a token to its room, as LiveKit does."""
         said = claims(jwt)
         self._sessions += 1
         participant = ParticipantInfo(
             sid=f"PA_{self._sessions}",
-            identity=said["sub"] + twin,
+            identity=said["sub"] + duplicate,
             state=ParticipantInfo.State.ACTIVE,
             attributes=said["attributes"],
         )
         room: str = said["video"]["room"]
-        self.people.setdefault(room, {})[participant.identity] = participant
+        self.participants.setdefault(room, {})[participant.identity] = participant
         return participant
 
     def room(self, name: str = "room", age: float = 0, participants: int = 0) -> Any:
@@ -180,7 +182,7 @@ def response(code: int, body: bytes, content_type: str = "application/json") -> 
 
 @attr.s(auto_attribs=True)
 class OtherServers:
-    """Answers for all other homeservers, and remembers what they were asked."""
+    """A stub of all other homeservers, which records the requests."""
 
     answer: Callable[[str], Any]
     requests: list[tuple[str, str, Any]] = attr.Factory(list)
@@ -207,7 +209,7 @@ class OtherServers:
 
 @contextmanager
 def counting(*names: str) -> Iterator[dict[str, float]]:
-    """By how much the samples of some metrics change; filled in at the end."""
+    """How much the samples of some metrics change. The mapping is filled at the end."""
     before = own_samples()
     changes: dict[str, float] = {}
     yield changes
@@ -255,7 +257,7 @@ class ModuleTestCase(FederatingHomeserverTestCase):
 
     def tearDown(self) -> None:
         super().tearDown()
-        # Whatever anybody has sent, no label has taken a value that is not foreseen.
+        # No request or webhook may add a label value that test_monitoring.py does not list.
         assert own_samples().keys() <= SERIES
 
     def create_resource_dict(self) -> dict[str, Resource]:
@@ -294,7 +296,7 @@ class ModuleTestCase(FederatingHomeserverTestCase):
         return channel.json_body
 
     def remote_token(self, user_id: object) -> dict[str, str]:
-        """A token of the other server, which from now on says whose it is."""
+        """A token of the other server, which from now on answers with this user."""
         self.others.answer = lambda uri: response(200, json.dumps({"sub": user_id}).encode())
         return {"access_token": "remote-token", "matrix_server_name": self.OTHER_SERVER_NAME}
 

@@ -10,7 +10,8 @@ from twisted.python.threadpool import ThreadPool
 from testbed.process import MissingTool
 from testbed.synapse_tests import make_importable
 
-# Older harnesses do not stop the thread pools of every homeserver, and these would hold up the end.
+# Older harnesses do not stop the thread pools of every homeserver, which would delay the end of
+# the run.
 setattr(ThreadPool, "threadFactory", functools.partial(threading.Thread, daemon=True))  # noqa: B010
 
 try:

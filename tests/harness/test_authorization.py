@@ -151,5 +151,5 @@ class AuthorizationTests(ModuleTestCase):
 
 
 def _sender_is_user_id() -> bool:
-    """Whether this Synapse takes the sender as an object. Older ones take a string."""
+    """Whether this Synapse expects the sender as an object. Older ones expect a string."""
     return "UserID" in str(inspect.signature(ApplicationService.__init__).parameters["sender"])

@@ -37,7 +37,7 @@ def compat_files() -> dict[str, ast.Module]:
     return {
         file.name: ast.parse(file.read_text())
         for file in Path(folder).glob("*.py")
-        # http.py knows Twisted's responses only. The module does without the checks that need
+        # http.py reads Twisted's responses only. The module works without the checks that need
         # config.py.
         if file.name not in ("config.py", "http.py", "self_test.py")
     }
@@ -184,7 +184,7 @@ class TableTests(TestCase):
             if isinstance(node, ast.Attribute)
             or (isinstance(node, ast.Constant) and isinstance(node.value, str))
         }
-        # `compat/` makes its own federation client, and gets the other one from the module API.
+        # `compat/` has its own federation client, and gets the other one from the module API.
         assert parts - used == {"get_federation_http_client", "get_simple_http_client"}
 
 
@@ -263,14 +263,14 @@ class WithoutFeatureTests(ModuleTestCase):
         self.helper.join(self.room_id, bob, tok=token)
         body = self.sfu_get_body(openid_token=self.openid_token(bob, token))
         participant = self.sfu.join(self.post("/sfu/get", body).json_body["jwt"])
-        (people,) = self.sfu.people.values()
-        assert participant.identity in people
+        (present,) = self.sfu.participants.values()
+        assert participant.identity in present
         self.helper.leave(self.room_id, bob, tok=token)
         self.reactor.advance(5)
-        assert (participant.identity in people) == (feature is Feature.STATE_CHANGES)
+        assert (participant.identity in present) == (feature is Feature.STATE_CHANGES)
         for _ in range(3):
             self.reactor.advance(31)
-        assert participant.identity not in people
+        assert participant.identity not in present
         self.assert_one_line()
 
     def test_synapse_without_delegation_answers_404_to_delegations(self) -> None:

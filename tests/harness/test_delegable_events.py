@@ -395,7 +395,7 @@ class DelegatedAgainTests(EventsTestCase):
         delay_id = self.delayed()
         delay = {"delay_id": delay_id, "delay_timeout": HOUR_MS}
         self.assert_token(self.post("/sfu/get", self.sfu_get_body(**delay)))
-        # By now the SFU is queried every quarter of an hour or so.
+        # By now the module queries LiveKit about every quarter of an hour.
         self.advance_by(1100)
         self.sfu.join(self.post("/get_token", self.get_token_body()).json_body["jwt"])
         self.assert_token(self.post("/get_token", self.get_token_body(**delay)))
@@ -502,7 +502,7 @@ class UnreadableRowTests(EventsTestCase):
         self.spoil(bad, due_ts=0, **values)
         with self.assertLogs("synapse_lk_jwt", logging.ERROR) as logs:
             assert self.delegate_of(self.delayed(), "good").code == 200
-            # Polls, restarts and webhooks go on.
+            # Polls, restarts and webhooks continue.
             self.advance_by(65)
             self.leaves(alice)
             self.advance_by(3)
@@ -519,7 +519,7 @@ class UnreadableRowTests(EventsTestCase):
                 assert self.delegate_of(bad, f"bad{number}").code == 200
                 self.spoil(bad, due_ts=0, phase="paused")
             assert self.delegate_of(self.delayed(9_000), "good").code == 200
-            # It is restarted every three seconds, or would run out.
+            # The module must restart it every three seconds, or Synapse would send it.
             self.advance_by(30)
         assert self.is_in_call()
         self.leaves(alice)
@@ -561,6 +561,6 @@ class SlotsTests(EventsTestCase):
         self.fill()
         self.advance_by(12)
         room = self.sfu.requests[3][1].name
-        del self.sfu.people[room]
+        del self.sfu.participants[room]
         assert self.webhook("room_finished", room=room).code == 200
         self.assert_token(self.token_for("another"))

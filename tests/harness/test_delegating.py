@@ -112,7 +112,7 @@ class DelegationTestCase(ModuleTestCase):
     ) -> None:
         """A participant leaves, and LiveKit sends a webhook."""
         room = self.sfu.requests[-1][1].name
-        self.sfu.people.get(room, {}).pop(participant.identity, None)
+        self.sfu.participants.get(room, {}).pop(participant.identity, None)
         gone = ParticipantInfo()
         gone.CopyFrom(participant)
         gone.disconnect_reason = reason
@@ -327,7 +327,7 @@ class EndpointTests(DelegationTestCase):
 
 
 class NoDelayedEventsTests(ModuleTestCase):
-    """Clients take any answer but 404 as a promise."""
+    """With any answer but 404, clients rely on the module to send their leave."""
 
     def test_delegate_without_delayed_events_gets_404(self) -> None:
         channel = self.post("/delegate_delayed_leave", b"")
@@ -344,7 +344,7 @@ class WebhookTests(DelegationTestCase):
         assert self.delegate(self.delayed()).code == 200
         alice = self.sfu.join(jwt)
         self.webhook("participant_joined", alice)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         body = b'{"event": "room_finished"}'
         with self.assertLogs("synapse_lk_jwt", logging.WARNING) as logs:
             channels = [
@@ -376,7 +376,7 @@ class WebhookTests(DelegationTestCase):
         alice = self.sfu.join(self.token())
         assert self.delegate(self.delayed()).code == 200
         self.webhook("participant_joined", alice)
-        # The first query and the first poll come before.
+        # The first query and the first poll happen before.
         self.advance_by(3)
         before = self.rows(), self.rows("identities"), self.rows("calls")
         assert self.post_webhook(body).code == 200
@@ -473,7 +473,7 @@ class KeptAliveTests(DelegationTestCase):
 
 
 class LeavingTests(DelegationTestCase):
-    """Participants who are gone, and participants who only seem to be."""
+    """Participants who disconnected, and participants who only seem to have."""
 
     def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
         super().prepare(reactor, clock, hs)
@@ -492,7 +492,7 @@ class LeavingTests(DelegationTestCase):
         assert self.is_in_call()
         assert len(self.rows()) == 1
         # The same with the SFU between the two.
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.webhook("participant_left", before)
         self.pump()
         assert self.is_in_call()
@@ -514,7 +514,7 @@ class LeavingTests(DelegationTestCase):
 
     @parameterized.expand([(event,) for event in GOING])
     def test_webhook_about_a_participant_who_is_gone_sends_one_leave(self, event: str) -> None:
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         for _ in range(3):
             # LiveKit may repeat it.
             self.webhook(event, self.participant)
@@ -532,7 +532,7 @@ class LeavingTests(DelegationTestCase):
         self.webhook("participant_joined", self.participant)
         self.participant.disconnect_reason = DisconnectReason.DUPLICATE_IDENTITY
         self.webhook("participant_left", self.participant)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.webhook(
             "participant_connection_aborted",
             ParticipantInfo(identity=self.participant.identity, sid="PA_another"),
@@ -542,7 +542,7 @@ class LeavingTests(DelegationTestCase):
 
     def test_late_left_of_an_earlier_call_does_not_end_a_new_membership(self) -> None:
         before = self.participant
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         # The user returns: the membership exists, and the participant is not connected yet.
         body = self.get_token_body(delay_id=self.delayed(), delay_timeout=HOUR_MS)
         self.assert_token(self.post("/get_token", body))
@@ -555,7 +555,7 @@ class LeavingTests(DelegationTestCase):
         self.sfu.answers_wait_for = answer
         # The answer to this query is older than the leave.
         self.webhook("participant_left", self.participant)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.reactor.advance(0.01)
         self.webhook("participant_left", self.participant)
         self.sfu.answers_wait_for = None
@@ -587,7 +587,7 @@ class LeavingTests(DelegationTestCase):
         assert self.rows() == []
 
     def test_duplicate_connection_does_not_count_as_connected(self) -> None:
-        self.webhook("participant_joined", self.sfu.join(self.jwt, twin="#twin"))
+        self.webhook("participant_joined", self.sfu.join(self.jwt, duplicate="#duplicate"))
         self.leaves(self.participant)
         assert not self.is_in_call()
 
@@ -597,7 +597,7 @@ class LeavingTests(DelegationTestCase):
 
     def test_two_polls_without_the_participant_send_the_leave(self) -> None:
         self.advance_by(31)
-        self.sfu.people = {room: {} for room in self.sfu.people}
+        self.sfu.participants = {room: {} for room in self.sfu.participants}
         self.advance_by(30)
         assert self.is_in_call()
         self.advance_by(31)
@@ -606,7 +606,7 @@ class LeavingTests(DelegationTestCase):
 
     def test_livekit_that_restarts_during_a_call_gets_the_room_recreated(self) -> None:
         self.advance_by(31)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         made = len(self.sfu.requests)
         self.advance_by(30)
         assert len(self.sfu.requests) == made + 1
@@ -619,7 +619,7 @@ class LeavingTests(DelegationTestCase):
         self.advance_by(31)
         made = len(self.sfu.requests)
         self.leaves(self.participant)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.webhook("room_finished")
         self.advance_by(90)
         assert len(self.sfu.requests) == made
@@ -629,12 +629,12 @@ class LeavingTests(DelegationTestCase):
         self.sfu.has_nodes = True
         self.advance_by(31)
         made = len(self.sfu.requests)
-        (room,) = self.sfu.people
+        (room,) = self.sfu.participants
         self.sfu.without_node.add(room)
         # Participants have until the second poll to reconnect by themselves.
         self.advance_by(30)
         assert len(self.sfu.requests) == made
-        self.sfu.people[room].clear()
+        self.sfu.participants[room].clear()
         self.advance_by(30)
         assert len(self.sfu.requests) == made + 1
         assert self.is_in_call()
@@ -645,7 +645,7 @@ class LeavingTests(DelegationTestCase):
     def test_participant_who_rejoins_after_a_livekit_node_died_stays(self) -> None:
         self.sfu.has_nodes = True
         self.advance_by(31)
-        (room,) = self.sfu.people
+        (room,) = self.sfu.participants
         self.sfu.without_node.add(room)
         self.advance_by(60)
         assert self.sfu.without_node == set()
@@ -655,7 +655,7 @@ class LeavingTests(DelegationTestCase):
 
     def test_finished_room_without_a_livekit_node_sends_the_leave(self) -> None:
         self.sfu.has_nodes = True
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.webhook("room_finished")
         self.pump()
         assert not self.is_in_call()
@@ -676,7 +676,7 @@ class LeavingTests(DelegationTestCase):
         self.prepare_again()
         (row,) = self.rows()
         assert self.pending() == [row[0]]
-        # Another state of the same member: the older event is not ours to cancel.
+        # Another state of the same member: the module must not cancel the older event.
         self.helper.send_state(
             self.room_id, MEMBER, {"in": "it"}, tok=self.alices_token, state_key="other"
         )
@@ -724,7 +724,7 @@ class LeavingTests(DelegationTestCase):
 
     def test_process_that_dies_before_the_leave_is_sent_loses_nothing(self) -> None:
         with patch.object(DelegationService, "run_tasks"):
-            self.sfu.people.clear()
+            self.sfu.participants.clear()
             self.webhook("participant_left", self.participant)
         assert self.is_in_call()
         # It is stored, and becomes due again.
@@ -734,7 +734,7 @@ class LeavingTests(DelegationTestCase):
         self.enter()
         self.prepare_again()
         with patch.object(LeaveSender, "_send", side_effect=Died):
-            self.sfu.people.clear()
+            self.sfu.participants.clear()
             self.webhook("participant_left", self.participant)
             self.pump()
         assert self.is_in_call()
@@ -794,6 +794,6 @@ class NoPollTests(DelegationTestCase):
         assert self.sfu.asked == []
         assert self.delegate(self.delayed()).code == 200
         self.advance_by(2)
-        self.sfu.people = {room: {} for room in self.sfu.people}
+        self.sfu.participants = {room: {} for room in self.sfu.participants}
         self.advance_by(720)
         assert not self.is_in_call()

@@ -39,7 +39,7 @@ class FollowingTestCase(DelegationTestCase):
         }
         for token in self.tokens.values():
             self.sfu.join(token)
-        self.sfu.join(self.tokens["bob on one device"], twin="#twin")
+        self.sfu.join(self.tokens["bob on one device"], duplicate="#duplicate")
         self.pump()
 
     def assert_jwt(self, channel: Any) -> str:
@@ -59,18 +59,20 @@ class FollowingTestCase(DelegationTestCase):
 
     def there(self) -> int:
         """How many participants there are in all rooms."""
-        return sum(len(people) for people in self.sfu.people.values())
+        return sum(len(present) for present in self.sfu.participants.values())
 
     def users_there(self) -> set[str]:
         return {
             self.owner(participant).user_id
-            for people in self.sfu.people.values()
-            for participant in people.values()
+            for present in self.sfu.participants.values()
+            for participant in present.values()
         }
 
     def room_of(self, participant: ParticipantInfo) -> str:
         room: str
-        (room,) = (r for r, people in self.sfu.people.items() if participant.identity in people)
+        (room,) = (
+            r for r, present in self.sfu.participants.items() if participant.identity in present
+        )
         return room
 
     def owner(self, participant: ParticipantInfo) -> ParticipantOwner:
@@ -140,7 +142,7 @@ class LeavingTests(FollowingTestCase):
         self.join_remotely(self.bob, "leave")
         self.join_remotely(self.alice, "leave")
         self.pump()
-        assert self.sfu.people == {}
+        assert self.sfu.participants == {}
         assert self.rows("calls") == []
 
     def test_webhook_of_banned_user_with_valid_token_removes_the_user(self) -> None:
@@ -150,7 +152,7 @@ class LeavingTests(FollowingTestCase):
             participant = self.sfu.join(token)
             self.webhook("participant_joined", participant, room=self.room_of(participant))
             self.pump()
-            is_there = any(participant.identity in p for p in self.sfu.people.values())
+            is_there = any(participant.identity in p for p in self.sfu.participants.values())
             assert is_there == (not name.startswith("bob")), name
 
     def test_poll_removes_banned_and_locked_users_who_joined_without_webhook(self) -> None:
@@ -191,27 +193,27 @@ class LeavingTests(FollowingTestCase):
     def test_duplicate_connection_with_nul_in_its_identity_is_removed(self) -> None:
         self.join_remotely(self.bob, "ban")
         self.pump()
-        twin = self.sfu.join(self.tokens["bob on one device"], twin="#\0")
-        assert self.webhook("participant_joined", twin, room=self.room).code == 200
+        duplicate = self.sfu.join(self.tokens["bob on one device"], duplicate="#\0")
+        assert self.webhook("participant_joined", duplicate, room=self.room).code == 200
         self.pump()
         assert self.users_there() == {self.alice, self.rita}
 
     def test_participant_of_unknown_user_stays(self) -> None:
         stranger = ParticipantInfo(identity="recorder", sid="PA_X")
-        self.sfu.people[self.room]["recorder"] = stranger
+        self.sfu.participants[self.room]["recorder"] = stranger
         self.webhook("participant_joined", stranger, room=self.room)
         self.join_remotely(self.bob, "leave")
         self.advance_by(31)
-        assert "recorder" in self.sfu.people[self.room]
+        assert "recorder" in self.sfu.participants[self.room]
 
     def test_participant_with_token_of_lk_jwt_service_is_removed_by_identity(self) -> None:
         for identity in (f"{self.bob}:DEVICE", f"{self.bob}:8448:DEVICE"):
-            self.sfu.people[self.room][identity] = ParticipantInfo(identity=identity)
+            self.sfu.participants[self.room][identity] = ParticipantInfo(identity=identity)
         self.join_remotely(self.bob, "leave")
         self.pump()
         # The second one is of another server's user.
-        assert f"{self.bob}:DEVICE" not in self.sfu.people[self.room]
-        assert f"{self.bob}:8448:DEVICE" in self.sfu.people[self.room]
+        assert f"{self.bob}:DEVICE" not in self.sfu.participants[self.room]
+        assert f"{self.bob}:8448:DEVICE" in self.sfu.participants[self.room]
 
     def test_remote_user_in_room_with_partial_state_stays(self) -> None:
         self.get_success(
@@ -225,7 +227,7 @@ class LeavingTests(FollowingTestCase):
         participant = self.sfu.join(self.assert_jwt(self.post("/get_token", body)))
         self.webhook("participant_joined", participant)
         self.advance_by(31)
-        assert participant.identity in self.sfu.people[self.room]
+        assert participant.identity in self.sfu.participants[self.room]
 
 
 class NoMembershipTests(FollowingTestCase):
@@ -247,10 +249,10 @@ class OwnMetadataTests(FollowingTestCase):
     module_config = {"can_update_own_metadata": True}
 
     def test_noted_owner_takes_precedence_over_replaced_attributes(self) -> None:
-        for people in list(self.sfu.people.values()):
-            for participant in list(people.values()):
+        for present in list(self.sfu.participants.values()):
+            for participant in list(present.values()):
                 self.webhook("participant_joined", participant, room=self.room_of(participant))
-        participants = [p for people in self.sfu.people.values() for p in people.values()]
+        participants = [p for present in self.sfu.participants.values() for p in present.values()]
         (alice,) = (p for p in participants if self.owner(p).user_id == self.alice)
         for participant in participants:
             if participant is not alice:

@@ -58,7 +58,7 @@ fuzz = settings(
 class FuzzTests(ModuleTestCase):
     def ask(self, kind: str, body: bytes) -> None:
         with self.assertLogs(level=logging.INFO) as logs:
-            # assertLogs fails without any record.
+            # assertLogs fails if nothing was logged.
             logging.getLogger().info("request")
             if kind == "homeserver":
                 channel = self.post_homeserver(body)

@@ -27,7 +27,7 @@ class FinishedInErrorTests(FollowingTestCase):
 
     def test_room_finished_is_not_noted_again_without_participants(self) -> None:
         self.advance_by(11)
-        del self.sfu.people[self.room]
+        del self.sfu.participants[self.room]
         before = len(self.rows("calls"))
         assert self.webhook("room_finished", room=self.room).code == 200
         self.pump()
@@ -43,7 +43,7 @@ class VanishedRoomTests(DelegationTestCase):
         self.reactor.advance(1)
         self.token()
         assert len(self.sfu.requests) == made
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         room = livekit_room_name(self.room_id, SLOT)
         event = {
             "event": "room_finished",
@@ -53,7 +53,7 @@ class VanishedRoomTests(DelegationTestCase):
         assert self.post_webhook(json.dumps(event).encode()).code == 200
         self.token()
         assert len(self.sfu.requests) == made + 1
-        assert room in self.sfu.people
+        assert room in self.sfu.participants
 
 
 class RefusedWebhookTests(DelegationTestCase):
@@ -72,7 +72,7 @@ class RefusedWebhookTests(DelegationTestCase):
         participant = self.sfu.join(self.jwt)
         self.delegate_in_call()
         self.advance_by(30)
-        del self.sfu.people[next(iter(self.sfu.people))][participant.identity]
+        del self.sfu.participants[next(iter(self.sfu.participants))][participant.identity]
         self.advance_by(75)
         assert not self.is_in_call()
         assert self.rows() == []

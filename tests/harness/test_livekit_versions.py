@@ -51,8 +51,8 @@ class RoomEndTests(DelegationTestCase):
 
     def finish(self, reason: str | int | None) -> None:
         """LiveKit closes the room and reports it, with or without a reason."""
-        (room,) = self.sfu.people
-        self.sfu.people.clear()
+        (room,) = self.sfu.participants
+        self.sfu.participants.clear()
         event: dict[str, Any] = {"event": "room_finished", "room": {"name": room}}
         if reason is not None:
             event["roomEndReason"] = reason
@@ -105,8 +105,8 @@ class RoomEndTests(DelegationTestCase):
         assert self.is_in_call()
 
     def test_webhook_with_unknown_names_of_a_newer_livekit_sends_the_leave(self) -> None:
-        (room,) = self.sfu.people
-        self.sfu.people.clear()
+        (room,) = self.sfu.participants
+        self.sfu.participants.clear()
         participant = {
             "sid": self.participant.sid,
             "identity": self.participant.identity,
@@ -129,7 +129,7 @@ class RoomEndTests(DelegationTestCase):
     @parameterized.expand([("agent_job_created",), ("egress_started",), ("hologram_started",)])
     def test_webhook_of_an_unknown_event_changes_nothing(self, name: str) -> None:
         room = self.sfu.requests[-1][1].name
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         event = {"event": name, "room": {"name": room}, "job": {"id": "x", "type": "JT_NEW"}}
         assert self.post_webhook(json.dumps(event).encode()).code == 200
         self.pump()
@@ -173,13 +173,13 @@ class RemovalTests(FollowingTestCase):
 
 
 class OtherKindsTests(FollowingTestCase):
-    """Agents, recorders and SIP callers in a call of this homeserver's."""
+    """Agents, recorders and SIP callers in a call of this homeserver."""
 
     def let_in(self, kind: Any, identity: str) -> ParticipantInfo:
         participant = ParticipantInfo(
             sid="PA_other", identity=identity, kind=kind, state=ParticipantInfo.State.ACTIVE
         )
-        self.sfu.people[self.room][identity] = participant
+        self.sfu.participants[self.room][identity] = participant
         return participant
 
     @parameterized.expand([(Kind.INGRESS,), (Kind.EGRESS,), (Kind.SIP,), (Kind.AGENT,), (99,)])
@@ -191,13 +191,13 @@ class OtherKindsTests(FollowingTestCase):
             assert self.webhook("participant_joined", participant, room=self.room).code == 200
         self.join_remotely(self.bob, "ban")
         self.advance_by(61)
-        assert {stranger.identity, long.identity} <= self.sfu.people[self.room].keys()
-        assert not any(i.startswith(self.bob) for i in self.sfu.people[self.room])
+        assert {stranger.identity, long.identity} <= self.sfu.participants[self.room].keys()
+        assert not any(i.startswith(self.bob) for i in self.sfu.participants[self.room])
 
     def test_participant_of_the_standard_kind_is_removed(self) -> None:
         stranger = self.let_in(Kind.STANDARD, "@stranger:test:DEVICE")
         self.advance_by(31)
-        assert stranger.identity not in self.sfu.people[self.room]
+        assert stranger.identity not in self.sfu.participants[self.room]
 
 
 @skipUnless(hasattr(constants, "StickyEvent"), "this Synapse has no sticky events")

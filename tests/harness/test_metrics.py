@@ -231,7 +231,7 @@ class SfuTests(ModuleTestCase):
         self.sfu.answer = self.sfu.room()
         self.assert_token(self.post("/get_token", self.get_token_body()))
         with counting("sfu_failures_total") as counted:
-            self.sfu.people.clear()
+            self.sfu.participants.clear()
             self.join_remotely(self.alice, "leave")
             self.advance(6)
         assert ("DeleteRoom", self.sfu.requests[0][1].name) in self.sfu.asked
@@ -287,13 +287,13 @@ class LeavesTests(DelegationTestCase):
     def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
         super().prepare(reactor, clock, hs)
         self.participant = self.sfu.join(self.token())
-        # Asked for twice, as clients do.
+        # Requested twice, as clients do.
         delay_id = self.delayed()
         with counting("delegations_accepted_total") as counted:
             for _ in range(2):
                 assert self.delegate(delay_id).code == 200
         assert counted == {"delegations_accepted_total": 1}
-        # It has been there for longer than a moment.
+        # The participant has been connected for longer than two seconds.
         self.advance_by(3)
 
     def test_leave_after_webhook_is_counted(self) -> None:
@@ -304,7 +304,7 @@ class LeavesTests(DelegationTestCase):
 
     def test_leave_after_poll_is_counted(self) -> None:
         self.advance_by(31)
-        self.sfu.people = {room: {} for room in self.sfu.people}
+        self.sfu.participants = {room: {} for room in self.sfu.participants}
         with counting(*self.NAMES) as counted:
             self.advance_by(62)
         assert not self.is_in_call()
@@ -313,7 +313,7 @@ class LeavesTests(DelegationTestCase):
     def test_leave_of_participant_who_never_joined_is_counted(self) -> None:
         self.leaves(self.participant)
         self.enter()
-        # An hour would be long in here.
+        # An hour-long delay would need too many steps of the clock.
         with (
             patch("synapse_lk_jwt.delegation.state_machine.MAX_WAIT_MS", 5_000),
             counting(*self.NAMES) as counted,
@@ -386,7 +386,7 @@ class RemovalsTests(FollowingTestCase):
         with counting(self.NAME) as counted:
             self.join_remotely(self.bob, "ban")
             self.pump()
-        # With the twin, there were five.
+        # With the duplicate connection, there were five.
         assert counted == self.removed("left", 5)
         token = self.tokens["bob on one device"]
         with counting(self.NAME) as counted:
@@ -427,7 +427,7 @@ class NowTests(FollowingTestCase):
 
     def test_poll_sets_rooms_and_participants_of_our_calls(self) -> None:
         metrics.last_poll.set(0)
-        self.sfu.people["another tool's"] = {"x": ParticipantInfo(identity="x")}
+        self.sfu.participants["another tool's"] = {"x": ParticipantInfo(identity="x")}
         self.advance_by(31)
         assert self.now() == (2, 7)
         asked_sec = own_samples()["last_poll_timestamp_seconds"]
@@ -439,7 +439,7 @@ class NowTests(FollowingTestCase):
         assert own_samples()["last_poll_timestamp_seconds"] == asked_sec
 
         self.sfu.is_down = False
-        self.sfu.people = {room: {} for room in self.sfu.people}
+        self.sfu.participants = {room: {} for room in self.sfu.participants}
         self.advance_by(31)
         assert self.now() == (0, 0)
         assert own_samples()["last_poll_timestamp_seconds"] > asked_sec

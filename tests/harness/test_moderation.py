@@ -115,21 +115,21 @@ class BlockedCallTests(DelegationTestCase):
         rita_asks = self.sfu_get_body(openid_token=self.remote_token(self.rita))
         for body in (self.sfu_get_body(), rita_asks):
             self.sfu.join(self.post("/sfu/get", body).json_body["jwt"])
-        (people,) = self.sfu.people.values()
-        assert len(people) == 2
+        (present,) = self.sfu.participants.values()
+        assert len(present) == 2
         self.get_success(self.store.block_room(self.room_id, "@admin:test"))
         self.advance_by(SWEEP_SEC)
-        assert not people
+        assert not present
 
     def test_remote_participant_in_room_elsewhere_that_is_blocked_is_removed(self) -> None:
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita), room=ELSEWHERE)
         self.sfu.join(self.post("/sfu/get", body).json_body["jwt"])
-        (people,) = self.sfu.people.values()
+        (present,) = self.sfu.participants.values()
         self.advance_by(60)
-        assert len(people) == 1
+        assert len(present) == 1
         self.get_success(self.store.block_room(ELSEWHERE, "@admin:test"))
         self.advance_by(SWEEP_SEC)
-        assert not people
+        assert not present
 
 
 class PartialStateTests(ModerationTestCase):
@@ -188,7 +188,7 @@ class AccountValidityTests(ModerationTestCase):
         for way, ask in ways:
             channel = ask()
             if way.startswith("client"):
-                # Synapse itself refuses the access token.
+                # Synapse itself rejects the access token.
                 self.assert_error(channel, 403, Codes.EXPIRED_ACCOUNT)
             else:
                 self.assert_error(channel, 401, Codes.UNAUTHORIZED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The module's tables: how they are created, and what one call costs that is noted twice."""
+"""The module's tables: how they are created, and how database errors are retried."""
 
 from typing import Any
 from unittest.mock import patch
@@ -67,7 +67,7 @@ class CreateTablesTests(TablesTestCase):
         assert self.version() == SCHEMA_VERSION + 1
 
     def test_tables_have_no_boolean_columns(self) -> None:
-        # synapse_port_db fails at those that it does not know.
+        # synapse_port_db fails at BOOLEAN columns that it does not list.
         assert "BOOL" not in "".join(SCHEMA).upper()
 
 
@@ -96,7 +96,7 @@ class NoteCallTests(TablesTestCase):
         self.get_success(self.table.all())
 
     def errors(self, number: int) -> Any:
-        """Lets that many transactions end with an error of the database."""
+        """Makes this many transactions fail with a database error."""
         run = self.homeserver.database.run_interaction
         results = iter([fail(self.error("the connection is closed")) for _ in range(number)])
 

@@ -27,41 +27,41 @@ class AttackTestCase(FollowingTestCase):
     def prepare(self, reactor: Any, clock: Any, hs: Any) -> None:
         super().prepare(reactor, clock, hs)
         # The participants of the base class leave.
-        for name in self.sfu.people:
-            self.sfu.people[name] = {}
+        for name in self.sfu.participants:
+            self.sfu.participants[name] = {}
         self.alices_identity = claims(self.tokens["alice"])["sub"]
 
-    def connect(self, name: str, twin: str = "") -> ParticipantInfo:
-        participant: ParticipantInfo = self.sfu.join(self.tokens[name], twin)
+    def connect(self, name: str, duplicate: str = "") -> ParticipantInfo:
+        participant: ParticipantInfo = self.sfu.join(self.tokens[name], duplicate)
         return participant
 
     def identities(self) -> list[str]:
-        return [i for people in self.sfu.people.values() for i in people]
+        return [i for present in self.sfu.participants.values() for i in present]
 
 
 class LongIdentityTests(AttackTestCase):
     @parameterized.expand([(321,), (5_000,), (300_000,)])
     def test_poll_removes_identities_that_no_client_has(self, length: int) -> None:
-        twin = self.connect("bob on one device")
-        twin.identity = twin.identity.ljust(length, "#")
-        self.sfu.people[self.room] = {twin.identity: twin}
+        duplicate = self.connect("bob on one device")
+        duplicate.identity = duplicate.identity.ljust(length, "#")
+        self.sfu.participants[self.room] = {duplicate.identity: duplicate}
         self.connect("alice")
         self.advance_by(31)
         assert self.identities() == [self.alices_identity]
 
     def test_poll_identity_of_a_client_stays(self) -> None:
-        twin = self.connect("bob on one device", "#" + "x" * 60)
+        duplicate = self.connect("bob on one device", "#" + "x" * 60)
         self.advance_by(31)
-        assert self.identities() == [twin.identity]
+        assert self.identities() == [duplicate.identity]
 
     def test_webhook_of_a_long_identity_removes_it(self) -> None:
-        twin = self.connect("bob on one device", "#" * 5_000)
-        assert self.webhook("participant_joined", twin, room=self.room).code == 200
+        duplicate = self.connect("bob on one device", "#" * 5_000)
+        assert self.webhook("participant_joined", duplicate, room=self.room).code == 200
         self.pump()
         assert self.identities() == []
 
     def test_poll_room_of_another_tool_keeps_its_participants(self) -> None:
-        self.sfu.people["recordings"] = {"r" * 1_000: ParticipantInfo(identity="r" * 1_000)}
+        self.sfu.participants["recordings"] = {"r" * 1_000: ParticipantInfo(identity="r" * 1_000)}
         self.advance_by(61)
         assert self.identities() == ["r" * 1_000]
 
@@ -94,22 +94,22 @@ class LargeListingTests(AttackTestCase):
         ):
             self.join_remotely(self.rita, "ban")
             self.pump()
-        assert self.room not in self.sfu.people
+        assert self.room not in self.sfu.participants
         assert "too long to find the users who left" in logs.output[0]
 
     def test_ban_known_identity_beyond_the_listing_is_removed_by_name(self) -> None:
-        self.sfu.people[self.room] = {
+        self.sfu.participants[self.room] = {
             f"x{n}": ParticipantInfo(identity=f"x{n}", sid="PA_x") for n in range(3)
         }
         self.connect("bob on one device").identity = f"{self.bob}:{self.device_of_bob()}"
-        (bob,) = (p for p in self.sfu.people[self.room].values() if p.identity[0] == "@")
-        self.sfu.people[self.room].pop(f"{self.bob}:DEVICE")
-        self.sfu.people[self.room][bob.identity] = bob
+        (bob,) = (p for p in self.sfu.participants[self.room].values() if p.identity[0] == "@")
+        self.sfu.participants[self.room].pop(f"{self.bob}:DEVICE")
+        self.sfu.participants[self.room][bob.identity] = bob
         with patch.object(listings, "MAX_PARTICIPANTS", 3):
             self.join_remotely(self.bob, "ban")
             self.pump()
         assert bob.identity not in self.identities()
-        assert self.room in self.sfu.people
+        assert self.room in self.sfu.participants
 
     def device_of_bob(self) -> str:
         (device_id,) = self.get_success(self.store.get_devices_by_user(self.bob))
@@ -141,7 +141,7 @@ class SilentParticipantTests(AttackTestCase):
         self.connect("alice")
         self.join_remotely(self.bob, "ban")
         for _ in range(4):
-            # With this connection LiveKit sends a token that is good for ten minutes more.
+            # At this connection LiveKit sends a token that is valid for ten more minutes.
             self.connect("bob on one device")
             self.advance_by(3)
             assert self.identities() == [self.alices_identity]
@@ -179,7 +179,7 @@ class UnansweredRemovalTests(AttackTestCase):
 
         def leave_first(name: str, data: bytes) -> Any:
             if name == "RemoveParticipant":
-                self.sfu.people[self.room].clear()
+                self.sfu.participants[self.room].clear()
                 self.sfu.has_nodes = True
                 self.sfu.without_node.clear()
                 return answer("ListParticipants", b"\x0a\x01x")
@@ -206,10 +206,10 @@ class PostponedTests(AttackTestCase):
         with patch.object(tables.CallTable, "in_rooms", side_effect=error):
             self.advance_by(6)
         self.sfu.is_down = False
-        # Only the postponed work knows of it.
+        # Only the postponed removal contains it.
         with patch.object(DelegationTable, "tracked", side_effect=error):
             self.advance_by(6)
-        assert self.identities() == [next(iter(self.sfu.people[self.room]))]
+        assert self.identities() == [next(iter(self.sfu.participants[self.room]))]
         assert self.bob not in self.users_there()
 
 
@@ -234,12 +234,12 @@ class LostCallTests(AttackTestCase):
         # One for each poll, and the first one may be at the start.
         assert len(logs.output) in (1, 2)
         assert all("a bug" in line for line in logs.output)
-        assert list(self.sfu.people[self.room]) == []
+        assert list(self.sfu.participants[self.room]) == []
 
 
 class LargeWebhookTests(AttackTestCase):
     def large(self, event: str, participant: ParticipantInfo) -> bytes:
-        """As LiveKit writes it, with its varying blanks."""
+        """As LiveKit writes it, with a varying number of blanks."""
         beginning = {"event": event, "room": {"sid": "RM_x", "name": self.room}}
         body = json.dumps(beginning, separators=(",", ": "))[:-1]
         tracks = [{"name": "n" * 6_000_000}] * 2
@@ -274,7 +274,7 @@ class LargeWebhookTests(AttackTestCase):
             state_key=self.key,
         )
         assert self.is_in_call()
-        self.sfu.people[self.room].clear()
+        self.sfu.participants[self.room].clear()
         assert self.post_webhook(self.large("participant_left", alice)).code == 200
         self.advance_by(2)
         assert not self.is_in_call()
@@ -292,9 +292,9 @@ class ForeignAbortTests(AttackTestCase):
         self.webhook("participant_joined", alice, room=self.room)
         self.pump()
         self.sfu.asked.clear()
-        twin = ParticipantInfo(identity=self.alices_identity + "#" * 5_000)
+        duplicate = ParticipantInfo(identity=self.alices_identity + "#" * 5_000)
         for event in ("participant_connection_aborted", "participant_left"):
-            assert self.webhook(event, twin, room=self.room).code == 200
+            assert self.webhook(event, duplicate, room=self.room).code == 200
             self.pump()
         assert {name for name, _ in self.sfu.asked} <= {"ListParticipants"}
         table = DelegationTable(ModuleDatabase(Homeserver(self.hs.get_module_api())))
@@ -305,11 +305,11 @@ class ForeignAbortTests(AttackTestCase):
 class OwnMetadataTests(AttackTestCase):
     module_config = {"can_update_own_metadata": True}
 
-    @parameterized.expand([("",), ("#twin",), ("###",)])
+    @parameterized.expand([("",), ("#duplicate",), ("###",)])
     def test_ban_attributes_replaced_at_join_without_a_webhook_removes_the_user(
-        self, twin: str
+        self, duplicate: str
     ) -> None:
-        hidden = self.connect("bob, MSC4195", twin)
+        hidden = self.connect("bob, MSC4195", duplicate)
         hidden.attributes["synapse_lk_jwt"] = "x"
         self.join_remotely(self.bob, "ban")
         self.pump()
@@ -319,7 +319,7 @@ class OwnMetadataTests(AttackTestCase):
         body = self.sfu_get_body(
             openid_token=self.openid_token(self.bob, self.bobs_token), device_id="A#B#C"
         )
-        hidden = self.sfu.join(self.assert_jwt(self.post("/sfu/get", body)), "#twin")
+        hidden = self.sfu.join(self.assert_jwt(self.post("/sfu/get", body)), "#duplicate")
         hidden.attributes["synapse_lk_jwt"] = "x"
         self.join_remotely(self.bob, "ban")
         self.pump()
@@ -329,7 +329,9 @@ class OwnMetadataTests(AttackTestCase):
         hidden = self.connect("bob, MSC4195")
         for number in range(1_000):
             identity = f"{hidden.identity}#{number}".ljust(320, "#")
-            self.sfu.people[self.room][identity] = ParticipantInfo(identity=identity, sid="PA_x")
+            self.sfu.participants[self.room][identity] = ParticipantInfo(
+                identity=identity, sid="PA_x"
+            )
         with patch.object(tables, "hash_of_identity", wraps=hash_of_identity) as hashed:
             self.advance_by(31)
         # The polls at the start, and half a minute later.
@@ -343,7 +345,7 @@ class OwnMetadataTests(AttackTestCase):
                 if channel.code != 200:
                     break
         self.assert_error(channel, 429, "M_LIMIT_EXCEEDED")
-        # One that is noted is good for more than one token.
+        # An identity that is noted can have several tokens.
         assert self.post_homeserver(self.homeserver_body(member_id="member 0")).code == 200
 
     def test_poll_forgets_identities_whose_tokens_have_expired(self) -> None:
@@ -351,7 +353,7 @@ class OwnMetadataTests(AttackTestCase):
         self.advance_by(2 * 3_600)
         users = {row[2] for row in self.rows("owners")}
         assert users == {self.bob}
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.advance_by(2 * 3_600)
         assert self.rows("owners") == []
 

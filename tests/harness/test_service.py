@@ -357,7 +357,7 @@ class NoMembershipTests(ModuleTestCase):
         body = self.sfu_get_body(openid_token=self.remote_token(self.rita))
         video = self.assert_token(self.post("/sfu/get", body))["video"]
         assert (video["canPublish"], video["canPublishData"]) == (False, False)
-        # The option does not concern the homeserver endpoints.
+        # The option does not apply to MSC4195's endpoints.
         channel = self.post_homeserver(self.homeserver_body(room_id="!unknown:test"))
         self.assert_error(channel, 403, Codes.FORBIDDEN)
 
@@ -449,7 +449,7 @@ class RoomTests(ModuleTestCase):
             assert cause in line
 
     def test_token_livekit_does_not_answer_in_time_is_rejected_with_503(self) -> None:
-        # Cancelling, as Synapse's client does it, raises something of its own.
+        # Synapse's client raises its own exception when a request is cancelled.
         never: Deferred[Any] = Deferred(lambda deferred: deferred.errback(IndexError()))
         self.sfu.answer = [never, None]
         channel = self.ask(await_result=False)
@@ -554,7 +554,7 @@ class LimitTests(ModuleTestCase):
         for number in range(200):
             self.assert_token(ask(number))
         self.assert_error(ask(200), 429, Codes.LIMIT_EXCEEDED)
-        # Rooms that this homeserver is in go on.
+        # Rooms that this homeserver is in are not limited.
         self.assert_token(self.post("/sfu/get", self.sfu_get_body()))
 
     def test_rate_limit_of_look_ups_counts_an_ipv6_network_as_one_address(self) -> None:

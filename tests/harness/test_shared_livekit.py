@@ -23,8 +23,8 @@ class SharedTestCase(FollowingTestCase):
         self.carl = f"@carl:{self.OTHER_SERVER_NAME}"
         self.join_remotely(self.carl)
         # The calls of the base class end.
-        for name in list(self.sfu.people):
-            del self.sfu.people[name]
+        for name in list(self.sfu.participants):
+            del self.sfu.participants[name]
             self.webhook("room_finished", room=name)
         self.advance_by(12)
         self.get_success(self.store.db_pool.execute("none", "DELETE FROM synapse_lk_jwt_calls"))
@@ -42,7 +42,7 @@ class SharedTestCase(FollowingTestCase):
             attributes=OwnerSealer(SECRET).seal(owner, identity),
         )
         room = livekit_room_name(room_id, SLOT)
-        self.sfu.people.setdefault(room, {})[identity] = participant
+        self.sfu.participants.setdefault(room, {})[identity] = participant
         if announce:
             assert self.webhook("participant_joined", participant, room=room).code == 200
             self.pump()
@@ -57,7 +57,7 @@ class SharedTestCase(FollowingTestCase):
         return participant
 
     def identities(self) -> set[str]:
-        return {identity for people in self.sfu.people.values() for identity in people}
+        return {identity for present in self.sfu.participants.values() for identity in present}
 
     def leave_with_all_local_users(self) -> None:
         self.helper.leave(self.room_id, self.bob, tok=self.bobs_token)
@@ -78,7 +78,7 @@ class TheirCallTests(SharedTestCase):
         self.theirs(self.carl, THEIR_ROOM, announce=False)
         self.advance_by(61)
         made = len(self.sfu.requests)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.advance_by(61)
         assert len(self.sfu.requests) == made
 
@@ -114,7 +114,7 @@ class SharedRoomTests(SharedTestCase):
         carl = self.theirs(self.carl, self.room_id)
         self.mine("alice")
         self.leave_with_all_local_users()
-        # No webhook: it brings up no media.
+        # LiveKit sends no webhook, because the participant sends no media.
         self.sfu.join(self.tokens["alice"])
         self.advance_by(5)
         assert self.identities() == {carl.identity}
@@ -122,7 +122,7 @@ class SharedRoomTests(SharedTestCase):
     def test_last_local_user_leaves_a_call_without_others_ends_it(self) -> None:
         self.mine("alice")
         self.leave_with_all_local_users()
-        assert self.sfu.people == {}
+        assert self.sfu.participants == {}
         assert self.rows("calls") == []
 
     def test_room_blocked_here_participants_of_the_other_homeserver_stay(self) -> None:
@@ -149,12 +149,12 @@ class SharedRoomTests(SharedTestCase):
         alice = self.mine("alice")
         self.theirs(self.carl, self.room_id)
         self.advance_by(31)
-        # Noted as a call of ours, which alice has left since.
+        # The module noted this call for Alice, who has left it since.
         assert len(self.rows("calls")) == 1
-        del self.sfu.people[self.room][alice.identity]
+        del self.sfu.participants[self.room][alice.identity]
         self.advance_by(61)
         made = len(self.sfu.requests)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.advance_by(61)
         assert len(self.sfu.requests) == made
 
@@ -163,7 +163,7 @@ class SharedRoomTests(SharedTestCase):
         self.theirs(self.carl, self.room_id)
         self.advance_by(61)
         made = len(self.sfu.requests)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.advance_by(31)
         assert len(self.sfu.requests) == made + 1
 
@@ -174,7 +174,7 @@ class SharedRoomTests(SharedTestCase):
         participant.attributes.update(OwnerSealer(SECRET).seal(owner, identity))
         self.advance_by(61)
         made = len(self.sfu.requests)
-        self.sfu.people.clear()
+        self.sfu.participants.clear()
         self.advance_by(31)
         assert len(self.sfu.requests) == made + 1
 
@@ -189,5 +189,5 @@ class SharedRoomTests(SharedTestCase):
         ):
             self.join_remotely(self.rita, "ban")
             self.pump()
-        assert self.room in self.sfu.people
+        assert self.room in self.sfu.participants
         assert "another homeserver uses it as well" in logs.output[0]

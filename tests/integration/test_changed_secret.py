@@ -36,7 +36,7 @@ def synapse(livekit: LiveKit, tmp_path: Path) -> Iterator[Synapse]:
     keys.write_text("".join(f"{key}: {secret}\n" for key, secret in KEYS.items()))
     config = module_config(livekit, livekit_key="APIold", livekit_key_file=str(keys))
     del config["livekit_secret"]
-    # No polls, so that webhooks and state changes alone must do the work.
+    # No polls, so that only webhooks and state changes cause removals and leaves.
     config["sanity_check_interval"] = "1h"
     synapse = Synapse("k", tmp_path, config)
     livekit.webhook_urls.append(f"{synapse.client_url}{service.PREFIX}/sfu_webhook")

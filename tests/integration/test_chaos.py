@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synapse, LiveKit and clients are killed, and room and SFU agree all the same."""
+"""Synapse, LiveKit and clients are killed, and the room and LiveKit agree at the end."""
 
 from pathlib import Path
 

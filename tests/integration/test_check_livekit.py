@@ -200,7 +200,7 @@ def test_livekit_url_with_a_wrong_path_names_the_option_and_the_url(
 def test_clocks_that_are_far_apart_are_wrong(tmp_path: Path) -> None:
     if shutil.which("faketime") is None:
         missing_tool("faketime is missing: apt-get install faketime")
-    # Go asks the kernel for the time, past what `faketime` puts in between.
+    # Go reads the time from the kernel directly, so `faketime` has no effect on it.
     wrapper = ["faketime", "-f", "+10m"]
     livekit = LiveKit(tmp_path)
     late = Synapse("late", tmp_path, module_config(livekit))

@@ -133,7 +133,7 @@ def test_running_settings_that_differ_from_the_files_are_named(
         config: dict[str, Any] = {"max_event_delay_duration": "24h"}
         module: dict[str, Any] = {"full_access_homeservers": []}
         report = second.check.run(config=config, module=module)
-        # What the files say is well, and what runs has no delayed events.
+        # The files are right, but the running Synapse has no delayed events.
         assert report.the("ok", "delayed events")
         finding = report.the("wrong", "settings")
         assert "the main process runs with other settings than these files have" in finding.text

@@ -175,7 +175,7 @@ def test_auto_create_is_logged_and_the_check_at_start_creates_no_room(
         assert " - WARNING - " in line(synapse, "auto_create: is on")
         assert "access rule" not in synapse.log_text()
         assert open_to_all.rooms() == []
-        # LiveKit sends webhooks at once, also for rooms that are gone.
+        # LiveKit sends webhooks at once, also for rooms that no longer exist.
         assert "sfu_webhook" not in synapse.log_text()
         open_to_all.ask("CreateRoom", {"name": "other"}, api.VideoGrants(room_create=True))
         wait_until(lambda: "sfu_webhook" in synapse.log_text(), "webhook")

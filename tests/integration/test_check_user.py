@@ -110,7 +110,7 @@ def test_trace_of_an_unusable_account_ends_at_account(homeservers: Homeservers) 
         how(alice.user_id)
         text = failure(homeservers, alice.user_id, room_id)
         assert text.startswith(f"account: {alice.user_id} does not exist here, or is deactivated")
-    unknown = f"@nobody:{homeservers.a.server_name}"
+    unknown = f"@unknown:{homeservers.a.server_name}"
     text = failure(homeservers, unknown, "!no-room")
     assert text.startswith(f"account: {unknown} does not exist here")
 

@@ -37,7 +37,7 @@ def test_worker_that_does_not_run_is_a_warning(
     worker.stop()
     report = checker.run()
     assert "worker1 does not answer at http://127.0.0.1:" in report.the("warning", "processes").text
-    # LiveKit's webhooks go to this one.
+    # LiveKit sends its webhooks to this one.
     assert "do not arrive" in report.the("wrong", "webhooks").text
     worker.start()
     worker.wait_until(

@@ -115,15 +115,17 @@ def test_poll_of_duplicate_connections_with_identities_of_250_kilobytes_does_not
     room = livekit_room(token(alice, room_id))
     jwt = token(mallory, room_id)
     with answers_in_time(synapse):
-        twins = [Signalling(livekit.url, jwt, publish=f"{n}" + "%23" * 250_000) for n in range(3)]
-        assert [twin.status for twin in twins] == [101] * 3
+        duplicates = [
+            Signalling(livekit.url, jwt, publish=f"{n}" + "%23" * 250_000) for n in range(3)
+        ]
+        assert [duplicate.status for duplicate in duplicates] == [101] * 3
         wait_until(
             lambda: all(len(identity) < 1_000 for identity in identities(livekit, room)),
             "removal of the long identities",
             REMOVED_SEC,
         )
-    for twin in twins:
-        twin.close()
+    for duplicate in duplicates:
+        duplicate.close()
 
 
 def test_ban_with_20_megabytes_of_identities_listed_removes_the_user(
@@ -131,25 +133,25 @@ def test_ban_with_20_megabytes_of_identities_listed_removes_the_user(
 ) -> None:
     room_id, (alice, mallory, bob) = users_in_room(synapse, "alice", "mallory", "bob")
     room = livekit_room(token(alice, room_id))
-    twins = []
+    duplicates = []
     jwts = [token(mallory, room_id), token(bob, room_id)]
     there = Signalling(livekit.url, jwts[1])
     try:
         with answers_in_time(synapse):
-            twins += [
+            duplicates += [
                 Signalling(livekit.url, jwts[0], publish=f"{n}" + "%23" * 330_000)
                 for n in range(60)
             ]
-            twins.append(Signalling(livekit.url, jwts[0]))
-            assert {twin.status for twin in twins} == {101}
+            duplicates.append(Signalling(livekit.url, jwts[0]))
+            assert {duplicate.status for duplicate in duplicates} == {101}
             began = time.monotonic()
             alice.ban(room_id, mallory.user_id)
             alice.kick(room_id, bob.user_id)
             wait_until(lambda: not identities(livekit, room), "empty room", REMOVED_SEC)
             print(f"removed after {time.monotonic() - began:.1f} s")
     finally:
-        for twin in [*twins, there]:
-            twin.close()
+        for duplicate in [*duplicates, there]:
+            duplicate.close()
 
 
 def test_ban_with_track_names_of_6_megabytes_removes_the_user_and_sends_other_leaves(
@@ -220,15 +222,15 @@ def own_metadata(synapse: Synapse) -> Iterator[None]:
     synapse.restart()
 
 
-@pytest.mark.parametrize("twin", ["", "twin", "x" * 9_000])
+@pytest.mark.parametrize("duplicate", ["", "duplicate", "x" * 9_000])
 def test_ban_of_participant_that_replaced_its_attributes_removes_it(
-    twin: str, synapse: Synapse, livekit: LiveKit, own_metadata: None
+    duplicate: str, synapse: Synapse, livekit: LiveKit, own_metadata: None
 ) -> None:
     room_id, (alice, mallory) = users_in_room(synapse, "alice", "mallory")
     token(alice, room_id)
     body = service.get_token_body(mallory, room_id)
     jwt = service.post(mallory.client_url, "/get_token", body).ok()["jwt"]
-    hidden = Signalling(livekit.url, jwt, publish=twin, attributes={"synapse_lk_jwt": "x"})
+    hidden = Signalling(livekit.url, jwt, publish=duplicate, attributes={"synapse_lk_jwt": "x"})
     assert hidden.status == 101
     (participant,) = livekit.participants(livekit_room(jwt))
     assert participant["attributes"] == {"synapse_lk_jwt": "x"}

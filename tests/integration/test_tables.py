@@ -35,7 +35,7 @@ ROOM = "!room:example.org"
 HOUR_MS = 3_600_000
 WRITERS = 16
 DATABASE = "tables"
-# As many as Synapse makes.
+# As many attempts as Synapse makes.
 ATTEMPTS = 5
 
 
@@ -61,7 +61,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 
 class Transaction:
-    """A cursor that takes `?` as Synapse's does, and knows its engine."""
+    """A cursor that accepts `?` as Synapse's does, and has its engine."""
 
     def __init__(self, cursor: Any, engine: PostgresEngine) -> None:
         self._cursor = cursor
@@ -116,7 +116,7 @@ class Process:
     async def _run(
         self, desc: str, func: Callable[..., Any], *args: Any, isolation_level: Any = None
     ) -> Any:
-        """As Synapse: REPEATABLE READ unless something else is asked for, five attempts."""
+        """As Synapse: REPEATABLE READ unless the caller chooses another level, five attempts."""
         level = {None: "REPEATABLE READ", IsolationLevel.READ_COMMITTED: "READ COMMITTED"}
         attempts = 0
         while True:

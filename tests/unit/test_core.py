@@ -251,7 +251,7 @@ def test_seal_is_opened_with_the_same_secret_and_identity_only() -> None:
     sealer = OwnerSealer("secret")
     sealed = sealer.seal(owner, "me")
     assert sealer.open(sealed, "me") == owner
-    assert sealer.open(sealed, "me#twin") == owner
+    assert sealer.open(sealed, "me#duplicate") == owner
     assert OwnerSealer("secret").open(sealed, "me") == owner
     assert OwnerSealer("another").open(sealed, "me") is None
     # It reveals nothing, not even that two seals are of the same user.
@@ -295,7 +295,7 @@ def test_seal_that_was_changed_is_not_opened(change: Callable[[str], str]) -> No
         ("@a:b.org:8448:", "@a:b.org:8448"),
         ("@a:[::1]:DEVICE", "@a:[::1]"),
         ("@a:[::1]:8448:DE:VICE", "@a:[::1]:8448"),
-        ("@a:b.org:DE\nVICE#twin", "@a:b.org"),
+        ("@a:b.org:DE\nVICE#duplicate", "@a:b.org"),
         ("@a:b.org", None),
         ("O8437W3+jmzMVjoIP3tNwbm+XxHQk2iKpOA7aqw3qSc", None),
         ("", None),

@@ -30,7 +30,7 @@ def test_failure_log_failure_that_recurs_is_due_once_a_minute(clock: Clock) -> N
     assert log.is_due("", "down")
     assert log.end("")
     assert not log.is_due("", "down")
-    # It was not logged this time, so its end is not logged either.
+    # The failure was not logged this time, so its end is not logged either.
     assert not log.end("")
     clock.advance(LOG_AGAIN_SEC)
     assert log.is_due("", "down")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bounds on the time of requests."""
+"""Time limits of requests."""
 
 from typing import Any
 

@@ -16,7 +16,8 @@ lower layers, and there is no circle of modules.
 | api         | the endpoints                                                         |
 | module      | constructs and starts all of it                                       |
 
-The commands stand beside these layers, above `issuing`. Only `module` and `__main__` import them.
+The commands are not in these layers. They import `issuing` and below. Only `module` and
+`__main__` import them.
 """
 
 import ast

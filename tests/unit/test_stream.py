@@ -39,8 +39,8 @@ def large_participant(identity: str) -> ParticipantInfo:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000, 10**9])
 def test_items_reader_large_participants_in_chunks_keeps_only_listed_fields(size: int) -> None:
-    people = [large_participant("@a:hs:1"), large_participant("@b:hs:2")]
-    data = ListParticipantsResponse(participants=people).SerializeToString()
+    present = [large_participant("@a:hs:1"), large_participant("@b:hs:2")]
+    data = ListParticipantsResponse(participants=present).SerializeToString()
     items = read(data, size)
     assert [item.identity for item, _ in items] == ["@a:hs:1", "@b:hs:2"]
     for item, too_long in items:
@@ -53,8 +53,8 @@ def test_items_reader_large_participants_in_chunks_keeps_only_listed_fields(size
 
 
 def test_items_reader_identity_above_the_limit_is_reported_and_not_copied() -> None:
-    people = [large_participant("x" * 5_000)]
-    ((item, too_long),) = read(ListParticipantsResponse(participants=people).SerializeToString())
+    present = [large_participant("x" * 5_000)]
+    ((item, too_long),) = read(ListParticipantsResponse(participants=present).SerializeToString())
     assert too_long == {2}
     assert item.identity == ""
     assert item.sid == "PA_1"

@@ -24,7 +24,7 @@ class Background:
 
 
 class Work:
-    """Work that is done when the test says so."""
+    """Work that ends when the test fires its Deferred."""
 
     def __init__(self, **more: Any) -> None:
         self.background = Background()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls methods of matrix-js-sdk's client, and tells what went over the network and what came of it.
+// Calls methods of matrix-js-sdk's client, and prints its requests and the results.
 // node call.mjs <the SDK's index.js>, with {"client": {…}, "calls": [["method", argument, …], …]}
-// on its standard input; the answer is the last line of its output.
+// on its standard input. The answer is the last line of its output.
 import { readFileSync } from "node:fs";
 
 const { createClient } = await import(process.argv[2]);
