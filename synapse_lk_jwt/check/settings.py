@@ -27,6 +27,7 @@ NEEDED_DELAY_MS = 3_600_000
 # Examples in the documentation that an admin must replace by other values.
 _PLACEHOLDER_KEY = re.compile(r"API[xX]+")
 _PLACEHOLDER_HOST = re.compile(r"(.+\.)?example\.(com|org|net)")
+_LIVEKIT_URLS = ("livekit_url", "livekit_internal_url")
 
 
 def check(setup: Setup) -> Iterator[Finding]:
@@ -80,16 +81,19 @@ def _credentials(setup: Setup) -> Iterator[Finding]:
     placeholders = []
     if _PLACEHOLDER_KEY.fullmatch(module.livekit_key):
         placeholders.append(f"livekit_key: {module.livekit_key}")
-    for option in ("livekit_url", "livekit_internal_url"):
-        url: str = getattr(module, option)
-        # livekit_internal_url is derived from livekit_url unless it is set.
-        if _PLACEHOLDER_HOST.fullmatch(urlsplit(url).hostname or "") and not placeholders[1:]:
-            placeholders.append(f"{option}: {url}")
+    hosts = {o: urlsplit(getattr(module, o)).hostname or "" for o in _LIVEKIT_URLS}
+    # The module derives livekit_internal_url from livekit_url, with its host, unless it is set.
+    if hosts["livekit_internal_url"] == hosts["livekit_url"]:
+        del hosts["livekit_internal_url"]
+    for option, host in hosts.items():
+        if _PLACEHOLDER_HOST.fullmatch(host):
+            placeholders.append(f"{option}: {getattr(module, option)}")
     if placeholders:
+        verb, values = ("are", "values") if placeholders[1:] else ("is", "value")
         yield wrong(
             "placeholders",
-            f"{' and '.join(placeholders)} is an example from the documentation. Write your own"
-            " value",
+            f"{' and '.join(placeholders)} {verb} from the examples in the documentation. Write"
+            f" your own {values}",
             setup.block,
         )
     for name in setup.credentials.files:

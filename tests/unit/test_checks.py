@@ -343,6 +343,21 @@ def test_placeholder_of_the_documentation_is_wrong(module: dict[str, str]) -> No
     assert next(iter(module.values())) in text
 
 
+def test_placeholder_in_livekit_url_names_no_option_that_is_not_written() -> None:
+    ((_, text),) = found("placeholders", make_setup({"livekit_url": "wss://sfu.example.com"}))
+    assert "livekit_internal_url" not in text
+
+
+def test_placeholders_in_several_options_are_all_named() -> None:
+    module = {
+        "livekit_key": "APIxxxx",
+        "livekit_url": "wss://sfu.example.com",
+        "livekit_internal_url": "http://livekit.example.com:7880",
+    }
+    ((_, text),) = found("placeholders", make_setup(module))
+    assert [value for value in module.values() if value not in text] == []
+
+
 @pytest.mark.parametrize(("mode", "is_found"), [(0o644, True), (0o640, False), (0o600, False)])
 def test_secret_file_that_every_user_can_read_is_a_warning(
     mode: int, is_found: bool, tmp_path: Path
