@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,8 +60,8 @@ def main() -> int:
                 BrowserStory(stage).run()
         else:
             with _running(Stage(directory)) as stage:
-                asyncio.run(Story(stage).run(arguments.keep))
-    except KeyboardInterrupt:
+                asyncio.run(_run_until_stopped(Story(stage).run(arguments.keep)))
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("\nStopped.")
         status = 0 if arguments.keep or arguments.browser else 130
     except MissingTool as e:
@@ -75,6 +75,26 @@ def main() -> int:
         status = 0
     shutil.rmtree(directory, ignore_errors=True)
     return status
+
+
+async def _run_until_stopped(story: Coroutine[None, None, None]) -> None:
+    """Run the story, and cancel it at the first stop signal.
+
+    The terminal and tox both send Ctrl-C. The second one must not interrupt the participants, who
+    are leaving the call.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop() -> None:
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, lambda: None)
+        task.cancel()
+
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, stop)
+    await story
 
 
 @contextlib.contextmanager

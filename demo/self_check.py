@@ -35,6 +35,8 @@ class SelfCheck:
             text=True,
             check=False,
             timeout=60,
+            # Ctrl-C must not end the check, whose missing report would look like a problem.
+            start_new_session=True,
         )
         return done.returncode == 0, (done.stdout + done.stderr).rstrip()
 

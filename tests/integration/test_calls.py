@@ -58,8 +58,11 @@ def test_kept_demo_lists_participants_until_ctrl_c(tmp_path: Path) -> None:
         [kick] = re.findall(r"^ +(curl .*/kick')$", demo.log_text(), re.MULTILINE)
         subprocess.run(["sh", "-c", kick], capture_output=True, timeout=30, check=True)
         demo.wait_until(lambda: "LiveKit lists 1 participant\n" in demo.log_text(), "one", 10)
+        # The terminal and tox both send Ctrl-C.
+        demo.terminate()
     finally:
         demo.stop()
+    assert "Traceback" not in demo.log_text()
     assert demo.log_text().endswith("\nStopped.\n")
 
 
