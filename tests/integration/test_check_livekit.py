@@ -67,9 +67,9 @@ def other(public: Public, tmp_path: Path) -> Iterator[Other]:
         ("http://127.0.0.1:1", "the connection is refused"),
         ("http://livekit.invalid:7880", "its name cannot be resolved"),
         ("https://127.0.0.1:{livekit}", "it does not speak TLS"),
-        ("http://127.0.0.1:{synapse}", "it is a web page (404)"),
-        ("https://127.0.0.1:{nginx}", "it is a web page (404)"),
-        ("http://127.0.0.1:{nginx}", "it is a web page (400)"),
+        ("http://127.0.0.1:{synapse}", "a web page (404) answers"),
+        ("https://127.0.0.1:{nginx}", "a web page (404) answers"),
+        ("http://127.0.0.1:{nginx}", "a web page (400) answers"),
         ("http://127.0.0.1:{media}", "the connection broke (Connection reset by peer)"),
     ],
 )
@@ -116,7 +116,7 @@ def test_web_page_in_place_of_livekit_is_wrong(public: Public, tmp_path: Path) -
     nginx = Servers(tmp_path, {"page": page}, public.synapse.directory)
     with running(nginx):
         report = public.check.run(module={"livekit_internal_url": nginx.url("page")})
-    assert "it is a web page (200)" in report.the("wrong", "LiveKit").text
+    assert "a web page (200) answers" in report.the("wrong", "LiveKit").text
 
 
 # API key and secret

@@ -105,7 +105,7 @@ def test_check_of_advertise_that_hand_set_entries_override_warns(
     config = {"matrix_rtc": {"transports": [entry]}}
     report = public.check.run(config=config, module={"advertise": advertise})
     finding = report.the("warning", "rtc/transports")
-    assert f"so that advertise: {advertise} has no effect" in finding.text
+    assert f"so advertise: {advertise} has no effect" in finding.text
     assert finding.pasted == {"matrix_rtc": {"transports": []}}
 
 

@@ -112,7 +112,7 @@ def test_workers_without_the_module_are_wrong(partial: Partial) -> None:
         assert block["module"] == "synapse_lk_jwt.LiveKitJwtModule"
     # Whether /versions shows it depends on the version of Synapse.
     (check,) = {"/versions", "/rtc/transports"} & report.bad.keys()
-    assert "the process that the proxy forwards to has not" in report.the("wrong", check).text
+    assert "the proxy forwards to has not loaded the" in report.the("wrong", check).text
     assert "modules" in report.the("wrong", check).pasted
     assert "MSC4195" in report.skipped
     assert report.the("ok", "service")
