@@ -5,11 +5,15 @@ import sys
 
 from synapse_lk_jwt.compat.synapse_version import unsupported_synapse
 
+# The exit status of each command that could not do its work.
+COULD_NOT_RUN = 2
 
-def main() -> int | str:
-    """Runs the command, and returns its exit status or the reason why it cannot run."""
+
+def main() -> int:
+    """Runs the command and returns its exit status."""
     if (problem := unsupported_synapse()) is not None:
-        return problem
+        print(problem, file=sys.stderr)
+        return COULD_NOT_RUN
     # This import needs names that older versions of Synapse lack, so the check above precedes it.
     from synapse_lk_jwt.check import command
 

@@ -92,18 +92,20 @@ def test_module_on_older_synapse_stops_the_start_with_the_version_needed(
 
 
 def test_command_on_older_synapse_exits_with_the_version_needed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     install_synapse(monkeypatch, "1.139.2")
-    assert "needs Synapse 1.140 or newer" in str(command_line.main())
+    assert command_line.main() == 2
+    assert "needs Synapse 1.140 or newer" in capsys.readouterr().err
 
 
 def test_command_without_synapse_exits_with_the_name_of_its_python(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(synapse_version, "version", version)
     monkeypatch.setattr(synapse_version, "find_spec", lambda name: None)
-    assert sys.executable in str(command_line.main())
+    assert command_line.main() == 2
+    assert sys.executable in capsys.readouterr().err
