@@ -64,7 +64,10 @@ class Story:
         """
         self._print_servers()
         print_check(self._check)
+        # The steps block the event loop, which notices Ctrl-C only between them.
+        await asyncio.sleep(0.01)
         alice, rita, room_id = self._create_room()
+        await asyncio.sleep(0.01)
         ritas_token = self._request_token_of_restricted_user(rita, room_id)
         room = service.claims(ritas_token)["video"]["room"]
         await self._check_restricted_user_cannot_start_call(ritas_token)
