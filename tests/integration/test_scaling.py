@@ -206,7 +206,7 @@ async def have_been_seen(servers: Scaled, *members: Member) -> None:
             cursor = connection.cursor()
             cursor.execute(
                 "SELECT COUNT(*) FROM synapse_lk_jwt_delegations WHERE user_id = ANY(%s)"
-                " AND phase = 'connected' AND connected_ms < %s",
+                " AND phase = 'connected' AND connected_ts < %s",
                 (users, int(1000 * time.time()) - SHORT_SESSION_MS),
             )
             (count,) = cursor.fetchone()
