@@ -37,9 +37,9 @@ class LostRooms:
         self._without_node: Set[str] = frozenset()
 
     @property
-    def has_dead_node(self) -> bool:
-        """Whether no node of LiveKit answered for one of the rooms at the last poll."""
-        return bool(self._without_node)
+    def without_node(self) -> Set[str]:
+        """The rooms that no node of LiveKit answered for at the last poll."""
+        return self._without_node
 
     async def recreate_missing(self, missing: Mapping[str, str], connected: Set[str]) -> None:
         """Recreates rooms that LiveKit does not list any more.

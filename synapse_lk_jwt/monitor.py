@@ -221,6 +221,7 @@ class Monitor:
         inactive = await self._homeserver.users.select_inactive(schedule.users)
         blocked = await self._homeserver.rooms.select_blocked(set(poll.calls.values()))
         to_list = schedule.changed(poll.listed, inactive)
+        to_list |= self._lost_rooms.without_node & poll.listed.keys()
         to_list |= {
             name
             for name, number in poll.listed.items()
@@ -229,7 +230,7 @@ class Monitor:
         # While LiveKit's nodes die, any of the quiet rooms may have lost its node.
         quiet = poll.listed.keys() - to_list
         to_list |= schedule.share_of_quiet(
-            quiet, poll.began_ts, all_of_them=self._lost_rooms.has_dead_node
+            quiet, poll.began_ts, all_of_them=bool(self._lost_rooms.without_node)
         )
         return to_list | {name for name in schedule.listed() if poll.calls.get(name) in blocked}
 

@@ -47,8 +47,12 @@ class PollSchedule:
         self._listed: dict[str, ListedRoom] = {}
 
     def keep(self, listed: Mapping[str, int]) -> None:
-        """Forgets all rooms but those that ListRooms names with participants."""
-        self._listed = {name: room for name, room in self._listed.items() if listed.get(name)}
+        """Forgets all rooms but those that ListRooms names.
+
+        A room without participants is kept, so that the change to no participants is noticed. The
+        number is out of date for ever if LiveKit's node died before it stored the number.
+        """
+        self._listed = {name: room for name, room in self._listed.items() if name in listed}
 
     def note(self, livekit_room: str, room: ListedRoom) -> None:
         """Notes that a room was listed, and all of it was checked."""

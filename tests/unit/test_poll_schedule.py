@@ -23,6 +23,7 @@ def schedule_of(*names: str) -> PollSchedule:
         ("new", 0, (), False),
         ("known", 1, (), False),
         ("known", 2, (), True),
+        ("known", 0, (), True),
         ("known", 1, (ALICE,), True),
         ("known", 1, ("@bob:example.org",), False),
     ],
@@ -40,10 +41,10 @@ def test_schedule_room_that_was_not_checked_as_a_whole_is_listed_again() -> None
     assert schedule.changed({"room": 1}, set()) == {"room"}
 
 
-def test_schedule_room_without_participants_is_forgotten() -> None:
+def test_schedule_room_that_livekit_does_not_name_is_forgotten() -> None:
     schedule = schedule_of("here", "empty", "gone")
     schedule.keep({"here": 1, "empty": 0})
-    assert set(schedule.listed()) == {"here"}
+    assert set(schedule.listed()) == {"here", "empty"}
     assert schedule.users == {ALICE}
 
 
