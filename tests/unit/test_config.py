@@ -68,6 +68,28 @@ def test_config_smallest_block_has_defaults_and_warns_of_full_access() -> None:
     assert SECRET not in repr(config)
 
 
+def with_secret_file(file: Path, content: bytes) -> dict[str, Any]:
+    """The smallest block, with its secret in a file."""
+    file.write_bytes(content)
+    block = {key: value for key, value in SMALLEST.items() if key != "livekit_secret"}
+    return {**block, "livekit_secret_path": str(file)}
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_secret_file_with_any_line_ending_is_read(ending: bytes, tmp_path: Path) -> None:
+    block = with_secret_file(tmp_path / "secret", SECRET.encode() + ending)
+    assert parse_config(block, {}).livekit_secret == SECRET
+
+
+@pytest.mark.parametrize(
+    "content", [f"{SECRET}\nmore\n".encode(), SECRET.encode("utf-16"), b"\xff\xfe\n"]
+)
+def test_secret_file_with_two_lines_or_another_encoding_is_named(
+    content: bytes, tmp_path: Path
+) -> None:
+    assert "livekit_secret_path" in error(with_secret_file(tmp_path / "secret", content))
+
+
 def test_config_every_option_is_read(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("APIfile\n")
     (tmp_path / "secret").write_text(f"  {SECRET}\n")
