@@ -6,7 +6,7 @@ from typing import Any
 
 import attr
 
-from synapse_lk_jwt.compat.config import MAIN, HomeServerConfig, Listener, relevant_options
+from synapse_lk_jwt.compat.config import MAIN, HomeServerConfig, SynapseConfig, relevant_options
 from synapse_lk_jwt.compat.forward_proxy import ForwardProxy, forward_proxy
 from synapse_lk_jwt.compat.rate_limits import RatelimitSettings
 from synapse_lk_jwt.config import LiveKitJwtConfig
@@ -36,30 +36,13 @@ class Credentials:
 
 
 @attr.s(auto_attribs=True, frozen=True, slots=True, kw_only=True)
-class Setup:
-    """A homeserver as its configuration describes it.
+class Setup(SynapseConfig):
+    """A homeserver as its configuration describes it, without what the module adds to it.
 
     Attributes:
         module: the module's own configuration.
-        files: Synapse's configuration files.
         file_of: the file of each top-level option.
-        server_name: the homeserver's name.
-        public_baseurl: where clients reach it, without a slash at the end.
-        has_public_baseurl: whether it is set; otherwise Synapse derives it from the server name.
-        has_delayed_events: whether users may schedule delayed events.
-        max_event_delay_ms: the longest delay of a delayed event, in milliseconds; None if users may
-            schedule none.
-        has_msc4222: whether `state_after` in /sync (MSC4222) is on.
-        rc_message: the rate limit of messages.
-        rc_delayed_event_mgmt: the rate limit of restarting, sending and cancelling delayed events.
-        transports: `rtc/transports` without what the module adds.
-        foci: the same for `.well-known/matrix/client`; None if it is not set.
-        instance: the name of the process that this configuration is for.
         background: the name of the process that runs background tasks.
-        listeners: of the process that this configuration is for.
-        workers: where other processes listen for replication, by name.
-        whitelist: servers that federation is restricted to, None if it is not restricted.
-        claims: files of application services and the path prefixes (MSC4512) that they claim.
         times_loaded: how many times `modules:` lists the module.
         duplicate_options: top-level options that a file sets more than once, by file. `modules` is
             among them if more than one file sets it.
@@ -69,24 +52,8 @@ class Setup:
     """
 
     module: LiveKitJwtConfig
-    files: tuple[str, ...]
     file_of: Mapping[str, str]
-    server_name: str
-    public_baseurl: str
-    has_public_baseurl: bool
-    has_delayed_events: bool
-    max_event_delay_ms: int | None
-    has_msc4222: bool
-    rc_message: RatelimitSettings
-    rc_delayed_event_mgmt: RatelimitSettings
-    transports: Sequence[Any]
-    foci: Any
-    instance: str
     background: str
-    listeners: tuple[Listener, ...]
-    workers: Mapping[str, str]
-    whitelist: frozenset[str] | None
-    claims: Mapping[str, str]
     times_loaded: int
     duplicate_options: Mapping[str, Sequence[str]] = attr.ib(factory=dict)
     credentials: Credentials = attr.ib(factory=Credentials)
