@@ -53,6 +53,28 @@ def running(*servers: LiveKit | Synapse | Postgres | Redis | Nginx) -> Iterator[
         stop_all(processes)
 
 
+@contextlib.contextmanager
+def one_homeserver(
+    directory: Path, name: str, extra: dict[str, Any] | None = None, **more: Any
+) -> Iterator[tuple[Synapse, LiveKit]]:
+    """Run a homeserver and a LiveKit that sends its webhooks to it.
+
+    Args:
+        directory: for all files.
+        name: of the homeserver.
+        extra: added to homeserver.yaml.
+        more: options of the module.
+
+    Raises:
+        MissingTool
+    """
+    livekit = LiveKit(directory)
+    synapse = Synapse(name, directory, module_config(livekit, **more), extra)
+    livekit.webhook_urls.append(synapse.client_url + PREFIX + "/sfu_webhook")
+    with running(livekit, synapse):
+        yield synapse, livekit
+
+
 @dataclass(frozen=True)
 class Homeservers:
     """Homeservers A and B, which federate. Each has the module and its own LiveKit."""

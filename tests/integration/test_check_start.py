@@ -16,10 +16,9 @@ from synapse_lk_jwt.livekit.tokens import MUST_NOT_CREATE
 from testbed.check import Checker
 from testbed.livekit import LiveKit
 from testbed.nginx import UPGRADE, Servers, proxy
-from testbed.process import MissingTool, wait_until
+from testbed.process import wait_until
 from testbed.service import PREFIX
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import MODULE, Synapse
 
 # Another module that serves our path.
@@ -56,10 +55,7 @@ class Module:
 
 @pytest.fixture(scope="module")
 def livekit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveKit]:
-    try:
-        livekit = LiveKit(tmp_path_factory.mktemp("livekit"))
-    except MissingTool as e:
-        missing_tool(e)
+    livekit = LiveKit(tmp_path_factory.mktemp("livekit"))
     with running(livekit):
         yield livekit
 

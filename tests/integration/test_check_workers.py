@@ -11,11 +11,9 @@ from testbed.check import Checker, Report
 from testbed.livekit import LiveKit
 from testbed.nginx import Servers, proxy
 from testbed.postgres import Postgres
-from testbed.process import MissingTool
 from testbed.redis import Redis
 from testbed.service import PREFIX
 from testbed.sets import Cluster, module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 ALL = "background and the main process and worker1 have loaded the module"
@@ -70,31 +68,28 @@ class Partial:
 @pytest.fixture(scope="module")
 def partial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Partial]:
     directory = tmp_path_factory.mktemp("partial")
-    try:
-        livekit, redis, postgres = LiveKit(directory), Redis(directory), Postgres(directory)
-        with running(redis, postgres):
-            synapse = Synapse(
-                "w",
-                directory,
-                module_config(livekit),
-                postgres=postgres,
-                redis=redis,
-                workers=1,
-                background_worker=True,
-            )
-            main, worker = synapse.client_url, synapse.worker_urls[0]
-            servers = {
-                "worker": proxy(main) + proxy(worker, "/_matrix"),
-                "main": proxy(worker) + proxy(main, "/_matrix"),
-            }
-            nginx = Servers(synapse.directory, servers, synapse.directory)
-            livekit.webhook_urls = [f"{main}{PREFIX}/sfu_webhook", f"{worker}{PREFIX}/sfu_webhook"]
-            env = {"SSL_CERT_FILE": str(synapse.directory / "tls.crt")}
-            with running(livekit, nginx):
-                yield Partial(synapse, nginx, Checker(synapse, env=env))
-            synapse.stop()
-    except MissingTool as e:
-        missing_tool(e)
+    livekit, redis, postgres = LiveKit(directory), Redis(directory), Postgres(directory)
+    with running(redis, postgres):
+        synapse = Synapse(
+            "w",
+            directory,
+            module_config(livekit),
+            postgres=postgres,
+            redis=redis,
+            workers=1,
+            background_worker=True,
+        )
+        main, worker = synapse.client_url, synapse.worker_urls[0]
+        servers = {
+            "worker": proxy(main) + proxy(worker, "/_matrix"),
+            "main": proxy(worker) + proxy(main, "/_matrix"),
+        }
+        nginx = Servers(synapse.directory, servers, synapse.directory)
+        livekit.webhook_urls = [f"{main}{PREFIX}/sfu_webhook", f"{worker}{PREFIX}/sfu_webhook"]
+        env = {"SSL_CERT_FILE": str(synapse.directory / "tls.crt")}
+        with running(livekit, nginx):
+            yield Partial(synapse, nginx, Checker(synapse, env=env))
+        synapse.stop()
 
 
 def test_workers_without_the_module_are_wrong(partial: Partial) -> None:

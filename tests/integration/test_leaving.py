@@ -9,13 +9,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
-from testbed import service
 from testbed.call import CallRejected, Participant
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS, Member, delegate_leave, enter, is_kept_out
 from testbed.process import until, wait_until
-from testbed.sets import module_config, running
+from testbed.sets import one_homeserver
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
@@ -25,11 +24,7 @@ POLL_SEC = 2
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory = tmp_path_factory.mktemp("leaving")
-    livekit = LiveKit(directory)
-    config = module_config(livekit, sanity_check_interval=f"{POLL_SEC}s")
-    synapse = Synapse("l", directory, config)
-    livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
-    with running(livekit, synapse):
+    with one_homeserver(directory, "l", sanity_check_interval=f"{POLL_SEC}s") as (synapse, livekit):
         yield synapse, livekit
     assert "Traceback" not in synapse.log_text()
 

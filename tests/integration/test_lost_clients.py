@@ -13,7 +13,7 @@ from testbed.livekit import LiveKit
 from testbed.lone_client import LoneClient
 from testbed.matrix import User
 from testbed.process import wait_until
-from testbed.sets import module_config, running
+from testbed.sets import one_homeserver
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
@@ -29,11 +29,8 @@ number = itertools.count()
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory = tmp_path_factory.mktemp("lost")
-    livekit = LiveKit(directory)
     features = {"experimental_features": {"msc4354_enabled": True}}
-    synapse = Synapse("k", directory, module_config(livekit), features)
-    livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
-    with running(livekit, synapse):
+    with one_homeserver(directory, "k", features) as (synapse, livekit):
         yield synapse, livekit
     assert "Traceback" not in synapse.log_text()
 

@@ -19,9 +19,7 @@ from testbed import service
 from testbed.http import http
 from testbed.livekit import LiveKit
 from testbed.matrix import User
-from testbed.process import MissingTool
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 SECRET = secrets.token_hex(16)
@@ -114,8 +112,6 @@ def delegated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Delegated]:
         synapse = Synapse("a", directory, module_config(livekit), settings)
         with running(livekit, synapse):
             yield Delegated(synapse, livekit, introspection)
-    except MissingTool as e:
-        missing_tool(e)
     finally:
         introspection.shutdown()
         introspection.server_close()

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from testbed.postgres import Postgres
-from testbed.process import MissingTool, wait_until
+from testbed.process import wait_until
 from testbed.sets import running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 CONFIG = {"livekit_url": "ws://127.0.0.1:1", "livekit_key": "APIkey", "livekit_secret": "s" * 32}
@@ -41,10 +40,7 @@ def _calls(postgres: Postgres, database: str) -> list[Any] | None:
 
 
 def test_port_db_with_tables_on_both_sides_copies_their_rows(tmp_path: Path) -> None:
-    try:
-        postgres = Postgres(tmp_path)
-    except MissingTool as e:
-        missing_tool(e)
+    postgres = Postgres(tmp_path)
     with running(postgres):
         synapse = Synapse("a", tmp_path, CONFIG)
         postgres.create_database("ported")

@@ -15,9 +15,8 @@ from testbed.call import Participant
 from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import MEMBER, POWER_LEVELS
-from testbed.process import MissingTool, until
+from testbed.process import until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 HOUR_MS = 3_600_000
@@ -30,10 +29,7 @@ number = itertools.count()
 
 @pytest.fixture(scope="module")
 def livekit(tmp_path_factory: pytest.TempPathFactory) -> LiveKit:
-    try:
-        return LiveKit(tmp_path_factory.mktemp("livekit"))
-    except MissingTool as e:
-        missing_tool(e)
+    return LiveKit(tmp_path_factory.mktemp("livekit"))
 
 
 @pytest.fixture(scope="module")

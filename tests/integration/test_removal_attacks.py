@@ -16,7 +16,7 @@ from testbed.livekit import LiveKit
 from testbed.matrix import User
 from testbed.member import POWER_LEVELS, enter
 from testbed.process import until, wait_until
-from testbed.sets import module_config, running
+from testbed.sets import one_homeserver
 from testbed.signalling import Signalling
 from testbed.synapse import Synapse
 
@@ -32,11 +32,7 @@ number = iter(range(10_000))
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Synapse, LiveKit]]:
     directory = tmp_path_factory.mktemp("attacks")
-    livekit = LiveKit(directory)
-    config = module_config(livekit, sanity_check_interval=f"{POLL_SEC}s")
-    synapse = Synapse("r", directory, config)
-    livekit.webhook_urls.append(synapse.client_url + service.PREFIX + "/sfu_webhook")
-    with running(livekit, synapse):
+    with one_homeserver(directory, "r", sanity_check_interval=f"{POLL_SEC}s") as (synapse, livekit):
         yield synapse, livekit
         log = synapse.log_text()
     assert "Traceback" not in log

@@ -15,9 +15,8 @@ import pytest
 from testbed.livekit import LiveKit
 from testbed.member import enter
 from testbed.postgres import Postgres
-from testbed.process import MissingTool, until
+from testbed.process import until
 from testbed.sets import module_config, running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 # Long enough for no other restart during the test.
@@ -26,10 +25,7 @@ DELAY_MS = 900_000
 
 @pytest.fixture
 def livekit(tmp_path: Path) -> Iterator[LiveKit]:
-    try:
-        server = LiveKit(tmp_path)
-    except MissingTool as e:
-        missing_tool(e)
+    server = LiveKit(tmp_path)
     with running(server):
         yield server
 
@@ -39,10 +35,7 @@ def postgres(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Postgre
     if request.param == "sqlite":
         yield None
         return
-    try:
-        server = Postgres(tmp_path)
-    except MissingTool as e:
-        missing_tool(e)
+    server = Postgres(tmp_path)
     with running(server):
         yield server
 

@@ -25,9 +25,7 @@ from synapse_lk_jwt.livekit import tables as livekit_tables
 from synapse_lk_jwt.livekit.participants import Listing
 from synapse_lk_jwt.livekit.tables import MAX_SLOTS, NOTE_AGAIN_MS, CallTable, TooManySlots
 from testbed.postgres import Postgres
-from testbed.process import MissingTool
 from testbed.sets import running
-from testbed.skips import missing_tool
 
 T = TypeVar("T")
 
@@ -41,10 +39,7 @@ ATTEMPTS = 5
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    try:
-        server = Postgres(tmp_path_factory.mktemp("postgres"))
-    except MissingTool as e:
-        missing_tool(e)
+    server = Postgres(tmp_path_factory.mktemp("postgres"))
     with running(server):
         server.create_database(DATABASE)
         with closing(server.connect(DATABASE)) as connection, connection.cursor() as cursor:

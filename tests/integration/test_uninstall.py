@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 from testbed.postgres import Postgres
-from testbed.process import MissingTool, wait_until
+from testbed.process import wait_until
 from testbed.sets import running
-from testbed.skips import missing_tool
 from testbed.synapse import Synapse
 
 COMMAND = (sys.executable, "-m", "synapse_lk_jwt", "uninstall")
@@ -81,10 +80,7 @@ def removal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Removal]
     with contextlib.ExitStack() as servers:
         postgres = None
         if request.param == "postgres":
-            try:
-                postgres = Postgres(tmp_path)
-            except MissingTool as e:
-                missing_tool(e)
+            postgres = Postgres(tmp_path)
             servers.enter_context(running(postgres))
         # LiveKit need not answer: the tables are created at start.
         config = {
